@@ -1,0 +1,64 @@
+"""What a sparse attention method is: a frozen record that turns a call into a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dit_sparse.grid import TokenLayout
+from dit_sparse.plan import BlockPlan
+
+PlanScope = Literal["layout", "layer", "call"]
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """Everything a method may know about one attention call besides q, k and v.
+
+    Args:
+        layout: the sequence of this call.
+        layer: number of the self-attention module in the transformer, counted from 0.
+        layers: how many there are.
+        step: number of the denoising step, counted from 0; `None` when it cannot be known.
+        steps: how many steps the generation takes; `None` when it cannot be known.
+        branch: `"cond"` or `"uncond"` where the pipeline runs guidance in separate calls and says
+            which this is, otherwise `None`.
+        generator: the source of a method's random choices; `None` for methods without any.
+    """
+
+    layout: TokenLayout
+    layer: int = 0
+    layers: int = 1
+    step: int | None = None
+    steps: int | None = None
+    branch: str | None = None
+    generator: torch.Generator | None = None
+
+
+@runtime_checkable
+class SparseMethod(Protocol):
+    """A method is data: order, selection and correction, put into a plan.
+
+    Implementations are frozen dataclasses, one per file of `dit_sparse/methods/`; their fields are
+    the options that `pipe.set_attn_processor(name, **options)` and the CLI offer.
+    """
+
+    name: ClassVar[str]
+    #: How far a plan carries: "layout" plans depend on the layout alone and are made once for it,
+    #: "layer" plans once per layer, "call" plans are made anew from q and k.
+    scope: ClassVar[PlanScope]
+
+    def dense_reason(self, ctx: CallContext) -> str | None:
+        """A sentence why this call runs dense attention, or `None` when it has a plan."""
+        ...
+
+    def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        """The plan of a call, on the device of `q`.
+
+        Args:
+            q, k: `[B, H, N, D]` in the model's order, after norms and position embedding.
+        """
+        ...

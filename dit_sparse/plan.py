@@ -1,0 +1,295 @@
+"""What to compute: which key blocks every query block reads, and how.
+
+A plan speaks of positions in *plan order*: the caller's tokens after `plan.order`. Tokens are cut
+into blocks of at most `Blocks.size` tokens; blocks may be shorter anywhere, so that a block never
+straddles a tile, a text span or the end of the sequence, and nothing has to divide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit_sparse.grid import Permutation
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A cut of `0..N` into consecutive blocks.
+
+    Args:
+        starts: int32 `[n + 1]`, first position of each block; the last element is N.
+        size: the most tokens a block holds; kernels compute whole tiles of this size.
+    """
+
+    starts: Tensor
+    size: int
+
+    @classmethod
+    def uniform(cls, total: int, size: int, device: torch.device | str | None = None) -> Blocks:
+        """Blocks of `size` tokens, the last one shorter when `size` does not divide `total`."""
+        return cls.of_runs([total], size, device)
+
+    @classmethod
+    def of_runs(
+        cls, runs: Sequence[int], size: int, device: torch.device | str | None = None
+    ) -> Blocks:
+        """Cuts every run (a tile, a text span) into blocks of `size`; no block spans two runs."""
+        starts = [0]
+        for run in runs:
+            stop = starts[-1] + run
+            starts.extend(range(starts[-1] + size, stop, size))
+            if run:
+                starts.append(stop)
+        return cls(torch.tensor(starts, dtype=torch.int32, device=device), size)
+
+    @property
+    def n(self) -> int:
+        return self.starts.numel() - 1
+
+    @cached_property
+    def total(self) -> int:
+        """Number of tokens."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int32 `[n]`, tokens in each block."""
+        return self.starts.diff()
+
+    @cached_property
+    def of_token(self) -> Tensor:
+        """int64 `[N]`, the block that each position belongs to."""
+        ids = torch.arange(self.n, device=self.starts.device)
+        return ids.repeat_interleave(self.lengths, output_size=self.total)
+
+    def to(self, device: torch.device | str) -> Blocks:
+        return Blocks(self.starts.to(device), self.size)
+
+    def __str__(self) -> str:
+        return f"{self.n} blocks of {self.size}"
+
+
+@dataclass(frozen=True, eq=False)
+class BoxPredicate:
+    """Which keys of a partial block a query reads: those inside the query's box of coordinates.
+
+    The coordinates of a token are packed into the fields of one int32, each field one bit wider
+    than its values; that spare bit is the field's *guard*. Query i reads key j iff, in every
+    field, `lower[i] <= above[j]` and `below[j] <= upper[i]`, which one subtraction tests for all
+    fields at once: `(above | guard) - lower` keeps every guard bit exactly when no field borrows.
+    For an ordinary key `above` and `below` are the same coordinates; a key that all queries read
+    (text) has all-ones in `above` and zero in `below`, so it lies in every box.
+
+    Args:
+        lower, upper: int32 `[1 or H, n_q tokens]`, packed inclusive corners of each query's box.
+        above, below: int32 `[n_k tokens]`, packed key coordinates.
+        guard: the int with the guard bit of every field set.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    above: Tensor
+    below: Tensor
+    guard: int
+
+    def mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor:
+        """bool `[queries, keys]` for one head and the given positions."""
+        head = head % self.lower.shape[0]
+        low, high = self.lower[head, q, None], self.upper[head, q, None]
+        inside = ((self.above[k] | self.guard) - low) & ((high | self.guard) - self.below[k])
+        return (inside & self.guard) == self.guard
+
+    def to(self, device: torch.device | str) -> BoxPredicate:
+        moved = (t.to(device) for t in (self.lower, self.upper, self.above, self.below))
+        return BoxPredicate(*moved, self.guard)
+
+
+Tail = Literal["none", "zeroth", "first"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Which key blocks every query block reads.
+
+    Lists are rows of `indices`: the row of (batch b, head h, query block i) starts at
+    `offsets[b, h, i]` and holds `full[b, h, i]` entries that need no mask, then
+    `partial[b, h, i]` entries that do; each part ascends. A leading dimension of 1 is shared by
+    all batch entries or heads. An entry counts as full only if its key block has `k_blocks.size`
+    tokens, so that kernels may read a whole tile unmasked.
+
+    Args:
+        q_blocks, k_blocks: how queries and keys are cut.
+        indices: int32 `[E]`, key-block numbers.
+        offsets: int32 `[1 or B, 1 or H, n_q]`.
+        full, partial: int32, shape of `offsets`.
+        box: element mask of partial entries; `None`: partial only because the block is short.
+        level: uint8 `[E]`, pool factor of each entry; an entry of level g > 1 stands for the
+            means of g consecutive keys of its block, each with bias ln(count). Levels above 1
+            only occur in the full part. `None`: every entry is exact.
+        tail: what stands for the key blocks that a row does not list: nothing, their mean key and
+            value with bias ln(count) (`"zeroth"`), or that plus PISA's global first-order term
+            (`"first"`, arXiv 2602.01077).
+        order: the permutation that leads from the caller's order to plan order; `None`: none.
+    """
+
+    q_blocks: Blocks
+    k_blocks: Blocks
+    indices: Tensor
+    offsets: Tensor
+    full: Tensor
+    partial: Tensor
+    box: BoxPredicate | None = None
+    level: Tensor | None = None
+    tail: Tail = "none"
+    order: Permutation | None = None
+
+    @classmethod
+    def from_mask(
+        cls,
+        visited: Tensor,
+        q_blocks: Blocks,
+        k_blocks: Blocks,
+        *,
+        full: Tensor | None = None,
+        **rest: Any,
+    ) -> BlockPlan:
+        """Builds the lists of a block mask.
+
+        Args:
+            visited: bool `[B, H, n_q, n_k]` (leading dimensions may be 1): blocks to read.
+            full: bool, same shape: visited blocks that need no element mask; all by default.
+            rest: the remaining fields of the plan (`box`, `tail`, `order`).
+        """
+        expected = (q_blocks.n, k_blocks.n)
+        if visited.ndim != 4 or visited.dtype != torch.bool or visited.shape[2:] != expected:
+            raise ValueError(
+                f"Expected a bool block mask [B, H, {expected[0]}, {expected[1]}], "
+                f"got {visited.dtype} {list(visited.shape)}."
+            )
+        whole = visited & (k_blocks.lengths == k_blocks.size).to(visited.device)
+        if full is not None:
+            whole &= full
+        n_k = k_blocks.n
+        # Sorting (class, block number) pairs packed into one key puts full entries first, both
+        # parts ascending, unvisited ones last.
+        rank = torch.where(whole, 0, torch.where(visited, 1, 2)) * n_k
+        rank = rank + torch.arange(n_k, device=visited.device)
+        count = visited.sum(-1, dtype=torch.int32)
+        longest = max(int(count.max()), 1)
+        indices = (rank.sort(-1).values[..., :longest] % n_k).to(torch.int32)
+        rows = count.numel()
+        offsets = torch.arange(rows, dtype=torch.int32, device=visited.device) * longest
+        n_full = whole.sum(-1, dtype=torch.int32)
+        return cls(
+            q_blocks=q_blocks,
+            k_blocks=k_blocks,
+            indices=indices.reshape(-1),
+            offsets=offsets.view(count.shape),
+            full=n_full,
+            partial=count - n_full,
+            **rest,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    @cached_property
+    def visited(self) -> Tensor:
+        """bool `[1 or B, 1 or H, n_q, n_k]`: the blocks that are read, at any level."""
+        count = (self.full + self.partial).reshape(-1)
+        rows = torch.arange(count.numel(), device=self.device).repeat_interleave(count)
+        visited = torch.zeros(count.numel(), self.k_blocks.n, dtype=torch.bool, device=self.device)
+        visited[rows, self.indices[self.entries].long()] = True
+        return visited.view(*self.offsets.shape, self.k_blocks.n)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """int64 positions in `indices` of every entry in use, row by row."""
+        count = (self.full + self.partial).reshape(-1).long()
+        first = self.offsets.reshape(-1).long() - (count.cumsum(0) - count)
+        total = int(count.sum())
+        return first.repeat_interleave(count, output_size=total) + torch.arange(
+            total, device=self.device
+        )
+
+    @cached_property
+    def density(self) -> float:
+        """Measured share of the N_q x N_k score matrix that is computed.
+
+        Whole entries count, masked elements included, since a kernel computes them; an entry of
+        pool level g counts 1/g of its block, and a tail one row per unlisted block.
+        """
+        count = (self.full + self.partial).reshape(-1)
+        n_q = self.q_blocks.lengths.repeat(self.offsets.shape[0] * self.offsets.shape[1])
+        queries = n_q.repeat_interleave(count).double()
+        keys = self.k_blocks.lengths[self.indices[self.entries].long()].double()
+        if self.level is not None:
+            keys = (keys / self.level[self.entries]).ceil()
+        area = (queries * keys).sum()
+        if self.tail != "none":
+            area += (n_q * (self.k_blocks.n - count)).double().sum()
+        total = self.offsets[..., 0].numel() * self.q_blocks.total * self.k_blocks.total
+        return float(area) / total
+
+    def element_mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor | None:
+        """bool mask of a partial entry between the given plan positions; `None`: all visible."""
+        return None if self.box is None else self.box.mask(head, q, k)
+
+    def to_mask(self) -> Tensor:
+        """bool `[1 or B, H', N_q, N_k]`: which query reads which key, in the caller's order.
+
+        For looking at and for tests: memory grows with N_q x N_k. H' is 1 when nothing differs
+        between heads. Pooled entries count as read.
+        """
+        heads = max(
+            self.offsets.shape[1],
+            1 if self.box is None else self.box.lower.shape[0],
+            1 if self.order is None or self.order.index.ndim == 1 else self.order.index.shape[0],
+        )
+        q_of, k_of = self.q_blocks.of_token, self.k_blocks.of_token
+        full = self._lists_of("full").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
+        part = self._lists_of("partial").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
+        if self.box is not None:
+            every = slice(None)
+            part = part & torch.stack([self.box.mask(h, every, every) for h in range(heads)])
+        mask = full | part
+        if self.order is None:
+            return mask
+        inverse = self.order.inverse.expand(heads, -1)
+        heads_index = torch.arange(heads, device=self.device)[:, None, None]
+        return mask[:, heads_index, inverse[:, :, None], inverse[:, None, :]]
+
+    def _lists_of(self, part: Literal["full", "partial"]) -> Tensor:
+        empty = torch.zeros_like(self.full)
+        one = replace(
+            self,
+            offsets=self.offsets if part == "full" else self.offsets + self.full,
+            full=self.full if part == "full" else empty,
+            partial=empty if part == "full" else self.partial,
+        )
+        return one.visited
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The plan with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if hasattr(value := getattr(self, f.name), "to")
+        }
+        return replace(self, **moved)
+
+    def __str__(self) -> str:
+        batch, heads, _ = self.offsets.shape
+        extras = [f"tail {self.tail}"] if self.tail != "none" else []
+        extras += [name for name in ("box", "level", "order") if getattr(self, name) is not None]
+        return (
+            f"BlockPlan({self.q_blocks} x {self.k_blocks}, {batch} batch x {heads} heads, "
+            f"density {self.density:.3f}{', ' if extras else ''}{', '.join(extras)})"
+        )
