@@ -1,0 +1,78 @@
+"""Faster diffusion transformers through block-sparse attention.
+
+    import dit_sparse
+    dit_sparse.apply(pipe, "window", options={"density": 0.3})
+
+Importing this package loads neither diffusers nor triton; the names below are imported when they
+are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dit_sparse import methods
+    from dit_sparse.attention import attend, dense_attention
+    from dit_sparse.backend import AttentionOutput, Backend
+    from dit_sparse.grid import Permutation, TextSpan, TokenGrid, TokenLayout
+    from dit_sparse.method import CallContext, SparseMethod
+    from dit_sparse.pipelines.apply import apply, remove, summary
+    from dit_sparse.pipelines.load import load
+    from dit_sparse.pipelines.processor import SparseAttnProcessor
+    from dit_sparse.plan import BlockPlan
+
+_HOMES = {
+    "AttentionOutput": "dit_sparse.backend",
+    "Backend": "dit_sparse.backend",
+    "BlockPlan": "dit_sparse.plan",
+    "CallContext": "dit_sparse.method",
+    "Permutation": "dit_sparse.grid",
+    "SparseAttnProcessor": "dit_sparse.pipelines.processor",
+    "SparseMethod": "dit_sparse.method",
+    "TextSpan": "dit_sparse.grid",
+    "TokenGrid": "dit_sparse.grid",
+    "TokenLayout": "dit_sparse.grid",
+    "apply": "dit_sparse.pipelines.apply",
+    "attend": "dit_sparse.attention",
+    "dense_attention": "dit_sparse.attention",
+    "load": "dit_sparse.pipelines.load",
+    "remove": "dit_sparse.pipelines.apply",
+    "summary": "dit_sparse.pipelines.apply",
+}
+
+__all__ = [
+    "AttentionOutput",
+    "Backend",
+    "BlockPlan",
+    "CallContext",
+    "Permutation",
+    "SparseAttnProcessor",
+    "SparseMethod",
+    "TextSpan",
+    "TokenGrid",
+    "TokenLayout",
+    "__version__",
+    "apply",
+    "attend",
+    "dense_attention",
+    "load",
+    "methods",
+    "remove",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("dit_sparse.methods")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
