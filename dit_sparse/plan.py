@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class Blocks:
         cls, runs: Sequence[int], size: int, device: torch.device | str | None = None
     ) -> Blocks:
         """Cuts every run (a tile, a text span) into blocks of `size`; no block spans two runs."""
+        if size < 1 or any(run < 0 for run in runs):
+            raise ValueError(
+                f"Expected runs of at least 0 tokens and blocks of at least 1, got runs {runs} "
+                f"and blocks of {size}."
+            )
         starts = [0]
         for run in runs:
             stop = starts[-1] + run
@@ -157,20 +162,30 @@ class BlockPlan:
         k_blocks: Blocks,
         *,
         full: Tensor | None = None,
-        **rest: Any,
+        box: BoxPredicate | None = None,
+        tail: Tail = "none",
+        order: Permutation | None = None,
     ) -> BlockPlan:
         """Builds the lists of a block mask.
 
         Args:
             visited: bool `[B, H, n_q, n_k]` (leading dimensions may be 1): blocks to read.
             full: bool, same shape: visited blocks that need no element mask; all by default.
-            rest: the remaining fields of the plan (`box`, `tail`, `order`).
+            box, tail, order: the plan's fields of these names.
+
+        Raises:
+            ValueError: a mask of another shape or dtype.
         """
         expected = (q_blocks.n, k_blocks.n)
         if visited.ndim != 4 or visited.dtype != torch.bool or visited.shape[2:] != expected:
             raise ValueError(
                 f"Expected a bool block mask [B, H, {expected[0]}, {expected[1]}], "
                 f"got {visited.dtype} {list(visited.shape)}."
+            )
+        if full is not None and (full.shape != visited.shape or full.dtype != torch.bool):
+            raise ValueError(
+                f"Expected a bool mask of full blocks of shape {list(visited.shape)}, as visited "
+                f"has, got {full.dtype} {list(full.shape)}."
             )
         whole = visited & (k_blocks.lengths == k_blocks.size).to(visited.device)
         if full is not None:
@@ -193,7 +208,9 @@ class BlockPlan:
             offsets=offsets.view(count.shape),
             full=n_full,
             partial=count - n_full,
-            **rest,
+            box=box,
+            tail=tail,
+            order=order,
         )
 
     @property
@@ -218,6 +235,17 @@ class BlockPlan:
         return first.repeat_interleave(count, output_size=total) + torch.arange(
             total, device=self.device
         )
+
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """int32 `[E]` twice: first and past-the-last key position of every entry."""
+        blocks = self.indices.long()
+        return self.k_blocks.starts[blocks], self.k_blocks.starts[blocks + 1]
+
+    @cached_property
+    def has_partial(self) -> bool:
+        """Whether any entry needs a mask; kernels leave the masked path out otherwise."""
+        return bool((self.partial > 0).any())
 
     @cached_property
     def density(self) -> float:
@@ -254,8 +282,8 @@ class BlockPlan:
             1 if self.order is None or self.order.index.ndim == 1 else self.order.index.shape[0],
         )
         q_of, k_of = self.q_blocks.of_token, self.k_blocks.of_token
-        full = self._lists_of("full").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
-        part = self._lists_of("partial").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
+        full = self.listed("full").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
+        part = self.listed("partial").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
         if self.box is not None:
             every = slice(None)
             part = part & torch.stack([self.box.mask(h, every, every) for h in range(heads)])
@@ -266,7 +294,8 @@ class BlockPlan:
         heads_index = torch.arange(heads, device=self.device)[:, None, None]
         return mask[:, heads_index, inverse[:, :, None], inverse[:, None, :]]
 
-    def _lists_of(self, part: Literal["full", "partial"]) -> Tensor:
+    def listed(self, part: Literal["full", "partial"]) -> Tensor:
+        """`visited`, for one part of the lists only."""
         empty = torch.zeros_like(self.full)
         one = replace(
             self,

@@ -1,0 +1,48 @@
+"""What a kernel backend is. The backends themselves are the modules of `kernels/`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dit_sparse.plan import BlockPlan
+
+
+class AttentionOutput(NamedTuple):
+    """Attention values and the softmax mass behind them.
+
+    `out` has the shape and dtype of the queries, `lse` is the natural logarithm of the softmax
+    denominator, fp32 `[B, H, N]`. A row that reads nothing has `out` 0 and `lse` -inf.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs plans on tensors that already stand in plan order."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+        """A sentence why this backend cannot run the call, or `None` when it can.
+
+        Called in the hot path: must neither copy nor synchronise.
+        """
+        ...
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> AttentionOutput:
+        """Attention over the plan's entries.
+
+        Args:
+            q: `[B, H, N_q, D]` in plan order, any strides.
+            k, v: `[B, H, N_k, D]` in plan order, any strides.
+            plan: lists for these sizes; its `order` has already been applied.
+            scale: factor of the scores before the softmax.
+        """
+        ...

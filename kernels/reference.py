@@ -1,0 +1,164 @@
+"""The meaning of a plan: small, exact, on any device, in the precision it is asked for.
+
+Every backend is compared with this one, and this one with dense masked attention in float64.
+Scores, softmax and sums are fp32 (float64 for float64 inputs); only the result is rounded to the
+dtype of the queries. It computes only the listed blocks, so a CPU gains from sparsity too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.plan import BlockPlan
+
+
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """Runs every valid plan."""
+
+    name: str = "reference"
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+        return None
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> AttentionOutput:
+        accurate = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        lists = _Lists(plan)
+        for batch, plan_batch in _groups(q.shape[0], plan.offsets.shape[0]):
+            for heads, plan_head in _groups(q.shape[1], lists.heads):
+                qs, ks, vs = (t[batch, heads].to(accurate) for t in (q, k, v))
+                tail = _Tail.of(ks, vs, plan)
+                for block, rows in enumerate(lists.rows):
+                    picked = lists.pick(plan_batch, plan_head, block)
+                    values, mass = _row(qs[..., rows, :] * scale, ks, vs, picked, tail)
+                    out[batch, heads, rows] = values.to(q.dtype)
+                    lse[batch, heads, rows] = mass.float()
+        return AttentionOutput(out, lse)
+
+
+BACKEND = ReferenceBackend()
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """What one query block reads: exact keys (with a mask where needed), pooled keys, the rest."""
+
+    keys: Tensor  # int64 positions of exact keys
+    mask: Tensor | None  # bool [rows, keys]
+    pools: list[tuple[Tensor, int]]  # positions of a pooled block, pool factor
+    unlisted: Tensor  # int64 numbers of the blocks that are not listed
+
+
+class _Lists:
+    """The plan's lists on the host, one row at a time."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        self.plan = plan
+        self.heads = max(plan.offsets.shape[1], 1 if plan.box is None else plan.box.lower.shape[0])
+        starts = plan.q_blocks.starts.tolist()
+        self.rows = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        k_starts = plan.k_blocks.starts.tolist()
+        self._keys = [
+            torch.arange(a, b, device=plan.device)
+            for a, b in zip(k_starts, k_starts[1:], strict=False)
+        ]
+        self._offsets, self._full, self._partial, self._indices = (
+            t.tolist() for t in (plan.offsets, plan.full, plan.partial, plan.indices)
+        )
+        self._level = None if plan.level is None else plan.level.tolist()
+
+    def pick(self, batch: int, head: int, block: int) -> _Picked:
+        list_head = head % self.plan.offsets.shape[1]
+        first = self._offsets[batch][list_head][block]
+        n_full = self._full[batch][list_head][block]
+        stop = first + n_full + self._partial[batch][list_head][block]
+        levels = [1] * (stop - first) if self._level is None else self._level[first:stop]
+        listed = self._indices[first:stop]
+        exact = [self._keys[j] for j, g in zip(listed, levels, strict=True) if g == 1]
+        n_unmasked = sum(
+            len(self._keys[j]) for j, g in zip(listed[:n_full], levels, strict=False) if g == 1
+        )
+        keys = torch.cat([*exact, self._keys[0][:0]])
+        inside = self.plan.element_mask(head, self.rows[block], keys[n_unmasked:])
+        mask = None
+        if inside is not None:
+            whole = inside.new_ones(inside.shape[0], n_unmasked)
+            mask = torch.cat([whole, inside], dim=1)
+        pools = [(self._keys[j], g) for j, g in zip(listed, levels, strict=True) if g > 1]
+        rest = torch.ones(self.plan.k_blocks.n, dtype=torch.bool)
+        rest[listed] = False
+        return _Picked(keys, mask, pools, rest.nonzero().flatten().to(self.plan.device))
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """Block means for unlisted blocks and, for the first order, the key-value covariance."""
+
+    keys: Tensor  # [..., n_k, D] mean key of every block
+    values: Tensor  # [..., n_k, D] mean value
+    bias: Tensor  # [n_k] ln(tokens of the block)
+    covariance: Tensor | None  # [..., D, D_v]: (1/T) sum over all blocks of H_j
+
+    @staticmethod
+    def of(k: Tensor, v: Tensor, plan: BlockPlan) -> _Tail | None:
+        if plan.tail == "none":
+            return None
+        blocks = plan.k_blocks.of_token
+        lengths = plan.k_blocks.lengths.to(k.dtype)
+        means = [
+            t.new_zeros(*t.shape[:-2], plan.k_blocks.n, t.shape[-1]).index_add_(-2, blocks, t)
+            / lengths[:, None]
+            for t in (k, v)
+        ]
+        covariance = None
+        if plan.tail == "first":
+            centred = k - means[0][..., blocks, :]
+            covariance = centred.transpose(-2, -1) @ v / plan.k_blocks.total
+        return _Tail(*means, lengths.log(), covariance)
+
+
+def _row(
+    q: Tensor, k: Tensor, v: Tensor, picked: _Picked, tail: _Tail | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax over everything that one (already scaled) query block reads."""
+    keys, values, biases = [k[..., picked.keys, :]], [v[..., picked.keys, :]], [None]
+    for positions, level in picked.pools:
+        for group in positions.split(level):
+            keys.append(k[..., group, :].mean(-2, keepdim=True))
+            values.append(v[..., group, :].mean(-2, keepdim=True))
+            biases.append(torch.tensor([float(len(group))], device=q.device).log())
+    if tail is not None:
+        keys.append(tail.keys[..., picked.unlisted, :])
+        values.append(tail.values[..., picked.unlisted, :])
+        biases.append(tail.bias[picked.unlisted])
+    bias = torch.cat([q.new_zeros(keys[0].shape[-2]), *(b.to(q) for b in biases[1:] if b is not None)])
+    scores = q @ torch.cat(keys, -2).transpose(-2, -1) + bias
+    if picked.mask is not None:
+        hidden = ~picked.mask
+        scores[..., : hidden.shape[1]].masked_fill_(hidden, float("-inf"))
+    if scores.shape[-1] == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
+    out = weights @ torch.cat(values, -2)
+    if tail is not None and tail.covariance is not None and len(picked.unlisted):
+        share = weights[..., -len(picked.unlisted) :].sum(-1, keepdim=True)
+        out = out + share * (q @ tail.covariance)
+    return out, lse
+
+
+def _groups(size: int, lists: int) -> Iterator[tuple[slice, int]]:
+    """Entries of a dimension that share lists: all of them, or each its own."""
+    if lists == 1:
+        yield slice(None), 0
+    else:
+        yield from ((slice(i, i + 1), i) for i in range(size))
