@@ -1,4 +1,4 @@
-"""Where tokens stand: the latent grid, the text spans around it, and permutations of the sequence."""
+"""Where tokens stand: the latent grid, the text spans around it, permutations of the sequence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class TokenGrid:
         for axis, extent in zip(("frames", "height", "width"), self.shape, strict=True):
             if not isinstance(extent, int) or extent < 1:
                 raise ValueError(
-                    f"Expected {axis} of a token grid to be an integer of at least 1, got {extent!r}."
+                    f"Expected {axis} of a token grid to be an integer of at least 1, "
+                    f"got {extent!r}."
                 )
 
     @classmethod
@@ -39,7 +40,8 @@ class TokenGrid:
         extents = text.lower().split("x")
         if len(extents) not in (2, 3) or not all(re.fullmatch(r"\d+", e) for e in extents):
             raise ValueError(
-                f"Expected a token grid such as 21x45x80 (frames x height x width) or 64x64, got {text!r}."
+                "Expected a token grid such as 21x45x80 (frames x height x width) or 64x64, "
+                f"got {text!r}."
             )
         return cls(*[1] * (3 - len(extents)), *map(int, extents))
 
@@ -206,13 +208,18 @@ class Permutation:
 
     def then(self, other: Permutation) -> Permutation:
         """This permutation followed by `other`."""
+        if other.length != self.length:
+            raise ValueError(
+                f"Expected a permutation of {self.length} tokens to follow {self}, got {other}."
+            )
         if self.index.ndim == other.index.ndim == 1:
             return Permutation(self.index[other.index])
         first, second = torch.broadcast_tensors(self.index, other.index)
         return Permutation(first.gather(-1, second))
 
     def to(self, device: torch.device | str) -> Permutation:
-        return self if self.index.device == torch.device(device) else Permutation(self.index.to(device))
+        moved = self.index.to(device)
+        return self if moved is self.index else Permutation(moved)  # keeps the computed inverse
 
     def check(self) -> Permutation:
         """Raises `ValueError` unless every position occurs exactly once; returns itself."""
@@ -230,6 +237,13 @@ class Permutation:
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
+    heads = index.shape[0] if index.ndim == 2 else 1
+    if x.ndim < 3 or x.shape[2] != index.shape[-1] or heads not in (1, x.shape[1]):
+        raise ValueError(
+            f"Expected a tensor [B, H, {index.shape[-1]}, ...] with the tokens"
+            + (f" and {heads} heads" if heads > 1 else "")
+            + f" of the permutation, got {list(x.shape)}. Make the order for this layout."
+        )
     if index.ndim == 1:
         return x.index_select(2, index)
     expanded = index.view(1, *index.shape, *[1] * (x.ndim - 3)).expand(x.shape)
