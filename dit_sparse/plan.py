@@ -111,8 +111,13 @@ class BoxPredicate:
         return (inside & self.guard) == self.guard
 
     def to(self, device: torch.device | str) -> BoxPredicate:
-        moved = (t.to(device) for t in (self.lower, self.upper, self.above, self.below))
-        return BoxPredicate(*moved, self.guard)
+        return BoxPredicate(
+            lower=self.lower.to(device),
+            upper=self.upper.to(device),
+            above=self.above.to(device),
+            below=self.below.to(device),
+            guard=self.guard,
+        )
 
 
 Tail = Literal["none", "zeroth", "first"]

@@ -1,0 +1,270 @@
+"""Whether a plan is well-formed, and whether it fits given tensors.
+
+Kernels trust plans and read memory by them, so a plan from outside (a file, a new method under
+test) passes through `check` first. It synchronises with the device: not for the inner loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+
+_MAX_LEVEL = 128
+
+
+def check(plan: BlockPlan) -> BlockPlan:
+    """Returns the plan if a kernel may run it.
+
+    Raises:
+        ValueError: the first fault found: a wrong dtype, shape or device, blocks that do not cut
+            the sequence, entries out of range, unsorted, repeated or wrongly called full, levels,
+            boxes or an order that do not belong to it.
+    """
+    _check_tensors(plan)
+    _check_blocks(plan.q_blocks, "q_blocks")
+    _check_blocks(plan.k_blocks, "k_blocks")
+    _check_rows(plan)
+    _check_entries(plan)
+    if plan.level is not None:
+        _check_levels(plan, plan.level)
+    if plan.box is not None:
+        _check_box(plan, plan.box)
+    _check_heads(plan)
+    _check_order(plan)
+    if plan.tail not in ("none", "zeroth", "first"):
+        raise ValueError(f"Expected tail 'none', 'zeroth' or 'first', got {plan.tail!r}.")
+    return plan
+
+
+def check_for(plan: BlockPlan, q: Tensor, k: Tensor) -> BlockPlan:
+    """Returns the plan if it was made for tensors like these.
+
+    Args:
+        q: `[B, H, N_q, D]`.
+        k: `[B, H, N_k, D]`.
+
+    Raises:
+        ValueError: other lengths, batch size, heads or device than the plan's.
+    """
+    wanted = (plan.q_blocks.total, plan.k_blocks.total)
+    got = (q.shape[2], k.shape[2])
+    if wanted != got:
+        raise ValueError(
+            f"Expected {wanted[0]} queries and {wanted[1]} keys, got {got[0]} and {got[1]}: the "
+            "plan is for another grid or text length. Make the plan from the layout of this call."
+        )
+    if plan.offsets.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"Expected a batch of {plan.offsets.shape[0]}, as the plan has, got {q.shape[0]}. "
+            "Make the plan from the layout of this call."
+        )
+    heads = max(_head_counts(plan).values())
+    if heads not in (1, q.shape[1]):
+        raise ValueError(
+            f"Expected {heads} heads, as the plan has, got {q.shape[1]}. Make the plan for this "
+            "model."
+        )
+    if not plan.device == q.device == k.device:
+        raise ValueError(
+            f"Expected q and k on {plan.device}, where the plan is, got {q.device} and "
+            f"{k.device}. Move the plan with plan.to(device)."
+        )
+    return plan
+
+
+def tensors(plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a plan with its path, such as `("box.lower", ...)`."""
+    yield "q_blocks.starts", plan.q_blocks.starts
+    yield "k_blocks.starts", plan.k_blocks.starts
+    for name in ("indices", "offsets", "full", "partial"):
+        yield name, getattr(plan, name)
+    if plan.level is not None:
+        yield "level", plan.level
+    if plan.box is not None:
+        for name in ("lower", "upper", "above", "below"):
+            yield f"box.{name}", getattr(plan.box, name)
+    if plan.order is not None:
+        yield "order.index", plan.order.index
+
+
+_SPECIAL = {"level": torch.uint8, "order.index": torch.int64}
+_DIMENSIONS = {"offsets": 3, "full": 3, "partial": 3, "box.lower": 2, "box.upper": 2}
+
+
+def _check_tensors(plan: BlockPlan) -> None:
+    for path, tensor in tensors(plan):
+        dtype = _SPECIAL.get(path, torch.int32)
+        if tensor.dtype != dtype:
+            raise ValueError(f"Expected {path} of dtype {dtype}, got {tensor.dtype}.")
+        if tensor.device != plan.device:
+            raise ValueError(
+                f"Expected {path} on {plan.device}, where the indices are, got {tensor.device}. "
+                "Move the whole plan with plan.to(device)."
+            )
+        if path != "order.index" and tensor.ndim != _DIMENSIONS.get(path, 1):
+            raise ValueError(
+                f"Expected {path} with {_DIMENSIONS.get(path, 1)} dimensions, "
+                f"got shape {list(tensor.shape)}."
+            )
+
+
+def _check_blocks(blocks: Blocks, name: str) -> None:
+    if blocks.n < 1 or blocks.size < 1:
+        raise ValueError(
+            f"Expected {name} with at least one block of at least 1 token, got {blocks}."
+        )
+    if int(blocks.starts[0]) != 0:
+        raise ValueError(f"Expected {name} to start at 0, got {int(blocks.starts[0])}.")
+    bad = (blocks.lengths < 1) | (blocks.lengths > blocks.size)
+    if bool(bad.any()):
+        at = _first(bad)
+        raise ValueError(
+            f"Expected blocks of 1 to {blocks.size} tokens in {name}, got "
+            f"{int(blocks.lengths[at])} tokens in block {at}. Cut the sequence with Blocks.of_runs."
+        )
+
+
+def _check_rows(plan: BlockPlan) -> None:
+    batch, heads, n_q = plan.offsets.shape
+    if batch < 1 or heads < 1 or n_q != plan.q_blocks.n:
+        raise ValueError(
+            f"Expected offsets of shape [1 or B, 1 or H, {plan.q_blocks.n}], "
+            f"got {list(plan.offsets.shape)}."
+        )
+    for name in ("offsets", "full", "partial"):
+        tensor = getattr(plan, name)
+        if tensor.shape != plan.offsets.shape:
+            raise ValueError(
+                f"Expected {name} of the shape of offsets, {list(plan.offsets.shape)}, "
+                f"got {list(tensor.shape)}."
+            )
+        if bool((tensor < 0).any()):
+            raise ValueError(f"Expected {name} of at least 0, got {int(tensor.min())}.")
+    ends = plan.offsets.long() + plan.full + plan.partial
+    if int(ends.max()) > plan.indices.numel():
+        raise ValueError(
+            f"Expected rows inside the {plan.indices.numel()} indices, got one that ends at "
+            f"{int(ends.max())}."
+        )
+
+
+def _check_entries(plan: BlockPlan) -> None:
+    outside = (plan.indices < 0) | (plan.indices >= plan.k_blocks.n)
+    if bool(outside.any()):
+        raise ValueError(
+            f"Expected key blocks 0 to {plan.k_blocks.n - 1}, "
+            f"got {int(plan.indices[_first(outside)])}."
+        )
+    part, is_full = _parts(plan)
+    block = plan.indices[plan.entries].long()
+    falling = (part.diff() == 0) & (block.diff() <= 0)
+    if bool(falling.any()):
+        at = _first(falling)
+        raise ValueError(
+            "Expected ascending key blocks in the full and in the partial part of a row, got "
+            f"{int(block[at])} before {int(block[at + 1])}."
+        )
+    # Ascending parts repeat a block only between the full and the partial part of one row.
+    listed = (part // 2 * plan.k_blocks.n + block).sort().values
+    repeated = listed.diff() == 0
+    if bool(repeated.any()):
+        raise ValueError(
+            "Expected every key block at most once in a row, got block "
+            f"{int(listed[_first(repeated)]) % plan.k_blocks.n} as full and as partial."
+        )
+    short = is_full & (plan.k_blocks.lengths[block] < plan.k_blocks.size)
+    if bool(short.any()):
+        raise ValueError(
+            f"Expected full entries only for key blocks of {plan.k_blocks.size} tokens, got block "
+            f"{int(block[_first(short)])} with fewer. List it as partial."
+        )
+
+
+def _parts(plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """Of each entry in use: twice its row number, plus 1 in the partial part; and if it is full."""
+    count = torch.stack([plan.full.flatten(), plan.partial.flatten()], dim=-1).flatten().long()
+    part = torch.arange(count.numel(), device=plan.device).repeat_interleave(count)
+    return part, part % 2 == 0
+
+
+def _check_levels(plan: BlockPlan, level: Tensor) -> None:
+    if level.shape != plan.indices.shape:
+        raise ValueError(
+            f"Expected a level for each of {plan.indices.numel()} indices, got {list(level.shape)}."
+        )
+    used = level[plan.entries].int()
+    bad = (used < 1) | (used > _MAX_LEVEL) | (used & (used - 1) != 0)
+    if bool(bad.any()):
+        raise ValueError(
+            f"Expected levels that are powers of two from 1 to {_MAX_LEVEL}, "
+            f"got {int(used[_first(bad)])}."
+        )
+    masked = (used > 1) & ~_parts(plan)[1]
+    if bool(masked.any()):
+        raise ValueError(
+            f"Expected pooled entries only in the full part of a row, got level "
+            f"{int(used[_first(masked)])} in a partial part, where elements are masked."
+        )
+
+
+def _check_box(plan: BlockPlan, box: BoxPredicate) -> None:
+    heads = box.lower.shape[0]
+    shapes = {
+        "lower": [heads, plan.q_blocks.total],
+        "upper": [heads, plan.q_blocks.total],
+        "above": [plan.k_blocks.total],
+        "below": [plan.k_blocks.total],
+    }
+    for name, shape in shapes.items():
+        if list(getattr(box, name).shape) != shape:
+            raise ValueError(
+                f"Expected box.{name} of shape {shape}, got {list(getattr(box, name).shape)}."
+            )
+    if not isinstance(box.guard, int) or not 0 < box.guard < 2**31:
+        raise ValueError(f"Expected box.guard as a positive int of 31 bits, got {box.guard!r}.")
+    allowed = (1 << (box.guard.bit_length() - 1)) - 1 & ~box.guard
+    for name in shapes:
+        corner = getattr(box, name)
+        if bool((corner & ~allowed).any()):
+            raise ValueError(
+                f"Expected box.{name} with values only below the guard bits of {box.guard:#x}, got "
+                f"{int(corner[corner & ~allowed != 0][0]):#x}. Give every field one bit more than "
+                "its values."
+            )
+
+
+def _head_counts(plan: BlockPlan) -> dict[str, int]:
+    """How many heads each part of a plan tells apart."""
+    counts = {"the lists": plan.offsets.shape[1]}
+    if plan.box is not None:
+        counts["the box"] = plan.box.lower.shape[0]
+    if plan.order is not None and plan.order.index.ndim == 2:
+        counts["the order"] = plan.order.index.shape[0]
+    return counts
+
+
+def _check_heads(plan: BlockPlan) -> None:
+    counts = {name: n for name, n in _head_counts(plan).items() if n != 1}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        got = " and ".join(f"{n} in {name}" for name, n in counts.items())
+        raise ValueError(f"Expected one number of heads, or 1, in all parts of a plan, got {got}.")
+
+
+def _check_order(plan: BlockPlan) -> None:
+    if plan.order is None:
+        return
+    lengths = (plan.q_blocks.total, plan.k_blocks.total)
+    if lengths != (plan.order.length, plan.order.length):
+        raise ValueError(
+            f"Expected an order of as many tokens as the plan's queries and keys, {lengths[0]} and "
+            f"{lengths[1]}, got {plan.order}. Use orders.lift to put a grid's order into a layout."
+        )
+    plan.order.check()
+
+
+def _first(flags: Tensor) -> int:
+    return int(flags.flatten().nonzero()[0])
