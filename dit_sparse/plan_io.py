@@ -1,0 +1,197 @@
+"""Plans as files: one safetensors file, the scalars as JSON in its metadata. Never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from dit_sparse.grid import Permutation
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan_check import check, tensors
+
+_KEY = "dit_sparse.plan"
+_VERSION = 1
+_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "q_size": int,
+    "k_size": int,
+    "tail": str,
+    "guard": (int, type(None)),
+    "tensors": dict,
+    "sha256": str,
+}
+_LISTS = ("q_blocks.starts", "k_blocks.starts", "indices", "offsets", "full", "partial")
+_BOX = ("box.lower", "box.upper", "box.above", "box.below")
+
+
+def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
+    """Writes a plan, whole or not at all, and returns the path.
+
+    Raises:
+        ValueError: the plan is not well-formed (`plan_check.check`).
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check(plan)
+    stored, names = _without_copies(plan)
+    header = {
+        "version": _VERSION,
+        "q_size": plan.q_blocks.size,
+        "k_size": plan.k_blocks.size,
+        "tail": plan.tail,
+        "guard": None if plan.box is None else plan.box.guard,
+        "tensors": names,
+        "sha256": _digest(safetensors.torch.save(stored)),
+    }
+    data = safetensors.torch.save(stored, metadata={_KEY: json.dumps(header)})
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Expected to write a plan, got {error.strerror!r}. Give a file in an existing folder "
+            "that you may write to",
+            str(path),
+        ) from error
+    return path
+
+
+def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
+    """Reads a plan that `save_plan` wrote, on the CPU; `plan.to(device)` moves it.
+
+    Raises:
+        ValueError: the file is not a plan, is damaged, or was written in another format version.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Expected to read a plan, got {error.strerror!r}. Give a file that save_plan wrote",
+            str(path),
+        ) from error
+    try:
+        stored = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Expected a plan in {path}, got a file that is truncated or not safetensors "
+            f"({error}). Write it again with save_plan."
+        ) from error
+    header = _header(data, path)
+    if _digest(data) != header["sha256"]:
+        raise ValueError(
+            f"Expected the tensors that were written to {path}, got others: the file is damaged. "
+            "Write it again with save_plan."
+        )
+    try:
+        return check(_plan(header, stored))
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a well-formed plan in {path}. {error} Write it again with save_plan."
+        ) from error
+
+
+def _without_copies(plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, and for every tensor of the plan the name it is stored under."""
+    stored: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    seen: list[tuple[Tensor, str]] = []
+    for name, tensor in tensors(plan):
+        known = next((n for t, n in seen if t is tensor), None)
+        names[name] = known or name
+        if known is None:
+            seen.append((tensor, name))
+            # A clone, because safetensors refuses views that share storage.
+            stored[name] = tensor.detach().cpu().contiguous().clone()
+    return stored, names
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes beside the path and renames, so that a reader never meets half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(data: bytes) -> str:
+    """SHA-256 of the tensor bytes of a serialised file, which its JSON header does not enter."""
+    return hashlib.sha256(memoryview(data)[_header_end(data) :]).hexdigest()
+
+
+def _header_end(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _header(data: bytes, path: Path) -> Mapping[str, Any]:
+    metadata = json.loads(data[8 : _header_end(data)]).get("__metadata__") or {}
+    if _KEY not in metadata:
+        raise ValueError(
+            f"Expected a plan in {path}, got a safetensors file of something else. Give a file "
+            "that save_plan wrote."
+        )
+    try:
+        header = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Expected JSON in the header of {path}, got {error}. Write it again with save_plan."
+        ) from error
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != _VERSION:
+        raise ValueError(
+            f"Expected format version {_VERSION} in {path}, got {version!r}. Read it with the "
+            "release that wrote it, or make the plan again."
+        )
+    for field, types in _FIELDS.items():
+        if field not in header or not isinstance(header[field], types):
+            got = repr(header[field]) if field in header else "none"
+            raise ValueError(
+                f"Expected the header field {field!r} in {path}, got {got}. Write it again with "
+                "save_plan."
+            )
+    return header
+
+
+def _plan(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> BlockPlan:
+    found = _named_tensors(header, stored)
+    box = None
+    if header["guard"] is not None:
+        lower, upper, above, below = (found[name] for name in _BOX)
+        box = BoxPredicate(lower, upper, above, below, header["guard"])
+    return BlockPlan(
+        q_blocks=Blocks(found["q_blocks.starts"], header["q_size"]),
+        k_blocks=Blocks(found["k_blocks.starts"], header["k_size"]),
+        indices=found["indices"],
+        offsets=found["offsets"],
+        full=found["full"],
+        partial=found["partial"],
+        box=box,
+        level=found.get("level"),
+        tail=header["tail"],
+        order=Permutation(found["order.index"]) if "order.index" in found else None,
+    )
+
+
+def _named_tensors(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = header["tensors"]
+    required = {*_LISTS, *(_BOX if header["guard"] is not None else ())}
+    for name in sorted(required - set(names)):
+        raise ValueError(f"Expected a tensor {name!r}, got none.")
+    known = required | {"level", "order.index"}
+    for name in sorted(set(names) - known):
+        raise ValueError(f"Expected tensors {', '.join(sorted(known))}, got {name!r}.")
+    for name, key in names.items():
+        if not isinstance(key, str) or key not in stored:
+            raise ValueError(f"Expected a tensor {key!r} for {name!r}, got none.")
+    return {name: stored[key] for name, key in names.items()}
