@@ -176,9 +176,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         )
     for name, size, lists in zip(("batch", "heads"), q.shape, plan.offsets.shape, strict=False):
         if lists not in (1, size):
-            raise ValueError(
-                f"Expected a plan for {name} 1 or {size}, got one for {lists}."
-            )
+            raise ValueError(f"Expected a plan for {name} 1 or {size}, got one for {lists}.")
 
 
 def _unknown_backend(name: str) -> str:

@@ -41,7 +41,7 @@ class TritonBackend:
         if q.dtype not in _DTYPES:
             return f"expected bfloat16, float16 or float32, got {q.dtype}."
         if q.is_cuda and _capability(q.device) < (8, 0):
-            return f"expected a GPU of compute capability 8.0 or later, got {_capability(q.device)}."
+            return f"expected compute capability 8.0 or later, got {_capability(q.device)}."
         if max(q.shape[-1], v.shape[-1]) > 256:
             return f"expected a head dim of at most 256, got {max(q.shape[-1], v.shape[-1])}."
         if plan.q_blocks.size not in _BLOCKS[:-1] or plan.k_blocks.size not in _BLOCKS:

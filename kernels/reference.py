@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,12 +66,9 @@ class _Lists:
         self.plan = plan
         self.heads = max(plan.offsets.shape[1], 1 if plan.box is None else plan.box.lower.shape[0])
         starts = plan.q_blocks.starts.tolist()
-        self.rows = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        self.rows = [slice(a, b) for a, b in pairwise(starts)]
         k_starts = plan.k_blocks.starts.tolist()
-        self._keys = [
-            torch.arange(a, b, device=plan.device)
-            for a, b in zip(k_starts, k_starts[1:], strict=False)
-        ]
+        self._keys = [torch.arange(a, b, device=plan.device) for a, b in pairwise(k_starts)]
         self._offsets, self._full, self._partial, self._indices = (
             t.tolist() for t in (plan.offsets, plan.full, plan.partial, plan.indices)
         )
@@ -130,18 +128,18 @@ def _row(
     q: Tensor, k: Tensor, v: Tensor, picked: _Picked, tail: _Tail | None
 ) -> tuple[Tensor, Tensor]:
     """Softmax over everything that one (already scaled) query block reads."""
-    keys, values, biases = [k[..., picked.keys, :]], [v[..., picked.keys, :]], [None]
+    keys, values = [k[..., picked.keys, :]], [v[..., picked.keys, :]]
+    biases = [q.new_zeros(len(picked.keys))]
     for positions, level in picked.pools:
         for group in positions.split(level):
             keys.append(k[..., group, :].mean(-2, keepdim=True))
             values.append(v[..., group, :].mean(-2, keepdim=True))
-            biases.append(torch.tensor([float(len(group))], device=q.device).log())
+            biases.append(q.new_tensor([len(group)]).log())
     if tail is not None:
         keys.append(tail.keys[..., picked.unlisted, :])
         values.append(tail.values[..., picked.unlisted, :])
         biases.append(tail.bias[picked.unlisted])
-    bias = torch.cat([q.new_zeros(keys[0].shape[-2]), *(b.to(q) for b in biases[1:] if b is not None)])
-    scores = q @ torch.cat(keys, -2).transpose(-2, -1) + bias
+    scores = q @ torch.cat(keys, -2).transpose(-2, -1) + torch.cat(biases)
     if picked.mask is not None:
         hidden = ~picked.mask
         scores[..., : hidden.shape[1]].masked_fill_(hidden, float("-inf"))

@@ -51,7 +51,9 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> SparseMethod:
         ValueError: unknown name or option (the sentence suggests the nearest), or a bad value.
     """
     if name not in names():
-        raise ValueError(f"Expected a method among {', '.join(names())}, got {name!r}.{_near(name, names())}")
+        raise ValueError(
+            f"Expected a method among {', '.join(names())}, got {name!r}.{_near(name, names())}"
+        )
     known = [option.name for option in describe(name)]
     for option in options or {}:
         if option not in known:

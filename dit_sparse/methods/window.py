@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from dit_sparse import orders
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+
+Extents: TypeAlias = tuple[int, int, int]
 
 _AXES = ("frames", "height", "width")
 _DEFAULT_DENSITY = 0.3
@@ -33,17 +36,18 @@ class WindowMethod:
     Args:
         window: tokens (int) or share of the axis (float) per axis, as (frames, height, width),
             or (height, width) for images.
-        density: instead of a window: the share of all keys that a query reads, spread evenly over
-            the axes; 0.3 if neither is given.
-        stride: queries per axis that share one window; one number or one per axis.
+        density: instead of a window: the share of blocks to visit, spread evenly over the axes;
+            windows are then odd multiples of the tile. 0.3 if neither is given.
+        stride: queries per axis that share one window; one number or one per axis. By default 1
+            for a window and the tile for a density.
         tile: tokens per axis of the tiles that blocks are cut from; by default the shape that
-            visits the fewest blocks for this grid and window.
+            visits the fewest blocks on this grid.
         block: tokens a block holds at most: 64 or 128.
     """
 
     window: tuple[int | float, ...] | None = None
     density: float | None = None
-    stride: int | tuple[int, ...] = 1
+    stride: int | tuple[int, ...] | None = None
     tile: tuple[int, ...] | None = None
     block: int = 128
 
@@ -57,11 +61,13 @@ class WindowMethod:
             )
         if self.density is not None and not 0.0 < self.density <= 1.0:  # NaN fails too
             raise ValueError(f"Expected a density above 0 and at most 1, got {self.density}.")
+        if isinstance(self.stride, int) and self.stride < 1:
+            raise ValueError(f"Expected a stride of at least 1, got {self.stride}.")
         if self.block not in (64, 128):
             raise ValueError(f"Expected a block of 64 or 128 tokens, got {self.block}.")
-        for name in ("window", "tile"):
+        for name in ("window", "tile", "stride"):
             value = getattr(self, name)
-            if value is not None and len(value) not in (2, 3):
+            if isinstance(value, tuple) and len(value) not in (2, 3):
                 raise ValueError(
                     f"Expected {name} as (frames, height, width) or (height, width), got {value}."
                 )
@@ -71,80 +77,56 @@ class WindowMethod:
 
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         layout, grid = ctx.layout, ctx.layout.grid
-        window, stride = self.window_of(grid), self.stride_of(grid)
-        tile = self.tile_of(grid)
-        spans = [_span(*args) for args in zip(grid.shape, window, stride, strict=True)]
-        order = orders.lift(orders.tile(grid, tile), layout)
-        blocks = Blocks.of_runs(_runs(layout, orders.tile_runs(grid, tile)), self.block)
+        shape = self.shape_on(grid)
+        spans = [_span(*a) for a in zip(grid.shape, shape.window, shape.stride, strict=True)]
+        order = orders.lift(orders.tile(grid, shape.tile), layout)
+        blocks = Blocks.of_runs(_runs(layout, orders.tile_runs(grid, shape.tile)), self.block)
         tokens = _Tokens.of(layout, order.index, spans)
         visited, full = _classify(tokens, blocks)
+        real = _real_keys(layout, blocks)
         plan = BlockPlan.from_mask(
-            visited & _real_keys(layout, blocks),
+            visited & real,
             blocks,
             blocks,
-            full=full,
-            box=_pack(tokens, grid),
+            full=full & real,
+            box=_pack(tokens, grid) if bool((visited & ~full).any()) else None,
             order=order,
         )
         return plan.to(q.device)
 
-    def window_of(self, grid: TokenGrid) -> tuple[int, int, int]:
-        """The window in tokens on this grid.
+    def shape_on(self, grid: TokenGrid) -> WindowShape:
+        """Window, stride and tile in tokens on a grid.
 
         Raises:
-            ValueError: a window below 1 or above the extent of its axis.
+            ValueError: a window outside 1 to the extent of its axis, a stride outside 1 to the
+                window, or a tile below 1; the sentence names the axis.
         """
+        tile = None if self.tile is None else _tokens(self.tile, "tile", grid, grid.shape)
         if self.window is None:
-            moving = sum(extent > 1 for extent in grid.shape) or 1
-            share = (self.density or _DEFAULT_DENSITY) ** (1 / moving)
-            asked: tuple[int | float, ...] = (share,) * 3
+            shape = window_for_density(grid, self.density or _DEFAULT_DENSITY, self.block, tile)
+            if self.stride is None:
+                return shape
+            window = shape.window
         else:
-            asked = _three(self.window, "window", grid)
-        tokens = []
-        for axis, extent, size in zip(_AXES, grid.shape, asked, strict=True):
-            count = max(1, math.ceil(size * extent - 1e-9)) if isinstance(size, float) else size
-            if not 1 <= count <= extent or not (isinstance(size, int) or 0.0 < size <= 1.0):
-                raise ValueError(
-                    f"Expected a window along {axis} between 1 and the grid's {extent} tokens (or "
-                    f"a share above 0.0 and at most 1.0), got {size!r} for the grid {grid}."
-                )
-            tokens.append(count)
-        return tokens[0], tokens[1], tokens[2]
+            window = _tokens(self.window, "window", grid, grid.shape)
+        stride = self.stride or 1
+        if isinstance(stride, int):
+            stride = tuple(min(stride, w) for w in window)
+        stride = _tokens(stride, "stride", grid, window)
+        return WindowShape(window, stride, tile or best_tile(grid, window, stride, self.block))
 
-    def stride_of(self, grid: TokenGrid) -> tuple[int, int, int]:
-        """The stride in tokens on this grid.
 
-        Raises:
-            ValueError: a stride below 1 or above the window of its axis.
-        """
-        window = self.window_of(grid)
-        if isinstance(self.stride, int):
-            if self.stride < 1:
-                raise ValueError(f"Expected a stride of at least 1, got {self.stride}.")
-            a, b, c = (min(self.stride, w) for w in window)
-            return a, b, c
-        stride = _three(self.stride, "stride", grid)
-        for axis, s, w in zip(_AXES, stride, window, strict=True):
-            if not isinstance(s, int) or not 1 <= s <= w:
-                raise ValueError(
-                    f"Expected a stride along {axis} between 1 and the window of {w}, got {s!r}."
-                )
-        return int(stride[0]), int(stride[1]), int(stride[2])
+@dataclass(frozen=True)
+class WindowShape:
+    """A window on one grid, in tokens along (frames, height, width)."""
 
-    def tile_of(self, grid: TokenGrid) -> tuple[int, int, int]:
-        """The tile in tokens on this grid."""
-        if self.tile is None:
-            return best_tile(grid, self.window_of(grid), self.stride_of(grid), self.block)
-        tile = _three(self.tile, "tile", grid)
-        if any(not isinstance(t, int) or t < 1 for t in tile):
-            raise ValueError(f"Expected tile extents of at least 1, got {self.tile}.")
-        return int(tile[0]), int(tile[1]), int(tile[2])
+    window: Extents
+    stride: Extents
+    tile: Extents
 
 
 @cache
-def best_tile(
-    grid: TokenGrid, window: tuple[int, int, int], stride: tuple[int, int, int], block: int
-) -> tuple[int, int, int]:
+def best_tile(grid: TokenGrid, window: Extents, stride: Extents, block: int) -> Extents:
     """The tile of at most `block` tokens for which the fewest (query, key) blocks are visited.
 
     The count is a product over the axes, so all shapes are tried exactly.
@@ -153,16 +135,54 @@ def best_tile(
         {t: _visited_tiles(extent, w, s, t) for t in range(1, min(extent, block) + 1)}
         for extent, w, s in zip(grid.shape, window, stride, strict=True)
     ]
-    shapes = (
+
+    def cost(tile: Extents) -> tuple[int, int]:
+        # Among equal counts the most cubic tile: its neighbours are nearest, which L2 likes.
+        return math.prod(v[t] for v, t in zip(visits, tile, strict=True)), sum(tile)
+
+    return min(_shapes(grid, block), key=cost)
+
+
+@cache
+def window_for_density(
+    grid: TokenGrid, density: float, block: int, tile: Extents | None = None
+) -> WindowShape:
+    """Tile and window whose visited share of blocks is nearest to a density, strided by the tile.
+
+    Windows that are odd multiples of a tile, strided by it, are made of whole tiles: nothing of a
+    visited block is masked. Shapes within 10 % of the density compete on visited blocks, which is
+    what time is spent on; the others on how near they come.
+    """
+    share = density ** (1 / (sum(extent > 1 for extent in grid.shape) or 1))
+
+    @cache
+    def axis(extent: int, t: int) -> tuple[int, int, float]:
+        window = extent
+        if share < 1.0:
+            window = min(t * max(1, 2 * round((share * extent / t - 1) / 2) + 1), extent)
+        visits = _visited_tiles(extent, window, min(t, window), t)
+        return window, visits, visits / math.ceil(extent / t) ** 2
+
+    def cost(shape: Extents) -> tuple[float, int, int]:
+        axes = [axis(extent, t) for extent, t in zip(grid.shape, shape, strict=True)]
+        miss = abs(math.log(math.prod(a[2] for a in axes) / density))
+        return max(miss, math.log(1.1)), math.prod(a[1] for a in axes), sum(shape)
+
+    best = min([tile] if tile else _shapes(grid, block), key=cost)
+    a, b, c = (axis(extent, t)[0] for extent, t in zip(grid.shape, best, strict=True))
+    stride = (min(best[0], a), min(best[1], b), min(best[2], c))
+    return WindowShape((a, b, c), stride, best)
+
+
+def _shapes(grid: TokenGrid, block: int) -> list[Extents]:
+    """Every tile on this grid of at most `block` tokens."""
+    frames, height, width = (min(extent, block) for extent in grid.shape)
+    return [
         (f, h, w)
-        for f in visits[0]
-        for h in visits[1]
-        if f * h <= block
-        for w in visits[2]
-        if f * h * w <= block
-    )
-    # Among equal counts the most cubic tile: its neighbours are nearest, which L2 likes.
-    return min(shapes, key=lambda t: (math.prod(v[x] for v, x in zip(visits, t, strict=True)), sum(t)))
+        for f in range(1, frames + 1)
+        for h in range(1, min(height, block // f) + 1)
+        for w in range(1, min(width, block // (f * h)) + 1)
+    ]
 
 
 def _visited_tiles(extent: int, window: int, stride: int, tile: int) -> int:
@@ -182,16 +202,26 @@ def _span(extent: int, window: int, stride: int) -> tuple[Tensor, Tensor]:
     return low, low + window - 1
 
 
-def _three(
-    values: tuple[int | float, ...], name: str, grid: TokenGrid
-) -> tuple[int | float, int | float, int | float]:
+def _tokens(
+    values: tuple[int | float, ...], name: str, grid: TokenGrid, limits: Extents
+) -> Extents:
+    """Tokens per axis from counts and shares; two values mean (height, width) of an image."""
     if len(values) == 2 and grid.frames == 1:
-        return (1, values[0], values[1])
-    if len(values) == 3:
-        return (values[0], values[1], values[2])
-    raise ValueError(
-        f"Expected {name} as (frames, height, width) for the grid {grid}, got {values}."
-    )
+        values = (1, *values)
+    if len(values) != 3:
+        raise ValueError(
+            f"Expected {name} as (frames, height, width) for the grid {grid}, got {values}."
+        )
+    tokens = []
+    for axis, extent, limit, size in zip(_AXES, grid.shape, limits, values, strict=True):
+        share = isinstance(size, float)
+        if not (0.0 < size <= 1.0 if share else 1 <= size <= limit):
+            raise ValueError(
+                f"Expected a {name} along {axis} between 1 and {limit} tokens, or a share of the "
+                f"axis above 0.0 and at most 1.0, got {size!r} on the grid {grid}."
+            )
+        tokens.append(max(1, min(limit, round(size * extent))) if share else int(size))
+    return tokens[0], tokens[1], tokens[2]
 
 
 def _runs(layout: TokenLayout, tiles: list[int]) -> list[int]:
@@ -201,7 +231,7 @@ def _runs(layout: TokenLayout, tiles: list[int]) -> list[int]:
     for segment in layout.segments:
         if isinstance(segment, TextSpan):
             cuts = sorted({0, segment.length, *(segment.valid or ())})
-            runs += [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+            runs += [b - a for a, b in pairwise(cuts)]
         elif seen:
             runs.append(segment.length)
         else:
@@ -239,7 +269,8 @@ def _classify(tokens: _Tokens, blocks: Blocks) -> tuple[Tensor, Tensor]:
     of = blocks.of_token[:, None].expand(-1, 3)
 
     def per_block(values: Tensor, reduce: str) -> Tensor:
-        return values.new_zeros(blocks.n, 3).scatter_reduce(0, of, values, reduce, include_self=False)
+        empty = values.new_zeros(blocks.n, 3)
+        return empty.scatter_reduce(0, of, values, reduce, include_self=False)
 
     k_min, k_max = per_block(tokens.at, "amin"), per_block(tokens.at, "amax")
     any_low, any_high = per_block(tokens.low, "amin"), per_block(tokens.high, "amax")
