@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
@@ -41,15 +42,15 @@ def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     check(plan)
     stored, names = _without_copies(plan)
-    header = {
+    header: dict[str, Any] = {
         "version": _VERSION,
         "q_size": plan.q_blocks.size,
         "k_size": plan.k_blocks.size,
         "tail": plan.tail,
         "guard": None if plan.box is None else plan.box.guard,
         "tensors": names,
-        "sha256": _digest(safetensors.torch.save(stored)),
     }
+    header["sha256"] = _digest(header, stored)
     data = safetensors.torch.save(stored, metadata={_KEY: json.dumps(header)})
     try:
         _replace(path, data)
@@ -87,9 +88,9 @@ def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
             f"({error}). Write it again with save_plan."
         ) from error
     header = _header(data, path)
-    if _digest(data) != header["sha256"]:
+    if _digest(header, stored) != header["sha256"]:
         raise ValueError(
-            f"Expected the tensors that were written to {path}, got others: the file is damaged. "
+            f"Expected in {path} what save_plan wrote, got other contents: the file is damaged. "
             "Write it again with save_plan."
         )
     try:
@@ -125,17 +126,21 @@ def _replace(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _digest(data: bytes) -> str:
-    """SHA-256 of the tensor bytes of a serialised file, which its JSON header does not enter."""
-    return hashlib.sha256(memoryview(data)[_header_end(data) :]).hexdigest()
-
-
-def _header_end(data: bytes) -> int:
-    return 8 + int.from_bytes(data[:8], "little")
+def _digest(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> str:
+    """SHA-256 of everything that the file says, apart from the digest itself."""
+    scalars = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(scalars, sort_keys=True).encode())
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _header(data: bytes, path: Path) -> Mapping[str, Any]:
-    metadata = json.loads(data[8 : _header_end(data)]).get("__metadata__") or {}
+    # A safetensors file begins with the length of its JSON header, 8 bytes.
+    metadata = (
+        json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    )
     if _KEY not in metadata:
         raise ValueError(
             f"Expected a plan in {path}, got a safetensors file of something else. Give a file "
