@@ -1,0 +1,280 @@
+"""Blocks, boxes and plans against masks built element by element."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_sparse.grid import Permutation
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan_check import check
+
+runs = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any)
+sizes = st.sampled_from([1, 2, 3, 4, 8])
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes and coordinates as they are meant, before packing: `[..., axes]`."""
+
+    bits: tuple[int, ...]
+    low: Tensor  # [heads, n_q, axes]
+    high: Tensor
+    key: Tensor  # [n_k, axes]
+    text: Tensor  # bool [n_k]
+
+    @staticmethod
+    def random(bits: tuple[int, ...], heads: int, n_q: int, n_k: int, seed: int) -> "Boxes":
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            columns = [torch.randint(2**b, shape, generator=generator) for b in bits]
+            return torch.stack(columns, dim=-1)
+
+        ends = torch.stack([draw(heads, n_q), draw(heads, n_q)]).sort(0).values
+        text = torch.rand(n_k, generator=generator) < 0.2
+        return Boxes(bits, ends[0], ends[1], draw(n_k), text)
+
+    def mask(self) -> Tensor:
+        """bool `[heads, n_q, n_k]`, one comparison per axis."""
+        key = self.key[None, None]
+        inside = (self.low[:, :, None] <= key) & (key <= self.high[:, :, None])
+        return inside.all(-1) | self.text
+
+    def packed(self) -> BoxPredicate:
+        shifts = [0, *itertools.accumulate(b + 1 for b in self.bits)][:-1]
+        ones = sum((2**b - 1) << s for b, s in zip(self.bits, shifts, strict=True))
+        guard = sum(1 << (s + b) for b, s in zip(self.bits, shifts, strict=True))
+
+        def pack(values: Tensor) -> Tensor:
+            return sum(values[..., a] << s for a, s in enumerate(shifts)).int()
+
+        key = pack(self.key)
+        return BoxPredicate(
+            lower=pack(self.low),
+            upper=pack(self.high),
+            above=torch.where(self.text, ones, key).int(),
+            below=torch.where(self.text, 0, key).int(),
+            guard=guard,
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    plan: BlockPlan
+    expected: Tensor  # bool [B, H, N_q, N_k] in the caller's order
+    listed: Tensor  # bool [B, H, n_q, n_k]
+
+
+def blocks_one_by_one(blocks: Blocks) -> list[range]:
+    return [range(a, b) for a, b in itertools.pairwise(blocks.starts.tolist())]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Random lists, boxes and orders, each shared or per batch entry and head."""
+    seed = draw(st.integers(0, 10_000))
+    generator = torch.Generator().manual_seed(seed)
+    q_runs = draw(runs)
+    total = sum(q_runs)
+    q_blocks = Blocks.of_runs(q_runs, draw(sizes))
+    k_blocks = Blocks.of_runs(draw(st.permutations(q_runs)), draw(sizes))
+    heads, batch = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 2]))
+    box_heads = draw(st.sampled_from([None, 1, 3]))
+    order_heads = draw(st.sampled_from([None, 1, 3]))
+    shape = (batch, heads, q_blocks.n, k_blocks.n)
+    visited = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    full = torch.rand(shape, generator=generator) < 0.5
+    boxes = None
+    if box_heads:
+        boxes = Boxes.random((2, 0, 3), box_heads, total, total, seed)
+    order = None
+    if order_heads:
+        rows = [torch.randperm(total, generator=generator) for _ in range(order_heads)]
+        order = Permutation(torch.stack(rows) if draw(st.booleans()) else rows[0])
+    plan = BlockPlan.from_mask(
+        visited, q_blocks, k_blocks, full=full, box=boxes and boxes.packed(), order=order
+    )
+    return Problem(plan, _expected(plan, visited, full, boxes), visited)
+
+
+def _expected(plan: BlockPlan, visited: Tensor, full: Tensor, boxes: Boxes | None) -> Tensor:
+    per_head = plan.order is not None and plan.order.index.ndim == 2
+    order_heads = plan.order.index.shape[0] if plan.order is not None and per_head else 1
+    heads = max(visited.shape[1], boxes.low.shape[0] if boxes else 1, order_heads)
+    total = plan.q_blocks.total
+    mask = torch.zeros(visited.shape[0], heads, total, total, dtype=torch.bool)
+    for b, h in itertools.product(range(visited.shape[0]), range(heads)):
+        list_head = h % visited.shape[1]
+        inside = torch.ones(total, total, dtype=torch.bool)
+        if boxes is not None:
+            inside = boxes.mask()[h % boxes.low.shape[0]]
+        caller = torch.arange(total)
+        if plan.order is not None:
+            caller = plan.order.index.view(-1, total)[h % order_heads]
+        for (i, qs), (j, ks) in itertools.product(
+            enumerate(blocks_one_by_one(plan.q_blocks)),
+            enumerate(blocks_one_by_one(plan.k_blocks)),
+        ):
+            if not visited[b, list_head, i, j]:
+                continue
+            unmasked = full[b, list_head, i, j] and len(ks) == plan.k_blocks.size
+            for q, k in itertools.product(qs, ks):
+                mask[b, h, caller[q], caller[k]] = bool(unmasked or inside[q, k])
+    return mask
+
+
+class TestBlocks:
+    @given(runs, sizes)
+    def test_blocks_cut_and_never_straddle(self, parts, size):
+        blocks = Blocks.of_runs(parts, size)
+        edges = set(itertools.accumulate(parts, initial=0))
+        pieces = blocks_one_by_one(blocks)
+        assert [i for piece in pieces for i in piece] == list(range(sum(parts)))
+        for piece in pieces:
+            assert 1 <= len(piece) <= size
+            assert not edges & set(range(piece.start + 1, piece.stop))
+            assert len(piece) == size or piece.stop in edges, "cut short inside a run"
+        assert blocks.of_token.tolist() == [i for i, piece in enumerate(pieces) for _ in piece]
+        assert blocks.lengths.tolist() == [len(piece) for piece in pieces]
+        assert (blocks.n, blocks.total) == (len(pieces), sum(parts))
+
+    def test_uniform(self):
+        assert Blocks.uniform(10, 4).starts.tolist() == [0, 4, 8, 10]
+        assert Blocks.uniform(8, 4).starts.tolist() == [0, 4, 8]
+
+    @pytest.mark.parametrize(("parts", "size"), [([4], 0), ([4], -2), ([4, -1], 2)])
+    def test_refuses(self, parts, size):
+        with pytest.raises(ValueError, match="Expected runs"):
+            Blocks.of_runs(parts, size)
+
+
+class TestBoxPredicate:
+    @given(
+        st.sampled_from([(3,), (1, 4, 2), (0, 5, 6), (7, 0, 0), (2, 2, 2, 2), (9, 9, 10)]),
+        st.sampled_from([1, 2]),
+        st.integers(0, 10_000),
+    )
+    def test_mask_compares_axis_by_axis(self, bits, heads, seed):
+        boxes = Boxes.random(bits, heads, 11, 13, seed)
+        every = slice(None)
+        for head in range(2):
+            got = boxes.packed().mask(head, every, every)
+            assert torch.equal(got, boxes.mask()[head % heads])
+
+    @pytest.mark.parametrize("bits", [(9, 9, 10), (30,), (0, 29)])
+    def test_all_corners_at_31_bits(self, bits):
+        # Extremes borrow across fields if anything does.
+        edges = [sorted({0, 1 % 2**b, 2**b - 1}) for b in bits]
+        points = torch.tensor(list(itertools.product(*edges)))
+        n = len(points)
+        low, high = points.repeat_interleave(n, 0)[None], points.repeat(n, 1)[None]
+        boxes = Boxes(bits, low, high, points, torch.zeros(n, dtype=torch.bool))
+        assert boxes.packed().guard.bit_length() == 31
+        every = slice(None)
+        assert torch.equal(boxes.packed().mask(0, every, every), boxes.mask()[0])
+
+    def test_mask_of_chosen_positions(self):
+        boxes = Boxes.random((2, 2), 1, 6, 7, seed=1)
+        q, k = torch.tensor([4, 0]), torch.tensor([6, 1, 1])
+        got = boxes.packed().mask(0, q, k)
+        assert torch.equal(got, boxes.mask()[0][q][:, k])
+        assert torch.equal(
+            boxes.packed().mask(0, slice(1, 3), slice(2, 7)), boxes.mask()[0][1:3, 2:]
+        )
+
+
+class TestFromMask:
+    @given(problems())
+    def test_visited_and_elements(self, problem):
+        assert torch.equal(check(problem.plan).visited, problem.listed)
+        assert torch.equal(problem.plan.to_mask(), problem.expected)
+
+    @given(problems())
+    def test_density_counts_whole_blocks(self, problem):
+        q, k = problem.plan.q_blocks.lengths, problem.plan.k_blocks.lengths
+        share = (problem.listed * (q[:, None] * k)).sum((-2, -1)).double() / q.sum() / k.sum()
+        assert problem.plan.density == pytest.approx(float(share.mean()), abs=1e-12)
+
+    def test_a_short_block_is_partial(self):
+        visited = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+        plan = BlockPlan.from_mask(visited, Blocks.uniform(3, 4), Blocks.uniform(6, 4))
+        assert (plan.full.item(), plan.partial.item()) == (1, 1)
+        assert plan.has_partial
+
+    @pytest.mark.parametrize(
+        "visited",
+        [
+            torch.ones(1, 1, 2, 2),
+            torch.ones(1, 2, 2, dtype=torch.bool),
+            torch.ones(1, 1, 3, 2, dtype=torch.bool),
+        ],
+    )
+    def test_refuses_masks(self, visited):
+        with pytest.raises(ValueError, match="Expected a bool block mask"):
+            BlockPlan.from_mask(visited, Blocks.uniform(4, 2), Blocks.uniform(4, 2))
+
+    @pytest.mark.parametrize(
+        "full", [torch.ones(1, 3, 2, 2, dtype=torch.bool), torch.ones(1, 1, 2, 2)]
+    )
+    def test_refuses_masks_of_full_blocks(self, full):
+        visited = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+        with pytest.raises(ValueError, match="mask of full blocks"):
+            BlockPlan.from_mask(visited, Blocks.uniform(4, 2), Blocks.uniform(4, 2), full=full)
+
+
+class TestDensity:
+    def plan(self) -> BlockPlan:
+        visited = torch.tensor([[[[True, True, False], [True, False, False]]]])
+        return BlockPlan.from_mask(visited, Blocks.uniform(6, 4), Blocks.uniform(12, 4))
+
+    def test_exact(self):
+        assert self.plan().density == pytest.approx((4 * 8 + 2 * 4) / 72)
+
+    def test_pooled_entries_count_their_rows(self):
+        level = torch.tensor([1, 4, 2, 1], dtype=torch.uint8)
+        plan = check(replace(self.plan(), level=level))
+        assert plan.density == pytest.approx((4 * (4 + 1) + 2 * 2) / 72)
+
+    def test_a_tail_counts_one_row_for_each_unlisted_block(self):
+        plan = replace(self.plan(), tail="zeroth")
+        assert plan.density == pytest.approx((4 * 8 + 2 * 4 + 4 * 1 + 2 * 2) / 72)
+
+
+def test_lists_need_not_lie_one_after_another():
+    """Rows may share entries or leave gaps; methods build such lists without sorting."""
+    blocks = Blocks.uniform(4, 2)
+    plan = BlockPlan(
+        q_blocks=blocks,
+        k_blocks=blocks,
+        indices=torch.tensor([1, 0, 1, 0], dtype=torch.int32),
+        offsets=torch.tensor([[[1], [2]]], dtype=torch.int32).expand(1, 2, 2).contiguous(),
+        full=torch.tensor([[[2, 2], [1, 0]]], dtype=torch.int32),
+        partial=torch.zeros(1, 2, 2, dtype=torch.int32),
+    )
+    expected = torch.tensor([[[True, True], [True, True]], [[False, True], [False, False]]])
+    assert torch.equal(check(plan).visited[0], expected)
+    assert plan.density == pytest.approx(5 / 8)
+
+
+def test_to_moves_every_tensor_and_str_is_one_line():
+    blocks = Blocks.uniform(5, 2)
+    plan = BlockPlan.from_mask(
+        torch.ones(1, 1, 3, 3, dtype=torch.bool),
+        blocks,
+        blocks,
+        box=Boxes.random((2, 2), 1, 5, 5, seed=0).packed(),
+        order=Permutation(torch.arange(5)),
+        tail="zeroth",
+    )
+    moved = plan.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.box.above.device.type == moved.order.index.device.type == "meta"
+    assert moved.q_blocks.starts.device.type == moved.k_blocks.starts.device.type == "meta"
+    assert (moved.tail, moved.box.guard) == ("zeroth", plan.box.guard)
+    assert "\n" not in str(plan)
+    assert "tail zeroth, box, order" in str(plan)
