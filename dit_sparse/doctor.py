@@ -122,12 +122,19 @@ def examine(device: torch.device | str | None = None) -> Diagnosis:
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     probe = _Probe.on(device)
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     return Diagnosis(
-        versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        versions=versions | {package: _version(package) for package in PACKAGES},
         device=_describe(device),
-        sparse=tuple(_check_sparse(backend, probe) for backend in backends()),
+        sparse=(*_missing(), *(_check_sparse(backend, probe) for backend in backends())),
         dense=tuple(_check_dense(kernel, probe) for kernel in _DENSE),
     )
+
+
+def _missing() -> tuple[Check, ...]:
+    if _version("triton") is not None:
+        return ()
+    return (Check("triton", False, "Triton is not installed. On Linux: pip install triton."),)
 
 
 def _check_sparse(backend: Backend, probe: _Probe) -> Check:

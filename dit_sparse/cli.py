@@ -1,0 +1,193 @@
+"""The `dit-sparse` command. Declares options only; `dit_sparse/commands/` does the work.
+
+Data goes to stdout, everything else to stderr. Bad input is one sentence on stderr and exit code 2.
+Imports of torch wait until a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import dit_sparse
+
+DEFAULT_MODEL = "tiny:wan"
+DEFAULT_PROMPT = "a red balloon rises over a quiet harbour"
+
+logger = logging.getLogger("dit_sparse")
+
+app = typer.Typer(
+    name="dit-sparse",
+    help="Faster diffusion transformers through block-sparse attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Format = Annotated[str, typer.Option("--format", help="text or json (one object on stdout).")]
+
+
+@contextmanager
+def _sentences(output_format: str) -> Iterator[None]:
+    """Turns ValueError, which is how this package refuses input, into a sentence and exit 2."""
+    from dit_sparse.commands.words import among
+
+    try:
+        among(output_format, ("text", "json"), "--format")
+        yield
+    except ValueError as error:
+        logger.debug("The refused input was found here:", exc_info=True)
+        typer.echo(f"dit-sparse: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _print(data: Any, text: str, output_format: str) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False) if output_format == "json" else text)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log details and tracebacks of refused input.")
+    ] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # to stderr
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if version:
+        typer.echo(dit_sparse.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Option(help="Folder, hub id, or tiny:<family> (random weights, no download).")
+    ] = DEFAULT_MODEL,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeatable.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    method: Annotated[str, typer.Option(help="See `dit-sparse methods`.")] = "window",
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the method as key=value; repeatable.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Short for --option density=.")] = None,
+    dense_first: Annotated[str, typer.Option(help="First steps kept dense: 3, or 0.2.")] = "0",
+    dense_last: Annotated[str, typer.Option(help="Last steps kept dense: 3, or 0.2.")] = "0",
+    dense_layers: Annotated[
+        str | None, typer.Option(help="Layers kept dense: 0,1,30-39; -1 is the last.")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="Dense below this sequence length.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial noise, for every prompt.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    offload: Annotated[str, typer.Option(help="none, model, sequential or group.")] = "none",
+    backend: Annotated[str | None, typer.Option(help="Use only this sparse backend.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="An .mp4, .gif or .png file.")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run dense: speedup and PSNR.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks.")
+    ] = False,
+    warmup: Annotated[int, typer.Option(help="Untimed steps before the first result.")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    output_format: Format = "text",
+) -> None:
+    """Make pictures with a sparse method and print what they cost."""
+    with _sentences(output_format):
+        from dit_sparse.commands.methods import method_of
+        from dit_sparse.commands.sample import Request
+        from dit_sparse.commands.sample import sample as run
+        from dit_sparse.commands.words import device_of, dtype_of, prompts_of
+
+        target = device_of(device)
+        report = run(
+            Request(
+                model=model,
+                prompts=prompts_of(prompt or [], prompt_file, DEFAULT_PROMPT),
+                method=method_of(
+                    method,
+                    option or [],
+                    density=density,
+                    dense_first=dense_first,
+                    dense_last=dense_last,
+                    dense_layers=dense_layers,
+                    min_tokens=min_tokens,
+                ),
+                output=output,
+                device=target,
+                dtype=dtype_of(dtype, target),
+                negative_prompt=negative_prompt,
+                steps=steps,
+                seed=seed,
+                height=height,
+                width=width,
+                frames=frames,
+                guidance=guidance,
+                offload=offload,
+                backend=backend,
+                fps=fps,
+                compare=compare,
+                compile=compile,
+                warmup=warmup,
+                quiet=quiet,
+            )
+        )
+        _print(report.to_dict(), str(report), output_format)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    output_format: Format = "text",
+) -> None:
+    """Say what is installed and which attention backends run here; exit code 1 if none does."""
+    with _sentences(output_format):
+        from dit_sparse.commands.words import device_of
+        from dit_sparse.doctor import examine
+
+        found = examine(device_of(device))
+        _print(found.to_dict(), str(found), output_format)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(output_format: Format = "text") -> None:
+    """List the sparse attention methods and their options."""
+    with _sentences(output_format):
+        from dit_sparse.commands.tables import method_rows, method_text
+
+        rows = method_rows()
+        _print(rows, method_text(rows), output_format)
+
+
+@app.command()
+def families(output_format: Format = "text") -> None:
+    """List the model families that are supported."""
+    with _sentences(output_format):
+        from dit_sparse.commands.tables import family_rows, family_text
+
+        rows = family_rows()
+        _print(rows, family_text(rows), output_format)
+
+
+def main() -> None:
+    """Entry point of the `dit-sparse` script."""
+    app()
