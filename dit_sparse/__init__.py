@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dit_sparse.method import CallContext, SparseMethod
     from dit_sparse.pipelines.apply import apply, remove, summary
     from dit_sparse.pipelines.load import load
-    from dit_sparse.pipelines.processor import SparseAttnProcessor
+    from dit_sparse.pipelines.mapping import SparseAttnProcessor
     from dit_sparse.plan import BlockPlan
 
 _HOMES = {
@@ -31,7 +31,7 @@ _HOMES = {
     "BlockPlan": "dit_sparse.plan",
     "CallContext": "dit_sparse.method",
     "Permutation": "dit_sparse.grid",
-    "SparseAttnProcessor": "dit_sparse.pipelines.processor",
+    "SparseAttnProcessor": "dit_sparse.pipelines.mapping",
     "SparseMethod": "dit_sparse.method",
     "TextSpan": "dit_sparse.grid",
     "TokenGrid": "dit_sparse.grid",

@@ -1,0 +1,75 @@
+"""The plans of a session: made once for what they depend on, and a bounded number of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import select_backend
+from dit_sparse.backend import Backend
+from dit_sparse.grid import TokenLayout
+from dit_sparse.method import CallContext, SparseMethod
+from dit_sparse.plan import BlockPlan
+
+_KEPT_LAYOUTS = 8
+
+
+@dataclass
+class PlannedCall:
+    """A plan and the backend chosen for each kind of tensors that it met.
+
+    Args:
+        plan: what to compute.
+        choices: by shapes, strides and dtype of the call: the backend and the refusals of those
+            preferred to it.
+    """
+
+    plan: BlockPlan
+    choices: dict[Any, tuple[Backend, tuple[str, ...]]] = field(default_factory=dict)
+
+    def backend(
+        self, q: Tensor, k: Tensor, v: Tensor, name: str | None
+    ) -> tuple[Backend, tuple[str, ...]]:
+        """The backend for a call and the refusals of those before it; see `select_backend`."""
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        kind = (q.dtype, q.shape, q.stride(), k.stride(), v.stride(), v.shape, grad)
+        if kind not in self.choices:
+            self.choices[kind] = select_backend(q, k, v, self.plan, name)
+        return self.choices[kind]
+
+
+class PlanCache:
+    """Plans by layout, device and, where the method says so, layer.
+
+    The plans of the eight layouts used last are kept: enough for guidance with prompts of two
+    lengths at a few resolutions.
+    """
+
+    def __init__(self, method: SparseMethod) -> None:
+        self._method = method
+        self._plans: OrderedDict[tuple[TokenLayout, torch.device], dict[int, PlannedCall]]
+        self._plans = OrderedDict()
+
+    def __len__(self) -> int:
+        """Number of plans kept."""
+        return sum(map(len, self._plans.values()))
+
+    @torch.no_grad()
+    def get(self, q: Tensor, k: Tensor, context: CallContext) -> PlannedCall:
+        """The plan of a call on q, k `[B, H, N, D]`."""
+        scope = self._method.scope
+        if scope == "call":
+            return PlannedCall(self._method.plan(q, k, context))
+        key = (context.layout, q.device)
+        plans = self._plans.setdefault(key, {})
+        self._plans.move_to_end(key)
+        if len(self._plans) > _KEPT_LAYOUTS:
+            self._plans.popitem(last=False)
+        number = context.layer if scope == "layer" else 0
+        if number not in plans:
+            plans[number] = PlannedCall(self._method.plan(q, k, context))
+        return plans[number]

@@ -1,0 +1,147 @@
+"""What ran: per layer the calls that were sparse or dense, why, and how much was computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dit_sparse.plan import BlockPlan
+
+
+@dataclass
+class LayerRecord:
+    """The running count of one attention module; the only mutable part of a record.
+
+    Args:
+        name: module name in the transformer.
+        sparse: calls that ran a plan.
+        dense: calls that did not, by reason.
+        backend: the backend of the latest sparse call.
+        refusals: why the backends preferred to that one did not run.
+        plan: the latest plan; its density is computed when somebody asks, since that waits for
+            the device.
+    """
+
+    name: str
+    sparse: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+    backend: str | None = None
+    refusals: tuple[str, ...] = ()
+    plan: BlockPlan | None = None
+
+    def summarise(self, transformer: str, layer: int, method: str) -> LayerSummary:
+        """A snapshot; computes the density of the latest plan."""
+        return LayerSummary(
+            transformer=transformer,
+            layer=layer,
+            name=self.name,
+            method=method,
+            backend=self.backend,
+            density=None if self.plan is None else self.plan.density,
+            sparse=self.sparse,
+            dense=self.dense.total(),
+            reasons=dict(self.dense),
+            refusals=self.refusals,
+        )
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What one attention module did since the method was applied.
+
+    Args:
+        transformer: component name of its transformer in the pipeline, or its class name.
+        layer: number of the module, counted from 0.
+        name: module name in the transformer.
+        method: name of the method.
+        backend: backend of the latest sparse call, `None` when there was none.
+        density: measured share of the score matrix that the latest sparse call computed.
+        sparse, dense: numbers of calls.
+        reasons: why calls were dense, with counts.
+        refusals: why backends preferred to `backend` did not run.
+    """
+
+    transformer: str
+    layer: int
+    name: str
+    method: str
+    backend: str | None
+    density: float | None
+    sparse: int
+    dense: int
+    reasons: Mapping[str, int]
+    refusals: tuple[str, ...] = ()
+
+
+_HEADER = ("layer", "module", "method", "backend", "density", "sparse", "dense")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What every sparse attention module of a pipeline or transformer did."""
+
+    rows: tuple[LayerSummary, ...]
+
+    @property
+    def sparse(self) -> int:
+        """Calls that ran a plan, over all layers."""
+        return sum(row.sparse for row in self.rows)
+
+    @property
+    def dense(self) -> int:
+        """Calls that ran dense attention, over all layers."""
+        return sum(row.dense for row in self.rows)
+
+    @property
+    def density(self) -> float | None:
+        """Mean measured density of the sparse calls, weighted by calls; `None` without any."""
+        measured = [(row.density, row.sparse) for row in self.rows if row.density is not None]
+        calls = sum(count for _, count in measured)
+        return sum(density * count for density, count in measured) / calls if calls else None
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that ran, in alphabetical order."""
+        return tuple(sorted({row.backend for row in self.rows if row.backend is not None}))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why calls were dense, over all layers, the most frequent reason first."""
+        total: Counter[str] = Counter()
+        for row in self.rows:
+            total.update(row.reasons)
+        return dict(total.most_common())
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why preferred backends did not run, each sentence once."""
+        return tuple(dict.fromkeys(r for row in self.rows for r in row.refusals))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the totals and one dictionary per layer."""
+        return {
+            "sparse": self.sparse,
+            "dense": self.dense,
+            "density": self.density,
+            "backends": list(self.backends),
+            "reasons": self.reasons,
+            "refusals": list(self.refusals),
+            "layers": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        cells = [_HEADER, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        lines += [f"dense {count} times: {reason}" for reason, count in self.reasons.items()]
+        lines += [f"backend passed over: {refusal}" for refusal in self.refusals]
+        return "\n".join(lines)
+
+
+def _cells(row: LayerSummary) -> tuple[str, ...]:
+    density = "-" if row.density is None else f"{row.density:.3f}"
+    place = f"{row.transformer}.{row.name}"
+    counts = (str(row.sparse), str(row.dense))
+    return (str(row.layer), place, row.method, row.backend or "-", density, *counts)

@@ -1,0 +1,83 @@
+"""Which denoising step a forward belongs to, told without waiting for the device if possible."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Moment(NamedTuple):
+    """Where in a generation a forward stands.
+
+    `step` counts from 0 and `steps` is their number; either is `None` when it cannot be known.
+    `generation` counts the generations seen by the clock, so that a new one is noticed.
+    """
+
+    step: int | None
+    steps: int | None
+    generation: int
+
+
+class StepClock:
+    """Counts denoising steps for one transformer.
+
+    With a pipeline whose scheduler counts (`step_index`), the scheduler is asked. Otherwise the
+    `timestep` argument is read, which waits for the device once per forward: it falls from step to
+    step, stays for the calls within one, and a rise begins a generation.
+
+    Args:
+        pipeline: the pipeline that runs the transformer; only a weak reference is kept.
+        steps: the number of steps, where the user states it.
+    """
+
+    def __init__(self, pipeline: object | None = None, steps: int | None = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._steps = steps
+        self._generation = 0
+        self._step = 0
+        self._timesteps: Any = None
+        self._last: float | None = None
+
+    def read(self, timestep: Tensor | float | None) -> Moment:
+        """The moment of a forward that was given this `timestep`."""
+        scheduler = getattr(self._pipeline and self._pipeline(), "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        steps = self._steps
+        if steps is None and timesteps is not None:
+            steps = len(timesteps)
+        if scheduler is not None and hasattr(scheduler, "step_index"):
+            step = scheduler.step_index
+            if step is None:  # before the first scheduler.step(); image-to-image starts late
+                step = getattr(scheduler, "begin_index", None) or 0
+            # set_timesteps() makes a new tensor, so identity tells a restart at the same step.
+            self._advance(step, timesteps is not self._timesteps or step < self._step)
+            self._timesteps = timesteps
+        elif timestep is None:
+            return Moment(None, steps, self._generation)
+        else:
+            self._read_value(float(timestep.max()) if isinstance(timestep, Tensor) else timestep)
+        return Moment(self._step, steps, self._generation)
+
+    def _read_value(self, value: float) -> None:
+        begins = self._last is None or value > self._last
+        same = value == self._last
+        self._last = value
+        self._advance(0 if begins else self._step + (not same), begins)
+
+    def _advance(self, step: int, begins: bool) -> None:
+        self._step = step
+        self._generation += begins
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepClock:
+        # A weak reference would keep pointing at the original pipeline; when the pipeline itself
+        # is being copied its copy is already in the memo.
+        pipeline = self._pipeline and self._pipeline()
+        return StepClock(memo.get(id(pipeline)), self._steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_steps": self._steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(None, state["_steps"])  # type: ignore[misc]

@@ -1,0 +1,204 @@
+"""Putting processors on a transformer, and the hook that tells its session of every forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dit_sparse.forward import Forward
+from dit_sparse.method import SparseMethod
+from dit_sparse.pipelines.clock import StepClock
+from dit_sparse.pipelines.core import CONTEXT_PARALLEL, AttentionCore
+from dit_sparse.pipelines.family import Family, family_of
+from dit_sparse.pipelines.lengths import NotALength
+from dit_sparse.pipelines.processor import sparse_processor
+from dit_sparse.session import Session
+
+_ATTRIBUTE = "_dit_sparse"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One attention module, the processor it had and the one it was given."""
+
+    module: nn.Module
+    stock: Any
+    sparse: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Installation:
+    """Everything that was put on one transformer. It lives on the transformer as an attribute.
+
+    So a deep copy of the transformer has a consistent copy of it, which a hook that closed over
+    its state would not.
+    """
+
+    family: Family
+    session: Session
+    clock: StepClock
+    attachments: tuple[Attachment, ...]
+    hook: RemovableHandle
+
+    def check(self, transformer: nn.Module) -> None:
+        """Refuses a forward that would not do what was asked for.
+
+        Raises:
+            RuntimeError: something replaced our processors.
+            NotImplementedError: the transformer has become context parallel.
+        """
+        _refuse_context_parallel(transformer)
+        lost = [a for a in self.attachments if a.module.processor is not a.sparse]
+        if lost:
+            raise RuntimeError(
+                f"Expected the sparse attention processors of {type(transformer).__name__}, got "
+                f"{type(lost[0].module.processor).__name__} on {len(lost)} of "
+                f"{len(self.attachments)} modules: fuse_qkv_projections, an adapter or a default "
+                "processor replaced them. Undo that, or call dit_sparse.remove(), or apply the "
+                "method afterwards."
+            )
+
+
+def transformer_of(module: nn.Module) -> nn.Module:
+    """The module itself, out of the wrapper that `torch.compile` puts around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def installation_of(transformer: nn.Module) -> Installation | None:
+    """What is installed on a transformer, if anything."""
+    return vars(transformer_of(transformer)).get(_ATTRIBUTE)
+
+
+def attention_modules(transformer: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """The family's self-attention modules by name, in order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {n: m for n, m in transformer.named_modules() if family.attends(n)}
+    if not found:
+        raise ValueError(
+            f"Expected modules named like {family.attention} in {type(transformer).__name__}, got "
+            "none. The family's description does not fit this version of diffusers."
+        )
+    return found
+
+
+def prepare(
+    transformer: nn.Module, method: SparseMethod, backend: str | None
+) -> dict[str, Attachment]:
+    """Makes the session and the processors of a transformer, and touches nothing yet.
+
+    Returns:
+        An attachment for every self-attention module, by module name.
+
+    Raises:
+        ValueError: an unknown transformer, or a processor that the family does not know.
+        NotImplementedError: the transformer is context parallel.
+    """
+    family = family_of(transformer)
+    _refuse_context_parallel(transformer)
+    modules = attention_modules(transformer, family)
+    session = Session(method, tuple(modules), backend)
+    attachments = {}
+    for layer, (name, module) in enumerate(modules.items()):
+        stock = _stock_processor(transformer, module)
+        if type(stock).__name__ not in family.processors:
+            raise ValueError(
+                f"Expected a processor of class {' or '.join(family.processors)} on {name}, got "
+                f"{type(stock).__name__}. Undo what put it there (fused projections, an adapter, "
+                "another acceleration library) first."
+            )
+        sparse = sparse_processor(stock, AttentionCore(session, layer))
+        attachments[name] = Attachment(module, stock, sparse)
+    return attachments
+
+
+def attach(
+    transformer: nn.Module, attachments: Mapping[str, Attachment], clock: StepClock
+) -> Installation:
+    """Gives prepared processors to the modules and registers the hook; replaces what was there."""
+    detach(transformer)
+    for attachment in attachments.values():
+        _set_processor(attachment.module, attachment.sparse)
+    first = next(iter(attachments.values()))
+    installation = Installation(
+        family=family_of(transformer),
+        session=first.sparse.core.session,
+        clock=clock,
+        attachments=tuple(attachments.values()),
+        hook=transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+    )
+    setattr(transformer, _ATTRIBUTE, installation)
+    return installation
+
+
+def detach(transformer: nn.Module) -> None:
+    """Puts the stock processors back and takes hook and state away; does nothing when none is on.
+
+    A processor that something else has put in the place of ours stays.
+    """
+    installation = installation_of(transformer)
+    if installation is None:
+        return
+    for attachment in installation.attachments:
+        if attachment.module.processor is attachment.sparse:
+            _set_processor(attachment.module, attachment.stock)
+    installation.hook.remove()
+    delattr(transformer, _ATTRIBUTE)
+
+
+@torch.compiler.disable
+def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The forward pre-hook: reads layout and step, and tells the session."""
+    installation = installation_of(transformer)
+    if installation is None:
+        return
+    installation.check(transformer)
+    arguments = _bind(type(transformer), args, kwargs)
+    moment = installation.clock.read(arguments.get("timestep"))
+    try:
+        layout, obstacle = installation.family.layout(transformer, arguments), None
+    except NotALength as error:
+        layout, obstacle = None, str(error)
+    installation.session.begin(
+        Forward(layout, obstacle, moment.step, moment.steps, moment.generation)
+    )
+
+
+def _bind(model: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    bound = _signature(model).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+@cache
+def _signature(model: type) -> inspect.Signature:
+    return inspect.signature(model.forward)
+
+
+def _stock_processor(transformer: nn.Module, module: nn.Module) -> Any:
+    """The processor of a module, or the one it had before ours."""
+    installation = installation_of(transformer)
+    attachments = () if installation is None else installation.attachments
+    return next((a.stock for a in attachments if a.sparse is module.processor), module.processor)
+
+
+def _set_processor(module: nn.Module, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # MochiAttention has no setter
+        module.processor = processor
+
+
+def _refuse_context_parallel(transformer: nn.Module) -> None:
+    parallel = getattr(transformer, "_parallel_config", None)
+    if getattr(parallel, "context_parallel_config", None) is not None:
+        raise NotImplementedError(CONTEXT_PARALLEL)
