@@ -181,17 +181,7 @@ class BlockPlan:
         Raises:
             ValueError: a mask of another shape or dtype.
         """
-        expected = (q_blocks.n, k_blocks.n)
-        if visited.ndim != 4 or visited.dtype != torch.bool or visited.shape[2:] != expected:
-            raise ValueError(
-                f"Expected a bool block mask [B, H, {expected[0]}, {expected[1]}], "
-                f"got {visited.dtype} {list(visited.shape)}."
-            )
-        if full is not None and (full.shape != visited.shape or full.dtype != torch.bool):
-            raise ValueError(
-                f"Expected a bool mask of full blocks of shape {list(visited.shape)}, as visited "
-                f"has, got {full.dtype} {list(full.shape)}."
-            )
+        _check_masks(visited, full, (q_blocks.n, k_blocks.n))
         whole = visited & (k_blocks.lengths == k_blocks.size).to(visited.device)
         if full is not None:
             whole &= full
@@ -326,4 +316,17 @@ class BlockPlan:
         return (
             f"BlockPlan({self.q_blocks} x {self.k_blocks}, {batch} batch x {heads} heads, "
             f"density {self.density:.3f}{', ' if extras else ''}{', '.join(extras)})"
+        )
+
+
+def _check_masks(visited: Tensor, full: Tensor | None, expected: tuple[int, int]) -> None:
+    if visited.ndim != 4 or visited.dtype != torch.bool or visited.shape[2:] != expected:
+        raise ValueError(
+            f"Expected a bool block mask [B, H, {expected[0]}, {expected[1]}], "
+            f"got {visited.dtype} {list(visited.shape)}."
+        )
+    if full is not None and (full.shape != visited.shape or full.dtype != torch.bool):
+        raise ValueError(
+            f"Expected a bool mask of full blocks of shape {list(visited.shape)}, as visited "
+            f"has, got {full.dtype} {list(full.shape)}."
         )
