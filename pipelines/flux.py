@@ -6,6 +6,7 @@ Dual-stream and single-stream blocks attend over the same joint sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,28 +27,37 @@ def grids_of(img_ids: Tensor) -> tuple[TokenGrid, ...]:
     the row id changes, an image where the image id changes or the row id falls.
 
     Raises:
-        ValueError: the ids do not run through full rows of one length.
+        ValueError: the ids do not run through full rows of one length and equal columns.
     """
     ids = img_ids[0] if img_ids.ndim == 3 else img_ids  # the deprecated batched form
     ids = ids.detach().to("cpu", torch.float32)  # holds every half and bfloat16 value
     image, row, _ = ids.diff(dim=0).unbind(-1)
-    grids = []
-    for own in ids.split(_runs((image != 0) | (row < 0))):
-        _, row, column = own.diff(dim=0).unbind(-1)
-        widths = _runs((row != 0) | (column < 0))
-        if len(set(widths)) != 1:
-            raise ValueError(
-                "Expected img_ids of image rows of one length, got rows of "
-                f"{sorted(set(widths))} tokens. Pass the ids that the Flux pipelines make."
-            )
-        grids.append(TokenGrid(1, len(widths), widths[0]))
-    return tuple(grids)
+    return tuple(map(_grid, ids.split(_runs((image != 0) | (row < 0)))))
+
+
+def _grid(ids: Tensor) -> TokenGrid:
+    """The grid of one image's ids `[N, 3]`."""
+    _, row, column = ids.diff(dim=0).unbind(-1)
+    widths = _runs((row != 0) | (column < 0))
+    if len(set(widths)) != 1:
+        raise ValueError(
+            "Expected img_ids of image rows of one length, got rows of "
+            f"{sorted(set(widths))} tokens. Pass the ids that the Flux pipelines make."
+        )
+    columns = ids[:, 2].view(len(widths), widths[0])
+    if bool((columns != columns[0]).any()) or (widths[0] > 1 and columns[0, 0] == columns[0, -1]):
+        raise ValueError(
+            f"Expected img_ids with the same rising columns in every row, got {len(widths)} rows "
+            f"of {widths[0]} whose ids of one image are not a grid. Pass the ids that the Flux "
+            "pipelines make, in float32 if they exceed 256."
+        )
+    return TokenGrid(1, len(widths), widths[0])
 
 
 def _runs(cut: Tensor) -> list[int]:
     """Lengths of the runs of N tokens, given where `[N - 1]` one ends and the next begins."""
     edges = [0, *(cut.nonzero().flatten() + 1).tolist(), cut.numel() + 1]
-    return [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+    return [stop - start for start, stop in pairwise(edges)]
 
 
 def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:

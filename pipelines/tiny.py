@@ -17,7 +17,7 @@ from dit_sparse.pipelines._tiny_recipe import Recipe
 from dit_sparse.pipelines._tiny_video import VIDEO
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def tiny_names() -> list[str]:
