@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_sparse.backend import AttentionOutput, Backend
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_check import check_for
 
 _BACKENDS = ("block_sparse", "flex", "reference")
 
@@ -49,7 +50,7 @@ def select_backend(
         candidates = tuple(b for b in candidates if b.name == name)
         if not candidates:
             raise ValueError(_unknown_backend(name))
-    refusals = []
+    refusals: list[str] = []
     for backend in candidates:
         reason = backend.refuses(q, k, v, plan)
         if reason is None:
@@ -86,12 +87,15 @@ def attend(
     _check(q, k, v, plan)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    elif not scale > 0.0:
+        raise ValueError(f"Expected a scale above 0, got {scale}.")
     if backend is None or isinstance(backend, str):
         backend, _ = select_backend(q, k, v, plan, backend)
-    if plan.order is None:
+    if plan.order is None or backend.reorders:
         return backend.run(q, k, v, plan, scale)
-    out, lse = backend.run(*(plan.order(t) for t in (q, k, v)), plan, scale)
-    return AttentionOutput(plan.order.undo(out), plan.order.undo(lse))
+    order = plan.order
+    out, lse = backend.run(order(q), order(k), order(v), plan, scale)
+    return AttentionOutput(order.undo(out), order.undo(lse))
 
 
 def dense_attention(
@@ -162,21 +166,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         raise ValueError(
             f"Expected one head dim in q, k and v, got {q.shape[-1]} and {k.shape[-1]}."
         )
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device == plan.device:
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(
-            "Expected q, k, v of one dtype on one device with the plan, got "
-            f"{q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device} and a plan "
-            f"on {plan.device}. Move them with .to()."
+            f"Expected q, k, v of one dtype on one device, got {q.dtype} on {q.device}, "
+            f"{k.dtype} on {k.device} and {v.dtype} on {v.device}. Move them with .to()."
         )
-    tokens = (plan.q_blocks.total, plan.k_blocks.total)
-    if (q.shape[2], k.shape[2]) != tokens:
-        raise ValueError(
-            f"Expected {tokens[0]} queries and {tokens[1]} keys as in the plan, got {q.shape[2]} "
-            f"and {k.shape[2]}. The plan was made for another grid: make one for this layout."
-        )
-    for name, size, lists in zip(("batch", "heads"), q.shape, plan.offsets.shape, strict=False):
-        if lists not in (1, size):
-            raise ValueError(f"Expected a plan for {name} 1 or {size}, got one for {lists}.")
+    check_for(plan, q, k)
 
 
 def _unknown_backend(name: str) -> str:

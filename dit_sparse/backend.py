@@ -22,10 +22,15 @@ class AttentionOutput(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Runs plans on tensors that already stand in plan order."""
+    """Runs plans."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def reorders(self) -> bool:
+        """Whether `run` takes tensors in the caller's order and applies `plan.order` itself."""
+        ...
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         """A sentence why this backend cannot run the call, or `None` when it can.
@@ -40,9 +45,9 @@ class Backend(Protocol):
         """Attention over the plan's entries.
 
         Args:
-            q: `[B, H, N_q, D]` in plan order, any strides.
-            k, v: `[B, H, N_k, D]` in plan order, any strides.
-            plan: lists for these sizes; its `order` has already been applied.
-            scale: factor of the scores before the softmax.
+            q: `[B, H, N_q, D]`, any strides; in plan order unless the backend reorders.
+            k, v: `[B, H, N_k, D]`, likewise.
+            plan: lists for these sizes.
+            scale: factor of the scores before the softmax, above 0.
         """
         ...

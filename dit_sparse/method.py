@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,10 +46,17 @@ class SparseMethod(Protocol):
     the options that `pipe.set_attn_processor(name, **options)` and the CLI offer.
     """
 
-    name: ClassVar[str]
-    #: How far a plan carries: "layout" plans depend on the layout alone and are made once for it,
-    #: "layer" plans once per layer, "call" plans are made anew from q and k.
-    scope: ClassVar[PlanScope]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def scope(self) -> PlanScope:
+        """How far a plan carries.
+
+        `"layout"` plans depend on the layout alone and are made once for it, `"layer"` plans once
+        per layer, `"call"` plans are made anew from q and k.
+        """
+        ...
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         """A sentence why this call runs dense attention, or `None` when it has a plan."""

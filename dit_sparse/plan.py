@@ -68,6 +68,11 @@ class Blocks:
         return self.starts.diff()
 
     @cached_property
+    def ragged(self) -> bool:
+        """Whether any block is shorter than `size`."""
+        return bool((self.lengths < self.size).any())
+
+    @cached_property
     def of_token(self) -> Tensor:
         """int64 `[N]`, the block that each position belongs to."""
         ids = torch.arange(self.n, device=self.starts.device)
@@ -129,16 +134,15 @@ class BlockPlan:
 
     Lists are rows of `indices`: the row of (batch b, head h, query block i) starts at
     `offsets[b, h, i]` and holds `full[b, h, i]` entries that need no mask, then
-    `partial[b, h, i]` entries that do; each part ascends. A leading dimension of 1 is shared by
-    all batch entries or heads. An entry counts as full only if its key block has `k_blocks.size`
-    tokens, so that kernels may read a whole tile unmasked.
+    `partial[b, h, i]` entries masked by `box`; each part ascends. A leading dimension of 1 is
+    shared by all batch entries or heads.
 
     Args:
         q_blocks, k_blocks: how queries and keys are cut.
         indices: int32 `[E]`, key-block numbers.
         offsets: int32 `[1 or B, 1 or H, n_q]`.
         full, partial: int32, shape of `offsets`.
-        box: element mask of partial entries; `None`: partial only because the block is short.
+        box: element mask of partial entries; `None` when there are none.
         level: uint8 `[E]`, pool factor of each entry; an entry of level g > 1 stands for the
             means of g consecutive keys of its block, each with bias ln(count). Levels above 1
             only occur in the full part. `None`: every entry is exact.
@@ -175,16 +179,19 @@ class BlockPlan:
 
         Args:
             visited: bool `[B, H, n_q, n_k]` (leading dimensions may be 1): blocks to read.
-            full: bool, same shape: visited blocks that need no element mask; all by default.
+            full: bool, same shape: visited blocks that the box does not mask; without a box, all.
             box, tail, order: the plan's fields of these names.
 
         Raises:
-            ValueError: a mask of another shape or dtype.
+            ValueError: a mask of another shape or dtype, or `full` and `box` not both given.
         """
         _check_masks(visited, full, (q_blocks.n, k_blocks.n))
-        whole = visited & (k_blocks.lengths == k_blocks.size).to(visited.device)
-        if full is not None:
-            whole &= full
+        if (full is None) != (box is None):
+            raise ValueError(
+                "Expected both a mask of full blocks and a box for the others, or neither, got "
+                f"{'no mask of full blocks' if full is None else 'no box'}."
+            )
+        whole = visited if full is None else visited & full
         n_k = k_blocks.n
         # Sorting (class, block number) pairs packed into one key puts full entries first, both
         # parts ascending, unvisited ones last.
@@ -236,11 +243,6 @@ class BlockPlan:
         """int32 `[E]` twice: first and past-the-last key position of every entry."""
         blocks = self.indices.long()
         return self.k_blocks.starts[blocks], self.k_blocks.starts[blocks + 1]
-
-    @cached_property
-    def has_partial(self) -> bool:
-        """Whether any entry needs a mask; kernels leave the masked path out otherwise."""
-        return bool((self.partial > 0).any())
 
     @cached_property
     def density(self) -> float:

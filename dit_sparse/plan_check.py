@@ -21,7 +21,7 @@ def check(plan: BlockPlan) -> BlockPlan:
 
     Raises:
         ValueError: the first fault found: a wrong dtype, shape or device, blocks that do not cut
-            the sequence, entries out of range, unsorted, repeated or wrongly called full, levels,
+            the sequence, entries out of range, unsorted, repeated or partial without a box, levels,
             boxes or an order that do not belong to it.
     """
     _check_tensors(plan)
@@ -176,11 +176,10 @@ def _check_entries(plan: BlockPlan) -> None:
             "Expected every key block at most once in a row, got block "
             f"{int(listed[_first(repeated)]) % plan.k_blocks.n} as full and as partial."
         )
-    short = is_full & (plan.k_blocks.lengths[block] < plan.k_blocks.size)
-    if bool(short.any()):
+    if plan.box is None and not bool(is_full.all()):
         raise ValueError(
-            f"Expected full entries only for key blocks of {plan.k_blocks.size} tokens, got block "
-            f"{int(block[_first(short)])} with fewer. List it as partial."
+            "Expected a box that masks the partial entries, got none. Give one, or list the "
+            "blocks as full."
         )
 
 

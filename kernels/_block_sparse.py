@@ -7,9 +7,8 @@ import triton.language as tl
 @triton.jit
 def _load_tile(ptr, desc, batch, head, start, stride_b, stride_h, stride_n, stop, D: tl.constexpr,
                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Rows `start .. start + BLOCK_N` of one head, zero past `stop` (and past D)."""
+    """Rows `start .. start + BLOCK_N` of one head; those from `stop` on may hold anything finite."""
     if TMA:
-        # The descriptor covers the whole tensor: rows between `stop` and its end are other tokens.
         tile = desc.load([batch, head, start, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         rows = start + tl.arange(0, BLOCK_N)
@@ -24,10 +23,8 @@ def _load_tile(ptr, desc, batch, head, start, stride_b, stride_h, stride_n, stop
 
 
 @triton.jit
-def _accumulate(acc, l_i, m_i, m_new, scores, v):
-    """One step of the online softmax; `m_new` must be finite or stand in for -inf."""
-    p = tl.math.exp2(scores - m_new[:, None])
-    alpha = tl.math.exp2(m_i - m_new)
+def _accumulate(acc, l_i, alpha, p, v):
+    """One step of the online softmax: rescale by alpha, add the values that p weighs."""
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -37,17 +34,17 @@ def _accumulate(acc, l_i, m_i, m_new, scores, v):
 @triton.jit
 def _block_sparse_fwd(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
-    offsets_ptr, full_ptr, partial_ptr, starts_ptr, stops_ptr, q_starts_ptr,
+    offsets_ptr, full_ptr, partial_ptr, starts_ptr, stops_ptr, q_starts_ptr, order_ptr,
     lower_ptr, upper_ptr, above_ptr, below_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, box_stride_h,
+    list_stride_b, list_stride_h, order_stride_h, box_stride_h,
     n_heads, n_q_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr, HAS_BOX: tl.constexpr, TMA: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, HAS_ORDER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -55,19 +52,23 @@ def _block_sparse_fwd(
     head = (pid // n_q_blocks) % n_heads
     batch = pid // n_q_blocks // n_heads
 
-    q_start = tl.load(q_starts_ptr + block)
-    q_stop = tl.load(q_starts_ptr + block + 1)
-    rows = q_start + tl.arange(0, BLOCK_M)
+    rows = tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)
+    row_inside = rows < tl.load(q_starts_ptr + block + 1)
+    if HAS_ORDER:  # queries are read from, and results written to, the caller's order
+        tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
+    else:
+        tokens = rows.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    row_inside = rows < q_stop
-    q_base = q_ptr + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
-    q_ptrs = q_base + rows.to(tl.int64)[:, None] * q_stride_n + cols[None, :]
-    q = tl.load(q_ptrs, mask=row_inside[:, None] & (cols[None, :] < D), other=0.0)
+    q_ptr += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    q_inside = row_inside[:, None] & (cols[None, :] < D)
+    q = tl.load(q_ptr + tokens[:, None] * q_stride_n + cols[None, :], mask=q_inside, other=0.0)
 
     row = batch * list_stride_b + head * list_stride_h + block
     first = tl.load(offsets_ptr + row)
     n_full = tl.load(full_ptr + row)
     starts_ptr += first
+    stops_ptr += first
+    within = tl.arange(0, BLOCK_N)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -76,23 +77,34 @@ def _block_sparse_fwd(
     # A key block of the plan is SUB tiles of this kernel.
     for it in tl.range(0, n_full * SUB):
         start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
+        stop = start + BLOCK_N
+        if RAGGED:
+            stop = tl.load(stops_ptr + it // SUB)
         k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
-                       start + BLOCK_N, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
+                       stop, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
         v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
-                       start + BLOCK_N, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-        m_new = tl.maximum(m_i, tl.max(scores, 1))
-        acc, l_i = _accumulate(acc, l_i, m_i, m_new, scores, v)
+                       stop, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if RAGGED:
+            # A column bias costs nothing beside the scaling, a select would. The first tile of a
+            # block is never empty, so the maximum is finite from the first step on.
+            bias = tl.where(within < stop - start, 0.0, float("-inf"))
+            scores = scores * scale_log2 + bias[None, :]
+            m_new = tl.maximum(m_i, tl.max(scores, 1))
+            p = tl.math.exp2(scores - m_new[:, None])
+        else:
+            m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+            p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
+        acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_new), p, v)
         m_i = m_new
 
-    if HAS_PARTIAL:
+    if HAS_BOX:
         n_partial = tl.load(partial_ptr + row)
         starts_ptr += n_full
-        stops_ptr += first + n_full
-        if HAS_BOX:
-            box_rows = head.to(tl.int64) * box_stride_h + rows
-            lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
-            upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
+        stops_ptr += n_full
+        box_rows = head.to(tl.int64) * box_stride_h + rows
+        lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
+        upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
         for it in tl.range(0, n_partial * SUB):
             start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
             stop = tl.load(stops_ptr + it // SUB)
@@ -100,19 +112,18 @@ def _block_sparse_fwd(
                            stop, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
             v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
                            stop, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
-            scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-            keys = start + tl.arange(0, BLOCK_N)
-            visible = (keys < stop)[None, :]
-            if HAS_BOX:
-                above = tl.load(above_ptr + keys, mask=keys < stop, other=0) | guard
-                below = tl.load(below_ptr + keys, mask=keys < stop, other=0)
-                inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-                visible = visible & ((inside & guard) == guard)
-            scores = tl.where(visible, scores, float("-inf"))
+            keys = start + within
+            above = tl.load(above_ptr + keys, mask=keys < stop, other=0) | guard
+            below = tl.load(below_ptr + keys, mask=keys < stop, other=0)
+            bias = tl.where(keys < stop, 0.0, float("-inf"))
+            scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]
+            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+            scores = tl.where((inside & guard) == guard, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             # A row that has seen no key yet keeps -inf; 0 stands in for it so that no NaN arises.
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            acc, l_i = _accumulate(acc, l_i, m_i, m_safe, scores, v)
+            p = tl.math.exp2(scores - m_safe[:, None])
+            acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_safe), p, v)
             m_i = m_new
 
     empty = l_i == 0.0
@@ -120,9 +131,9 @@ def _block_sparse_fwd(
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     v_cols = tl.arange(0, BLOCK_DV)
-    out_base = out_ptr + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    out_ptrs = out_base + rows.to(tl.int64)[:, None] * out_stride_n + v_cols[None, :]
+    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_inside = row_inside[:, None] & (v_cols[None, :] < DV)
+    out_ptrs = out_ptr + tokens[:, None] * out_stride_n + v_cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
-    lse_row = (batch.to(tl.int64) * n_heads + head) * n_queries
-    tl.store(lse_ptr + lse_row + rows, lse, mask=row_inside)
+    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+    tl.store(lse_ptr + tokens, lse, mask=row_inside)

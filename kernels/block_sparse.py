@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -13,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._block_sparse import _block_sparse_fwd
+from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.plan import BlockPlan
 
@@ -27,16 +27,23 @@ class TritonBackend:
 
     Args:
         tile: overrides the tile table, for measurements.
+        interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
+            before Triton was imported. For tests: it is slow, and wrong in bfloat16.
     """
 
-    tile: Tile | None = field(default=None, compare=False)
+    tile: Tile | None = None
+    interpreted: bool = False
 
     @property
     def name(self) -> str:
         return "triton"
 
+    @property
+    def reorders(self) -> bool:
+        return True
+
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
-        if not q.is_cuda and not _interpreted():
+        if not q.is_cuda and not self.interpreted:
             return f"expected tensors on a GPU, got {q.device.type}."
         if q.dtype not in _DTYPES:
             return f"expected bfloat16, float16 or float32, got {q.dtype}."
@@ -57,6 +64,8 @@ class TritonBackend:
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
         q, k, v = (_unit_stride(t) for t in (q, k, v))
+        if plan.order is not None:  # queries and results are gathered by the kernel itself
+            k, v = permute(k, plan.order), permute(v, plan.order)
         batch, heads, n_queries, head_dim = q.shape
         value_dim = v.shape[-1]
         block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
@@ -70,6 +79,7 @@ class TritonBackend:
         out = _like(q, value_dim)
         lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
         starts, stops = plan.spans
+        order = starts if plan.order is None else plan.order.index
         box = plan.box
         lower, upper, above, below = (
             (box.lower, box.upper, box.above, box.below) if box else (starts,) * 4
@@ -82,14 +92,17 @@ class TritonBackend:
             TensorDescriptor.from_tensor(k, [1, 1, tile.keys, block_d]) if tma else None,
             TensorDescriptor.from_tensor(v, [1, 1, tile.keys, block_dv]) if tma else None,
             out, lse,
-            plan.offsets, plan.full, plan.partial, starts, stops, plan.q_blocks.starts,
+            plan.offsets, plan.full, plan.partial, starts, stops, plan.q_blocks.starts, order,
             lower, upper, above, below,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            list_b, list_h, 0 if lower.shape[0] == 1 else lower.stride(0),
+            list_b, list_h,
+            order.stride(0) if order.ndim == 2 else 0,
+            0 if lower.shape[0] == 1 else lower.stride(0),
             heads, plan.q_blocks.n, n_queries, scale * _LOG2_E, box.guard if box else 0,
             D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
             BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
-            HAS_PARTIAL=plan.has_partial, HAS_BOX=box is not None, TMA=tma,
+            RAGGED=plan.k_blocks.ragged, HAS_BOX=box is not None,
+            HAS_ORDER=plan.order is not None, TMA=tma,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return AttentionOutput(out, lse)
@@ -101,10 +114,6 @@ BACKEND = TritonBackend()
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _unit_stride(x: Tensor) -> Tensor:

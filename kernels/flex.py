@@ -32,6 +32,10 @@ class FlexBackend:
     def name(self) -> str:
         return "flex"
 
+    @property
+    def reorders(self) -> bool:
+        return False
+
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         if not self.eager and not q.is_cuda:
             return f"expected tensors on a GPU, got {q.device.type}."

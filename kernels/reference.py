@@ -23,6 +23,7 @@ class ReferenceBackend:
     """Runs every valid plan."""
 
     name: str = "reference"
+    reorders: bool = False
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         return None
@@ -112,16 +113,17 @@ class _Tail:
             return None
         blocks = plan.k_blocks.of_token
         lengths = plan.k_blocks.lengths.to(k.dtype)
-        means = [
-            t.new_zeros(*t.shape[:-2], plan.k_blocks.n, t.shape[-1]).index_add_(-2, blocks, t)
-            / lengths[:, None]
-            for t in (k, v)
-        ]
+
+        def mean(t: Tensor) -> Tensor:
+            sums = t.new_zeros(*t.shape[:-2], plan.k_blocks.n, t.shape[-1])
+            return sums.index_add_(-2, blocks, t) / lengths[:, None]
+
+        keys, values = mean(k), mean(v)
         covariance = None
         if plan.tail == "first":
-            centred = k - means[0][..., blocks, :]
+            centred = k - keys[..., blocks, :]
             covariance = centred.transpose(-2, -1) @ v / plan.k_blocks.total
-        return _Tail(*means, lengths.log(), covariance)
+        return _Tail(keys, values, lengths.log(), covariance)
 
 
 def _row(

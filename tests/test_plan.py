@@ -88,7 +88,7 @@ def problems(draw: st.DrawFn) -> Problem:
     order_heads = draw(st.sampled_from([None, 1, 3]))
     shape = (batch, heads, q_blocks.n, k_blocks.n)
     visited = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
-    full = torch.rand(shape, generator=generator) < 0.5
+    full = torch.rand(shape, generator=generator) < 0.5 if box_heads else None
     boxes = None
     if box_heads:
         boxes = Boxes.random((2, 0, 3), box_heads, total, total, seed)
@@ -102,7 +102,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(plan, _expected(plan, visited, full, boxes), visited)
 
 
-def _expected(plan: BlockPlan, visited: Tensor, full: Tensor, boxes: Boxes | None) -> Tensor:
+def _expected(plan: BlockPlan, visited: Tensor, full: Tensor | None, boxes: Boxes | None) -> Tensor:
     per_head = plan.order is not None and plan.order.index.ndim == 2
     order_heads = plan.order.index.shape[0] if plan.order is not None and per_head else 1
     heads = max(visited.shape[1], boxes.low.shape[0] if boxes else 1, order_heads)
@@ -122,7 +122,7 @@ def _expected(plan: BlockPlan, visited: Tensor, full: Tensor, boxes: Boxes | Non
         ):
             if not visited[b, list_head, i, j]:
                 continue
-            unmasked = full[b, list_head, i, j] and len(ks) == plan.k_blocks.size
+            unmasked = full is None or full[b, list_head, i, j]
             for q, k in itertools.product(qs, ks):
                 mask[b, h, caller[q], caller[k]] = bool(unmasked or inside[q, k])
     return mask
@@ -200,11 +200,10 @@ class TestFromMask:
         share = (problem.listed * (q[:, None] * k)).sum((-2, -1)).double() / q.sum() / k.sum()
         assert problem.plan.density == pytest.approx(float(share.mean()), abs=1e-12)
 
-    def test_a_short_block_is_partial(self):
+    def test_a_box_and_full_blocks_come_together(self):
         visited = torch.ones(1, 1, 1, 2, dtype=torch.bool)
-        plan = BlockPlan.from_mask(visited, Blocks.uniform(3, 4), Blocks.uniform(6, 4))
-        assert (plan.full.item(), plan.partial.item()) == (1, 1)
-        assert plan.has_partial
+        with pytest.raises(ValueError, match="or neither, got no box"):
+            BlockPlan.from_mask(visited, Blocks.uniform(3, 4), Blocks.uniform(6, 4), full=visited)
 
     @pytest.mark.parametrize(
         "visited",
@@ -267,6 +266,7 @@ def test_to_moves_every_tensor_and_str_is_one_line():
         torch.ones(1, 1, 3, 3, dtype=torch.bool),
         blocks,
         blocks,
+        full=torch.zeros(1, 1, 3, 3, dtype=torch.bool),
         box=Boxes.random((2, 2), 1, 5, 5, seed=0).packed(),
         order=Permutation(torch.arange(5)),
         tail="zeroth",

@@ -15,7 +15,7 @@ TOKENS, SIZE, HEADS, BATCH = 10, 4, 3, 2
 
 
 def sound() -> BlockPlan:
-    """Blocks 4, 4, 2; every row lists block 0 full, then 1 full and 2 partial where it can."""
+    """Blocks of 4, 4 and 2 tokens; every row lists 0 and 1 as full and 2 as partial."""
     blocks = Blocks.uniform(TOKENS, SIZE)
     visited = torch.ones(BATCH, HEADS, 3, 3, dtype=torch.bool)
     corner = torch.zeros(HEADS, TOKENS, dtype=torch.int32)
@@ -24,6 +24,7 @@ def sound() -> BlockPlan:
         visited,
         blocks,
         blocks,
+        full=torch.tensor([True, True, False]).expand_as(visited),
         box=BoxPredicate(corner, corner + 9, key, key, guard=1 << 4),
         order=Permutation(torch.randperm(TOKENS).expand(HEADS, -1)),
     )
@@ -95,9 +96,7 @@ FAULTS: dict[str, Callable[[BlockPlan], BlockPlan]] = {
     r"at most once in a row, got block 1 as full and as partial": lambda p: replace(
         p, indices=edited(p.indices, 5, 1)
     ),
-    r"full entries only for key blocks of 4 tokens, got block 2": lambda p: replace(
-        p, full=edited(p.full, 0, 3), partial=edited(p.partial, 0, 0)
-    ),
+    r"a box that masks the partial entries, got none": lambda p: replace(p, box=None),
     r"a level for each of 54 indices": lambda p: replace(p, level=torch.ones(5, dtype=torch.uint8)),
     r"powers of two from 1 to 128, got 3": lambda p: levels(p, 1, 3),
     r"powers of two from 1 to 128, got 0": lambda p: levels(p, 1, 0),
@@ -140,7 +139,8 @@ def test_sound_plans_pass():
     plan = sound()
     assert check(plan) is plan
     assert check(levels(plan, 0, 128)).level is not None
-    assert check(replace(plan, box=None, order=None)).box is None
+    every = BlockPlan.from_mask(plan.visited, plan.q_blocks, plan.k_blocks)
+    assert check(every).box is None
 
 
 def test_entries_out_of_use_may_carry_any_level():
@@ -186,6 +186,8 @@ def test_check_for_counts_the_heads_of_boxes_and_orders(part):
     one = replace(
         plan, offsets=plan.offsets[:, :1], full=plan.full[:, :1], partial=plan.partial[:, :1]
     )
+    if part == "order":  # without a box nothing is partial
+        one = replace(one, full=one.full + one.partial, partial=torch.zeros_like(one.partial))
     other = {"box": "order", "order": "box"}[part]
     with pytest.raises(ValueError, match="Expected 3 heads"):
         check_for(check(replace(one, **{other: None})), *qk(heads=2))

@@ -84,12 +84,13 @@ class WindowMethod:
         tokens = _Tokens.of(layout, order.index, spans)
         visited, full = _classify(tokens, blocks)
         real = _real_keys(layout, blocks)
+        masked = bool((visited & ~full).any())
         plan = BlockPlan.from_mask(
             visited & real,
             blocks,
             blocks,
-            full=full & real,
-            box=_pack(tokens, grid) if bool((visited & ~full).any()) else None,
+            full=full & real if masked else None,
+            box=_pack(tokens, grid) if masked else None,
             order=order,
         )
         return plan.to(q.device)

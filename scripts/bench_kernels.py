@@ -1,0 +1,189 @@
+"""Times block-sparse attention against the dense backends of PyTorch, in one process.
+
+    python scripts/bench_kernels.py --output benchmarks/kernels.jsonl
+
+Every case runs its variants in turn, round by round. Rates count the floating-point operations of
+the visited blocks (4 N_q N_k D per head times the measured density); `total_ms` adds one plan made
+from scratch, the permutation and its undoing. The error is relative to fp32 on the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
+
+from dit_sparse.attention import attend, select_backend
+from dit_sparse.bench import environment, time_interleaved
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+from dit_sparse.methods.window import WindowMethod
+from dit_sparse.plan import BlockPlan, Blocks
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: its size and where its plan comes from."""
+
+    pattern: str
+    tokens: int
+    heads: int
+    head_dim: int
+    density: float
+    grid: str | None = None
+
+
+RANDOM = [
+    Case(pattern, tokens, 24, head_dim, density)
+    for head_dim in (128, 64)
+    for tokens in (16_896, 32_768)
+    for pattern, density in (("random", 0.2), ("random", 0.1), ("clustered", 0.2), ("random", 1.0))
+]
+WINDOW = [
+    Case("window", grid.length, heads, head_dim, density, str(grid))
+    for grid, heads, head_dim in (
+        (TokenGrid(21, 30, 52), 12, 128),
+        (TokenGrid(21, 45, 80), 40, 128),
+        (TokenGrid(30, 48, 80), 24, 128),
+        (TokenGrid(13, 30, 45), 48, 64),
+        (TokenGrid(1, 64, 64), 24, 128),
+        (TokenGrid(1, 128, 128), 24, 128),
+    )
+    for density in (0.2, 0.1)
+]
+
+
+def block_mask(case: Case, n: int, device: str) -> Tensor:
+    """bool `[1, H, n, n]` with the same number of blocks in every row."""
+    generator = torch.Generator(device).manual_seed(0)
+    scores = torch.rand(1, case.heads, n, n, generator=generator, device=device)
+    if case.pattern == "clustered":  # half of each list near the diagonal
+        distance = (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs()
+        scores += (distance < case.density * n / 4) * 1.0
+    kept = scores.topk(max(1, round(case.density * n)), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+
+
+def planner(case: Case, device: str, q: Tensor) -> Callable[[], BlockPlan]:
+    """A function that makes the case's plan from scratch."""
+    if case.grid is not None:
+        context = CallContext(TokenLayout.of(TokenGrid.parse(case.grid)))
+        return lambda: WindowMethod(density=case.density).plan(q, q, context)
+    blocks = Blocks.uniform(case.tokens, 128, device)
+    mask = block_mask(case, blocks.n, device)
+    return lambda: BlockPlan.from_mask(mask, blocks, blocks)
+
+
+def dense_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    def pinned(backend: SDPBackend) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    return {
+        "cudnn": pinned(SDPBackend.CUDNN_ATTENTION),
+        "flash": pinned(SDPBackend.FLASH_ATTENTION),
+    }
+
+
+def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> float:
+    """Relative Frobenius error of two heads against the reference in fp32."""
+    one = slice(0, 1)
+    if plan.offsets.shape[1] > 1:
+        head = {"offsets": plan.offsets[:, one], "full": plan.full[:, one]}
+        plan = BlockPlan(**{**vars_of(plan), **head, "partial": plan.partial[:, one]})
+    exact = attend(*(x[:, one].float() for x in (q, k, v)), plan, backend="reference").out
+    return float((out[:, one].float() - exact).norm() / exact.norm())
+
+
+def vars_of(plan: BlockPlan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in BlockPlan.__dataclass_fields__}
+
+
+def measure(case: Case, rounds: int, with_flex: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
+    device = "cuda"
+    torch.manual_seed(0)
+    shape = (1, case.heads, case.tokens, case.head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    make_plan = planner(case, device, q)
+    plan = make_plan()
+    variants: dict[str, Callable[[], Any]] = dict(dense_variants(q, k, v))
+    for name in ("triton", "flex") if with_flex else ("triton",):
+        backend, _ = select_backend(q, k, v, plan, name)
+        variants[name] = lambda backend=backend: attend(q, k, v, plan, backend=backend)
+    variants["plan"] = make_plan
+    times = time_interleaved(variants, device, rounds=rounds)
+    dense_flop = 4 * case.heads * case.tokens**2 * case.head_dim
+    fastest = min(times[name].median for name in ("cudnn", "flash"))
+    rows = []
+    for name in variants:
+        if name == "plan":
+            continue
+        sparse = name in ("triton", "flex")
+        density = plan.density if sparse else 1.0
+        milliseconds = times[name].median
+        total = milliseconds + (times["plan"].median if sparse else 0.0)
+        row = {
+            **asdict(case),
+            "variant": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "measured_density": round(density, 4),
+            "ms": round(milliseconds, 4),
+            "spread": round(times[name].spread, 4),
+            "total_ms": round(total, 4),
+            "tflops": round(dense_flop * density / milliseconds * 1e-9, 1),
+            "speedup": round(fastest / milliseconds, 3),
+            "speedup_with_plan": round(fastest / total, 3),
+        }
+        if sparse:
+            row["relative_error"] = relative_error(variants[name]().out, q, k, v, plan)
+        rows.append(row)
+    cudnn = next(row["tflops"] for row in rows if row["variant"] == "cudnn")
+    for row in rows:
+        row["of_cudnn"] = round(row["tflops"] / cudnn, 3)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/kernels.jsonl"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention (slow to compile)")
+    parser.add_argument("--cases", choices=("random", "window", "all"), default="all")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("Expected a CUDA GPU, found none. This benchmark has no meaning on a CPU.")
+    cases = {"random": RANDOM, "window": WINDOW, "all": RANDOM + WINDOW}[arguments.cases]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    header = environment("cuda")
+    print(json.dumps(header))
+    with arguments.output.open("w") as lines:
+        for case in cases:
+            for row in measure(case, arguments.rounds, arguments.flex, torch.bfloat16):
+                lines.write(json.dumps({**row, "environment": header}) + "\n")
+                lines.flush()
+                print(
+                    f"{row['pattern']:9} N={row['tokens']:<7} H={row['heads']:<3} "
+                    f"D={row['head_dim']:<4} {row['variant']:7} density {row['measured_density']:.3f} "
+                    f"{row['ms']:9.3f} ms  {row['tflops']:6.1f} TFLOP/s  {row['of_cudnn']:.2f} of cuDNN  "
+                    f"{row['speedup']:6.2f}x ({row['speedup_with_plan']:.2f}x with plan) "
+                    f"error {row.get('relative_error', float('nan')):.1e}"
+                )
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
