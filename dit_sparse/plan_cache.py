@@ -53,6 +53,7 @@ class PlanCache:
         self._method = method
         self._plans: OrderedDict[tuple[TokenLayout, torch.device], dict[int, PlannedCall]]
         self._plans = OrderedDict()
+        self._latest: tuple[TokenLayout, torch.device, dict[int, PlannedCall]] | None = None
 
     def __len__(self) -> int:
         """Number of plans kept."""
@@ -64,12 +65,20 @@ class PlanCache:
         scope = self._method.scope
         if scope == "call":
             return PlannedCall(self._method.plan(q, k, context))
-        key = (context.layout, q.device)
-        plans = self._plans.setdefault(key, {})
-        self._plans.move_to_end(key)
-        if len(self._plans) > _KEPT_LAYOUTS:
-            self._plans.popitem(last=False)
+        plans = self._of(context.layout, q.device)
         number = context.layer if scope == "layer" else 0
         if number not in plans:
             plans[number] = PlannedCall(self._method.plan(q, k, context))
         return plans[number]
+
+    def _of(self, layout: TokenLayout, device: torch.device) -> dict[int, PlannedCall]:
+        """The plans for a layout, by layer."""
+        latest = self._latest  # all layers of a forward ask with the same object: spare the hash
+        if latest is not None and latest[0] is layout and latest[1] == device:
+            return latest[2]
+        plans = self._plans.setdefault((layout, device), {})
+        self._plans.move_to_end((layout, device))
+        if len(self._plans) > _KEPT_LAYOUTS:
+            self._plans.popitem(last=False)
+        self._latest = (layout, device, plans)
+        return plans

@@ -43,6 +43,7 @@ class Session:
         self._forward: Forward | None = None
         self._plans = PlanCache(self.method)
         self._masks: dict[TokenLayout, bool] = {}
+        self._places: dict[Any, TokenLayout | str] = {}  # of the running forward
         self._generation_calls = Counter[str]()
         self._said: set[str] = set()
 
@@ -52,6 +53,7 @@ class Session:
             self._warn_if_all_dense()
             self._generation_calls.clear()
             self._masks.clear()
+        self._places.clear()
         self._forward = forward
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: StockCall) -> Tensor:
@@ -93,6 +95,13 @@ class Session:
         self._count_dense(layer, reason)
 
     def _place(self, q: Tensor, k: Tensor, call: StockCall) -> TokenLayout | str:
+        """The layout of a call or why it has none; the same for all layers of a forward."""
+        key = (q.shape, k.shape, call.obstacle, None if call.mask is None else call.mask.shape)
+        if key not in self._places:
+            self._places[key] = self._find_place(q, k, call)
+        return self._places[key]
+
+    def _find_place(self, q: Tensor, k: Tensor, call: StockCall) -> TokenLayout | str:
         layout = place(q, k, call, self._forward)
         if call.mask is None or isinstance(layout, str):
             return layout

@@ -124,18 +124,16 @@ def _per_component(
     method: MethodSpec, transformers: Mapping[str, nn.Module]
 ) -> dict[str, MethodSpec]:
     """The specification for each transformer that is meant."""
-    if not isinstance(method, Mapping) or not method:
+    names = [key for key in method if isinstance(key, str)] if isinstance(method, Mapping) else []
+    if not isinstance(method, Mapping) or not names or "default" in names:
         return dict.fromkeys(transformers, method)
-    layers = [key for key in method if key == "default" or not isinstance(key, str)]
-    if layers:
-        return dict.fromkeys(transformers, method)
-    unknown = sorted(set(method) - set(transformers))
-    if unknown:
+    unknown = sorted(set(names) - set(transformers))
+    if unknown or len(names) < len(method):
         raise ValueError(
-            f"Expected methods by layer number, 'default' or transformer "
-            f"({', '.join(transformers)}), got {', '.join(unknown)}."
+            f"Expected methods by layer number and 'default', or by transformer "
+            f"({', '.join(transformers)}), got keys {list(method)}."
         )
-    return dict(method)
+    return {name: method[name] for name in names}
 
 
 def _check_backend(name: str | None) -> None:

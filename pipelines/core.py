@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch.utils._device import DeviceContext
 from dit_sparse import ops
 from dit_sparse.forward import StockCall
 from dit_sparse.session import Session
+
+#: mask, scale, dropout_p, is_causal, enable_gqa, backend
+_Stock: TypeAlias = tuple[Tensor | None, float | None, float, bool, bool, str]
 
 CONTEXT_PARALLEL = (
     "Expected a transformer without context parallelism, got one with it: each rank would attend "
@@ -72,7 +75,7 @@ class AttentionCore:
                 f"{attention_kwargs}. Remove the sparse method from this transformer."
             )
         name = "" if backend is None else str(getattr(backend, "value", backend))
-        stock = (attn_mask, scale, dropout_p, is_causal, enable_gqa, name)
+        stock: _Stock = (attn_mask, scale, dropout_p, is_causal, enable_gqa, name)
         if torch.compiler.is_compiling():
             return ops.attend(query, key, value, self._ticket, *stock)
         return self.attend(query, key, value, *stock)
@@ -89,11 +92,11 @@ class AttentionCore:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Stands for `F.scaled_dot_product_attention`: q, k, v `[B, H, N, D]`."""
-        tokens_first = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        stock = (attn_mask, scale, dropout_p, is_causal, enable_gqa, _SDPA)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        stock: _Stock = (attn_mask, scale, dropout_p, is_causal, enable_gqa, _SDPA)
         if torch.compiler.is_compiling():
-            return ops.attend(*tokens_first, self._ticket, *stock).transpose(1, 2)
-        return self.attend(*tokens_first, *stock).transpose(1, 2)
+            return ops.attend(q, k, v, self._ticket, *stock).transpose(1, 2)
+        return self.attend(q, k, v, *stock).transpose(1, 2)
 
     def attend(
         self,

@@ -173,14 +173,14 @@ def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     )
 
 
-def _bind(model: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    bound = _signature(model).bind(None, *args, **kwargs)
+def _bind(model: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    bound = _signature(model).bind(None, *args, **kwargs)  # type: ignore[arg-type]
     bound.apply_defaults()
     return bound.arguments
 
 
 @cache
-def _signature(model: type) -> inspect.Signature:
+def _signature(model: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(model.forward)
 
 
@@ -192,9 +192,10 @@ def _stock_processor(transformer: nn.Module, module: nn.Module) -> Any:
 
 
 def _set_processor(module: nn.Module, processor: Any) -> None:
-    if hasattr(module, "set_processor"):
-        module.set_processor(processor)
-    else:  # MochiAttention has no setter
+    setter = getattr(module, "set_processor", None)
+    if callable(setter):
+        setter(processor)
+    else:  # MochiAttention has none
         module.processor = processor
 
 

@@ -54,7 +54,7 @@ def load(
 def with_set_attn_processor(pipe: Any) -> Any:
     """Gives a pipeline `set_attn_processor`; returns it."""
     if not hasattr(pipe, "set_attn_processor"):
-        pipe.__class__ = pipeline_class(type(pipe))
+        pipe.__class__ = pipeline_class(type(pipe))  # type: ignore[arg-type]
     return pipe
 
 

@@ -35,11 +35,11 @@ def sparse_processor(stock: object, core: AttentionCore) -> Any:
     Raises:
         ValueError: a processor that cannot be rebound; see `sparse_class`.
     """
-    return sparse_class(type(stock))(stock, core)
+    return sparse_class(type(stock))(stock, core)  # type: ignore[arg-type]
 
 
 @cache
-def sparse_class(stock: type) -> type:
+def sparse_class(stock: type[Any]) -> type[Any]:
     """The rebound class of a stock processor class.
 
     It has the stock signature, since diffusers filters keyword arguments by it, the stock line
@@ -118,7 +118,7 @@ def _rebound(function: FunctionType, stock: type) -> Callable[..., Any]:
     return namespace[definition.name]
 
 
-def _register(stock: type, sparse: type) -> None:
+def _register(stock: type[Any], sparse: type[Any]) -> None:
     """Gives a class the metadata that layer-skipping hooks look up by exact class."""
     try:
         metadata = AttentionProcessorRegistry.get(stock)
