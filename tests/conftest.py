@@ -4,6 +4,10 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("dit_sparse", deadline=None)  # first calls compile and fill caches
+settings.load_profile("dit_sparse")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
