@@ -30,6 +30,6 @@ FAMILY = Family(
     attention=r"(vace_)?blocks\.\d+\.attn1",
     processors=("WanAttnProcessor",),
     layout=layout,
-    pipelines=("WanPipeline",),
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
 )

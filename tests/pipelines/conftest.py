@@ -97,6 +97,12 @@ class Probe:
         self._inside = None
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random inputs and weights are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def probe() -> Callable[[nn.Module], Probe]:
     """Makes a probe of a transformer."""

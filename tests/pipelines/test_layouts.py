@@ -76,6 +76,7 @@ def some_tokens(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
 def test_every_token_stands_where_the_layout_says(name: str, tiny: Any, probe: Any) -> None:
     pipe = tiny(name)
     watch = probe(pipe.transformer)
+    assert name in SIZES, "Add sizes and grids of the new family to SIZES."
     for size, grid in SIZES[name]:  # one pipeline: the resolution changes between calls
         with watch.watching() as forwards:
             pipe(**tiny_call(name, pipe) | size)

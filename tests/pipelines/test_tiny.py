@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ def test_runs_repeat(name: str, tiny: Any) -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.isfinite().all()
+
+
+def test_importing_does_not_import_diffusers() -> None:
+    code = "import sys, dit_sparse.pipelines.tiny; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_unknown_name_is_refused() -> None:

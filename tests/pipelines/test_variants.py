@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from torch import Tensor
 
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
+from dit_sparse.pipelines.apply import apply, summary
 from dit_sparse.pipelines.family import families
 from dit_sparse.pipelines.lengths import NotALength
 from dit_sparse.pipelines.tiny import tiny_call
+
+
+def assert_sparse_equals_stock(target: Any, call: Callable[[], Tensor]) -> None:
+    """All self-attention through the sparse kernel at density 1 gives what the stock model does."""
+    with torch.no_grad():
+        stock = call()
+        apply(target, "window", options={"density": 1.0})
+        torch.testing.assert_close(call(), stock, atol=3e-5, rtol=0)
+    rows = summary(target).rows
+    assert rows
+    assert all(row.sparse and not row.dense for row in rows)
 
 
 def test_cogvideox_1_5_patches_time(probe: Any) -> None:
@@ -84,6 +98,7 @@ def test_hunyuan_image_to_video(condition: str, tiny: Any, probe: Any) -> None:
     watch.set_patch(one, (1, 2, 2), (2, 1, 3))
     assert watch.changed(base, "hidden_states", one) == [(2 * 4 + 1) * 6 + 3]
     assert base.layout.segments == (TokenGrid(3, 4, 6), TextSpan(7, (5,)))
+    assert_sparse_equals_stock(transformer, lambda: transformer(**arguments)[0])
 
 
 def test_vace_control_blocks_share_the_grid(tiny: Any, probe: Any) -> None:
@@ -93,18 +108,18 @@ def test_vace_control_blocks_share_the_grid(tiny: Any, probe: Any) -> None:
         "vace_in_channels": 16,
     }
     transformer = diffusers.WanVACETransformer3DModel.from_config(config)
-    base = probe(transformer).run(
-        {
-            "hidden_states": torch.randn(1, 16, 3, 8, 12),
-            "timestep": torch.tensor([5]),
-            "encoder_hidden_states": torch.randn(1, 7, 32),
-            "control_hidden_states": torch.randn(1, 16, 3, 8, 12),
-        }
-    )
+    arguments = {
+        "hidden_states": torch.randn(1, 16, 3, 8, 12),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": torch.randn(1, 7, 32),
+        "control_hidden_states": torch.randn(1, 16, 3, 8, 12),
+    }
+    base = probe(transformer).run(arguments)
     assert base.layout == TokenLayout.of(TokenGrid(3, 4, 6))
     names = {name for name, _, _ in base.calls}
     assert names == {"blocks.0.attn1", "blocks.1.attn1", "vace_blocks.0.attn1"}
     assert {q.shape[2] for _, q, _ in base.calls} == {base.layout.length}
+    assert_sparse_equals_stock(transformer, lambda: transformer(**arguments).sample)
 
 
 def test_wan_image_to_video(tiny: Any, probe: Any) -> None:
@@ -113,42 +128,41 @@ def test_wan_image_to_video(tiny: Any, probe: Any) -> None:
     config = dict(parts["transformer"].config) | {"in_channels": 36}
     parts["transformer"] = diffusers.WanTransformer3DModel.from_config(config)
     pipe = diffusers.WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None)
+    image = torch.rand(1, 3, 64, 96)
     pipe.set_progress_bar_config(disable=True)
     with probe(pipe.transformer).watching() as forwards:
-        pipe(image=torch.rand(1, 3, 64, 96), **tiny_call("wan", pipe))
+        pipe(image=image, **tiny_call("wan", pipe))
     assert forwards[0].layout == TokenLayout.of(TokenGrid(3, 4, 6))
     assert forwards[0].q.shape[2] == forwards[0].layout.length
+    assert_sparse_equals_stock(pipe, lambda: pipe(image=image, **tiny_call("wan", pipe)).frames)
 
 
 def test_kontext_reference_follows_the_picture(tiny: Any, probe: Any) -> None:
     pipe = diffusers.FluxKontextPipeline(**tiny("flux").components)
     pipe.set_progress_bar_config(disable=True)
-    watch = probe(pipe.transformer)
-    with watch.watching() as forwards:
-        pipe(
-            image=torch.rand(1, 3, 10, 14),
-            max_area=16 * 24,
-            _auto_resize=False,
-            **tiny_call("flux", pipe),
-        )
+    extra = {"image": torch.rand(1, 3, 10, 14), "max_area": 16 * 24, "_auto_resize": False}
+    with probe(pipe.transformer).watching() as forwards:
+        pipe(**extra, **tiny_call("flux", pipe))
     base = forwards[0]
     picture, reference = TokenGrid(1, 8, 12), TokenGrid(1, 5, 7)
     assert base.layout == TokenLayout((TextSpan(7), picture, reference))
     assert base.q.shape[2] == base.layout.length
+    assert_sparse_equals_stock(pipe, lambda: pipe(**extra, **tiny_call("flux", pipe)).images)
 
 
 def test_qwen_edit_images_follow_the_picture(tiny: Any, probe: Any) -> None:
-    base = probe(tiny("qwen_image").transformer).run(
-        {
-            "hidden_states": torch.randn(2, 6 * 9 + 4 * 5 + 3, 64),
-            "encoder_hidden_states": torch.randn(2, 7, 32),
-            "timestep": torch.tensor([0.5, 0.5]),
-            "img_shapes": [[(1, 6, 9), (1, 4, 5), (1, 1, 3)]] * 2,
-        }
-    )
+    transformer = tiny("qwen_image").transformer
+    arguments = {
+        "hidden_states": torch.randn(2, 6 * 9 + 4 * 5 + 3, 64),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "img_shapes": [[(1, 6, 9), (1, 4, 5), (1, 1, 3)]] * 2,
+    }
+    base = probe(transformer).run(arguments)
     grids = TokenGrid(1, 6, 9), TokenGrid(1, 4, 5), TokenGrid(1, 1, 3)
     assert base.layout == TokenLayout((TextSpan(7), *grids))
     assert base.q.shape[2] == base.layout.length
+    assert_sparse_equals_stock(transformer, lambda: transformer(**arguments).sample)
 
 
 @pytest.mark.parametrize(
