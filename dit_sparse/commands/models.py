@@ -79,7 +79,11 @@ class Model:
                 raise ValueError(
                     f"Expected options that {title} takes, got {flag}. Leave it out for this model."
                 )
-        needed = {n for n, p in self.parameters.items() if p.default is p.empty and n != "self"}
+        needed = {
+            n
+            for n, p in self.parameters.items()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"
+        }
         if needed - arguments.keys():
             raise ValueError(
                 f"Expected a model that needs only a prompt, got {title}, which also needs "
@@ -159,15 +163,21 @@ def _first(pipe: Pipeline, *names: str) -> int:
 
 def _tiny(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     family = among(name.removeprefix(TINY), tiny_names(), f"a family after {TINY!r}")
-    pipe = tiny_pipeline(family).to(dtype)
+    pipe = tiny_pipeline(family)
+    if dtype != torch.float32:  # diffusers warns about every cast
+        pipe.to(dtype)
     call = tiny_call(family, pipe)
     tensors = {key: value for key, value in call.items() if isinstance(value, torch.Tensor)}
     kept = call.keys() - tensors.keys() - {"generator", "output_type", "class_labels"}
     defaults = {key: _scaled(key, call[key]) for key in kept}
 
     def conditions(prompt: str, negative: str | None) -> dict[str, Any]:
-        if not tensors or (negative is not None and not any("negative" in key for key in tensors)):
+        if not tensors:
             return _words(pipe, prompt, negative)
+        if negative is not None and not any("negative" in key for key in tensors):
+            raise ValueError(
+                f"Expected a model that takes --negative-prompt, got {name!r}. Leave it out."
+            )
         texts = {key: (negative or "") if "negative" in key else prompt for key in tensors}
         found = {key: _embedding(key, texts[key], value) for key, value in tensors.items()}
         return {

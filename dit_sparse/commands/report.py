@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import dit_sparse
+from dit_sparse.method import SparseMethod
 from dit_sparse.record import Summary
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class Result:
         ]
         if ran.density is not None:
             lines[-1] += f", density {ran.density:.3f}, backend {', '.join(ran.backends)}"
+        if ran.backends == ("reference",):
+            lines.append("  note       the reference backend shows the result, not the speed")
         lines += [f"  dense      {count} calls: {why}" for why, count in ran.reasons.items()]
         lines += [f"  not used   {refusal}" for refusal in ran.refusals]
         if self.dense is not None:
@@ -140,7 +143,7 @@ class Report:
         return Report(
             model=request.model,
             pipeline=type(model.pipeline).__name__,
-            method=str(request.method),
+            method=describe(request.method),
             device=torch.cuda.get_device_name(request.device) if gpu else platform.machine(),
             dtype=str(request.dtype).removeprefix("torch."),
             versions={"dit-sparse": dit_sparse.__version__, "torch": torch.__version__},
@@ -162,3 +165,14 @@ class Report:
                 *map(str, self.results),
             ]
         )
+
+
+def describe(method: SparseMethod) -> str:
+    """A method with the options that differ from their defaults: `window(density=0.3)`."""
+    chosen = []
+    for option in fields(method):  # type: ignore[arg-type]  # methods are dataclasses
+        value = getattr(method, option.name)
+        if value != option.default:
+            inner = isinstance(value, SparseMethod)
+            chosen.append(describe(value) if inner else f"{option.name}={value}")
+    return f"{method.name}({', '.join(chosen)})"

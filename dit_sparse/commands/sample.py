@@ -165,7 +165,7 @@ def _warm_up(model: Model, request: Request, call: Mapping[str, Any]) -> None:
         methods.append(create("dense"))
     for method in methods:
         apply(model.pipeline, method, backend=request.backend)
-        _run(model, request, short)
+        model.pipeline(**short, generator=_noise(request), output_type="latent")
 
 
 def _result(
@@ -204,10 +204,9 @@ def _result(
 
 
 def _run(model: Model, request: Request, call: Mapping[str, Any]) -> _Run:
-    generator = torch.Generator("cpu").manual_seed(request.seed)
     started = time.perf_counter()
     with DenoisingTimer(model.transformers, request.device) as timer:
-        output = model.pipeline(**call, generator=generator, output_type="np")
+        output = model.pipeline(**call, generator=_noise(request), output_type="np")
     denoising = timer.seconds()  # waits for the device
     total = time.perf_counter() - started
     frames = output.frames[0] if model.makes_video else output.images
@@ -218,6 +217,10 @@ def _run(model: Model, request: Request, call: Mapping[str, Any]) -> _Run:
         )
     steps = len(model.pipeline.scheduler.timesteps)
     return _Run(np.asarray(frames), denoising, steps, timer.step_seconds(steps), total)
+
+
+def _noise(request: Request) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(request.seed)  # the same noise on every device
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,92 @@
+"""The doctor runs every backend, believes none of them, and reports what it saw."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from dit_sparse import doctor
+from dit_sparse.attention import backends
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.cli import app
+
+
+def fake(refusal: str | None = None, change: Any = None) -> SimpleNamespace:
+    """A backend that refuses, or runs the reference and changes its output."""
+    reference = next(b for b in backends() if b.name == "reference")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> AttentionOutput:
+        out, lse = reference.run(q, k, v, plan, scale)
+        return AttentionOutput(change(out), lse)
+
+    return SimpleNamespace(name="fake", refuses=lambda *_: refusal, run=run)
+
+
+def check_of(monkeypatch: pytest.MonkeyPatch, backend: SimpleNamespace) -> doctor.Check:
+    monkeypatch.setattr(doctor, "backends", lambda: (backend,))
+    return next(c for c in doctor.examine("cpu").sparse if c.name == "fake")
+
+
+def test_every_backend_is_examined_on_the_cpu() -> None:
+    found = doctor.examine("cpu")
+    names = [check.name for check in found.sparse]
+    assert [n for n in names if n in {b.name for b in backends()}] == [b.name for b in backends()]
+    by_name = {check.name: check for check in found.sparse}
+    assert by_name["reference"].ok
+    assert found.ok
+    assert {check.name for check in found.dense} == {"cudnn", "flash", "efficient", "math"}
+    assert next(check for check in found.dense if check.name == "math").ok
+    assert found.versions["torch"] == torch.__version__
+
+
+def test_a_refusal_is_shown_word_for_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = check_of(monkeypatch, fake(refusal="needs a moon"))
+    assert (check.ok, check.detail) == (False, "needs a moon")
+
+
+def test_a_backend_that_computes_nonsense_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_of(monkeypatch, fake(change=lambda out: out)).ok
+    check = check_of(monkeypatch, fake(change=lambda out: out + 0.01))
+    assert not check.ok
+    assert "more than" in check.detail
+    assert not check_of(monkeypatch, fake(change=lambda out: out * torch.nan)).ok
+
+
+def test_a_backend_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(out: Tensor) -> Tensor:
+        raise RuntimeError("no driver\nsecond line")
+
+    check = check_of(monkeypatch, fake(change=broken))
+    assert (check.ok, check.detail) == (False, "RuntimeError: no driver")
+
+
+def test_missing_packages_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda p: None if p == "triton" else real(p))
+    found = doctor.examine("cpu")
+    assert found.versions["triton"] is None
+    assert "Triton is not installed" in str(found)
+    assert "not installed" in str(found).splitlines()[2]
+
+
+def test_command_exit_code_is_1_when_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--format", "json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["ok"] is True
+    monkeypatch.setattr(doctor, "backends", lambda: (fake(refusal="no"),))
+    result = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "no   fake" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_triton_runs_on_a_gpu() -> None:
+    found = doctor.examine("cuda")
+    assert next(check for check in found.sparse if check.name == "triton").ok, str(found)
