@@ -25,7 +25,7 @@ def fake(refusal: str | None = None, change: Any = None) -> SimpleNamespace:
         out, lse = reference.run(q, k, v, plan, scale)
         return AttentionOutput(change(out), lse)
 
-    return SimpleNamespace(name="fake", refuses=lambda *_: refusal, run=run)
+    return SimpleNamespace(name="fake", reorders=False, refuses=lambda *_: refusal, run=run)
 
 
 def check_of(monkeypatch: pytest.MonkeyPatch, backend: SimpleNamespace) -> doctor.Check:
