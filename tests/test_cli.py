@@ -392,8 +392,10 @@ def test_every_exported_name_is_there() -> None:
     import dit_sparse
 
     assert set(dit_sparse.__all__) <= set(dir(dit_sparse))
-    for name in dit_sparse.__all__:
-        assert getattr(dit_sparse, name) is not None
+    for name, home in dit_sparse._HOMES.items():
+        value = getattr(dit_sparse, name)
+        assert (value.__name__, value.__module__) == (name, home)
+    assert dit_sparse.methods is methods
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = dit_sparse.nonsense
 
