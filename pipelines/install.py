@@ -162,7 +162,7 @@ def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     if installation is None:
         return
     installation.check(transformer)
-    arguments = _bind(type(transformer), args, kwargs)
+    arguments = _bind(transformer, args, kwargs)
     moment = installation.clock.read(arguments.get("timestep"))
     try:
         layout, obstacle = installation.family.layout(transformer, arguments), None
@@ -173,8 +173,11 @@ def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     )
 
 
-def _bind(model: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    bound = _signature(model).bind(None, *args, **kwargs)  # type: ignore[arg-type]
+def _bind(
+    transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Mapping[str, Any]:
+    signature = _signature(type(transformer))  # type: ignore[arg-type]
+    bound = signature.bind(transformer, *args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
 

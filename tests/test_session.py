@@ -1,0 +1,253 @@
+"""The session: which calls are sparse, how often plans are made, what is recorded and warned of."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.forward import Forward, StockCall, hides_only_padding
+from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+from dit_sparse.methods import create
+from dit_sparse.methods.schedule import Schedule
+from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.session import Session
+
+LAYOUT = TokenLayout.of(TokenGrid(2, 4, 4), text_last=5)
+NAMES = ("a", "b")
+PLANS: list[CallContext] = []
+
+
+@dataclass(frozen=True)
+class Half:
+    """Reads the first half of the keys; notes every plan it makes."""
+
+    scope: str = "layout"
+    name: ClassVar[str] = "half"
+
+    def dense_reason(self, ctx: CallContext) -> str | None:
+        return None
+
+    def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        PLANS.append(ctx)
+        blocks = Blocks.uniform(ctx.layout.length, 8)
+        visited = torch.zeros(1, 1, blocks.n, blocks.n, dtype=torch.bool)
+        visited[..., : blocks.n // 2] = True
+        return BlockPlan.from_mask(visited, blocks, blocks)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    PLANS.clear()
+
+
+def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.full_like(q, 7.0)
+
+
+def call(layer: int = 0, **changes: Any) -> StockCall:
+    return StockCall(layer, None, None, stock)._replace(**changes)
+
+
+def qkv(tokens: int = LAYOUT.length, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, 2, tokens, 16, generator=source) for _ in range(3))
+    return q, k, v
+
+
+def test_sparse_call_runs_the_plan_and_is_recorded() -> None:
+    session = Session(Half(), NAMES)
+    session.begin(Forward(LAYOUT))
+    q, k, v = qkv()
+    out = session.attend(q, k, v, call(1))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, :16], v[:, :, :16])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    record = session.layers[1]
+    assert (record.sparse, record.dense.total(), record.backend) == (1, 0, "reference")
+    summary = record.summarise("transformer", 1, "half")
+    assert summary.density == pytest.approx(16 / LAYOUT.length)
+
+
+@pytest.mark.parametrize(
+    ("scope", "plans"), [("layout", 1), ("layer", len(NAMES)), ("call", 3 * len(NAMES))]
+)
+def test_plans_are_made_as_often_as_the_scope_says(scope: str, plans: int) -> None:
+    session = Session(Half(scope), NAMES)
+    for step in range(3):
+        session.begin(Forward(TokenLayout(LAYOUT.segments), step=step, steps=3))
+        for layer in range(len(NAMES)):
+            session.attend(*qkv(), call(layer))
+    assert len(PLANS) == plans
+    assert (PLANS[-1].layers, PLANS[-1].steps) == (len(NAMES), 3)
+
+
+def test_plans_of_eight_layouts_are_kept() -> None:
+    session = Session(Half(), NAMES)
+    layouts = [TokenLayout.of(TokenGrid(1, 4, 4 + n)) for n in range(9)]
+    for layout in layouts:
+        session.begin(Forward(layout))
+        session.attend(*qkv(layout.length), call())
+    assert len(session._plans) == 8
+    for layout in (layouts[8], layouts[0]):
+        session.begin(Forward(layout))
+        session.attend(*qkv(layout.length), call())
+    assert [ctx.layout for ctx in PLANS] == [*layouts, layouts[0]]  # only the oldest anew
+
+
+def test_image_only_attention_has_the_layout_without_text() -> None:
+    session = Session(Half(), NAMES)
+    session.begin(Forward(LAYOUT))
+    session.attend(*qkv(LAYOUT.grid.length), call())
+    assert PLANS[0].layout == LAYOUT.without_text()
+
+
+@pytest.mark.parametrize(
+    ("forward", "tokens", "change", "reason"),
+    [
+        (None, 37, {}, "before any forward"),
+        (Forward(None, "The mask is odd."), 37, {}, "The mask is odd."),
+        (Forward(LAYOUT), 36, {}, "got 36 tokens"),
+        (Forward(LAYOUT), 37, {"obstacle": "dropout"}, "dropout"),
+        (Forward(LAYOUT), 37, {"mask": torch.ones(37, 37).tril().bool()}, "only hides text"),
+        (
+            Forward(TokenLayout((TokenGrid(2, 4, 4), TextSpan(5, (3, 2))))),
+            37,
+            {},
+            "text lengths for a batch of 1, got 2",
+        ),
+    ],
+)
+def test_what_has_no_place_runs_the_stock_core_and_says_why(
+    forward: Forward | None, tokens: int, change: dict[str, Any], reason: str, caplog: Any
+) -> None:
+    session = Session(Half(), NAMES)
+    if forward is not None:
+        session.begin(forward)
+    with caplog.at_level(logging.WARNING, "dit_sparse"):
+        for _ in range(2):
+            assert session.attend(*qkv(tokens), call(**change)).eq(7).all()
+    assert session.layers[0].sparse == 0
+    ((said, count),) = session.layers[0].dense.items()
+    assert reason in said
+    assert count == 2
+    assert sum(reason in message for message in caplog.messages) == 1  # logged once
+
+
+def test_cross_attention_runs_the_stock_core() -> None:
+    session = Session(Half(), NAMES)
+    session.begin(Forward(LAYOUT))
+    q, _, _ = qkv()
+    _, k, v = qkv(9)
+    assert session.attend(q, k, v, call()).eq(7).all()
+
+
+def test_key_mask_that_is_the_text_length_is_dropped_and_read_once_per_generation(
+    monkeypatch: Any,
+) -> None:
+    layout = TokenLayout((TokenGrid(2, 4, 4), TextSpan(5, (2, 5))))
+    mask = torch.ones(2, 1, 1, 37, dtype=torch.bool)
+    mask[0, ..., 34:] = False
+    reads = []
+
+    def counted(mask: Tensor, layout: TokenLayout) -> bool:
+        reads.append(1)
+        return hides_only_padding(mask, layout)
+
+    monkeypatch.setattr("dit_sparse.session.hides_only_padding", counted)
+    session = Session(create("window", {"density": 1.0}), NAMES)
+    q, k, v = qkv(batch=2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    for generation in (0, 0, 0, 1):
+        session.begin(Forward(TokenLayout(layout.segments), generation=generation))
+        for layer in range(len(NAMES)):
+            out = session.attend(q, k, v, call(layer, mask=mask))
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert len(reads) == 2
+    assert session.layers[0].sparse == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_mask_is_compared_with_the_layout_by_value(dtype: torch.dtype) -> None:
+    layout = TokenLayout((TokenGrid(1, 2, 2), TextSpan(3, (1,))))
+    seen = torch.tensor([1, 1, 1, 1, 1, 0, 0], dtype=torch.bool)
+    other = seen.roll(1)
+
+    def as_mask(row: Tensor) -> Tensor:
+        additive = torch.zeros(7).masked_fill(~row, -1e9)
+        return (row if dtype == torch.bool else additive)[None, None, None]
+
+    assert hides_only_padding(as_mask(seen), layout)
+    assert not hides_only_padding(as_mask(other), layout)
+    assert not hides_only_padding(as_mask(seen).expand(1, 1, 7, 7), layout)
+    assert not hides_only_padding(torch.full((1, 1, 1, 7), -0.5), layout)  # a bias
+
+
+def test_schedule_keeps_steps_dense_without_padding() -> None:
+    layout = TokenLayout((TokenGrid(2, 4, 4), TextSpan(5, (2,))))
+    session = Session(Schedule(Half(), dense_first=1), NAMES)
+    q, k, v = qkv()
+    session.begin(Forward(layout, step=0, steps=2))
+    dense = session.attend(q, k, v, call())
+    valid = slice(0, 34)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, valid], v[:, :, valid])
+    torch.testing.assert_close(dense, expected, atol=1e-6, rtol=0)
+    assert session.attend(q, k, v, call(chosen=True)).eq(7).all()  # the user's own backend
+    session.begin(Forward(layout, step=1, steps=2))
+    session.attend(q, k, v, call())
+    assert (session.layers[0].dense.total(), session.layers[0].sparse) == (2, 1)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(3, True), (None, False)])
+def test_warns_once_when_a_whole_generation_was_dense(
+    steps: int | None, warned: bool, caplog: Any
+) -> None:
+    session = Session(Schedule(Half(), dense_layers=(0, 1)), NAMES)
+    for generation in range(2):
+        for step in range(3):
+            session.begin(Forward(LAYOUT, step=step, steps=steps, generation=generation))
+            for layer in range(len(NAMES)):
+                session.attend(*qkv(), call(layer))
+        said = [m for m in caplog.messages if "no sparse attention" in m]
+        # Without a number of steps the end is only known when the next generation begins.
+        assert len(said) == (1 if warned or generation else 0)
+        if said:
+            assert "dense_layers" in said[0]
+
+
+def test_no_warning_for_dense_or_when_one_call_was_sparse(caplog: Any) -> None:
+    for method in (create("dense"), Schedule(Half(), dense_layers=(1,))):
+        session = Session(method, NAMES)
+        for generation in range(2):
+            session.begin(Forward(LAYOUT, step=0, steps=1, generation=generation))
+            for layer in range(len(NAMES)):
+                session.attend(*qkv(), call(layer))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_have_their_own_state(clone: Any) -> None:
+    session = Session(create("window", {"density": 1.0}), NAMES, backend="reference")
+    session.begin(Forward(LAYOUT))
+    session.attend(*qkv(), call())
+    other = clone(session)
+    assert other.layers[0].sparse == 1
+    other.begin(Forward(LAYOUT))
+    other.attend(*qkv(), call())
+    assert (session.layers[0].sparse, other.layers[0].sparse) == (1, 2)
+    assert other.backend == "reference"
+
+
+def test_named_backend_that_refuses_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the Triton backend runs here")
+    session = Session(Half(), NAMES, backend="triton")
+    session.begin(Forward(LAYOUT))
+    with pytest.raises(ValueError, match="GPU"):
+        session.attend(*qkv(), call())
