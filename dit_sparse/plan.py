@@ -240,9 +240,9 @@ class BlockPlan:
 
     @cached_property
     def spans(self) -> tuple[Tensor, Tensor]:
-        """int32 `[E]` twice: first and past-the-last key position of every entry."""
+        """int32 `[E]` twice: first key position and number of keys of every entry."""
         blocks = self.indices.long()
-        return self.k_blocks.starts[blocks], self.k_blocks.starts[blocks + 1]
+        return self.k_blocks.starts[blocks], self.k_blocks.lengths[blocks]
 
     @cached_property
     def density(self) -> float:

@@ -5,9 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_tile(ptr, desc, batch, head, start, stride_b, stride_h, stride_n, stop, D: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Rows `start .. start + BLOCK_N` of one head; those from `stop` on may hold anything finite."""
+def _load_tile(ptr, desc, batch, head, start, stride_b, stride_h, stride_n, n_keys,
+               D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+               TMA: tl.constexpr):  # fmt: skip
+    """Rows `start .. start + BLOCK_N` of one head, zero past the end of the sequence."""
     if TMA:
         tile = desc.load([batch, head, start, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
@@ -15,7 +16,7 @@ def _load_tile(ptr, desc, batch, head, start, stride_b, stride_h, stride_n, stop
         cols = tl.arange(0, BLOCK_D)
         base = ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
         ptrs = base + rows.to(tl.int64)[:, None] * stride_n + cols[None, :]
-        inside = rows[:, None] < stop
+        inside = rows[:, None] < n_keys
         if D != BLOCK_D:
             inside = inside & (cols[None, :] < D)
         tile = tl.load(ptrs, mask=inside, other=0.0)
@@ -34,14 +35,14 @@ def _accumulate(acc, l_i, alpha, p, v):
 @triton.jit
 def _block_sparse_fwd(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
-    offsets_ptr, full_ptr, partial_ptr, starts_ptr, stops_ptr, q_starts_ptr, order_ptr,
+    offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
     lower_ptr, upper_ptr, above_ptr, below_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
-    n_heads, n_q_blocks, n_queries, scale_log2, guard,
+    n_heads, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, HAS_ORDER: tl.constexpr, TMA: tl.constexpr,
@@ -54,10 +55,10 @@ def _block_sparse_fwd(
 
     rows = tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)
     row_inside = rows < tl.load(q_starts_ptr + block + 1)
+    order_ptr += head * order_stride_h
+    tokens = rows.to(tl.int64)
     if HAS_ORDER:  # queries are read from, and results written to, the caller's order
-        tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
-    else:
-        tokens = rows.to(tl.int64)
+        tokens = tl.load(order_ptr + rows, mask=row_inside, other=0)
     cols = tl.arange(0, BLOCK_D)
     q_ptr += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     q_inside = row_inside[:, None] & (cols[None, :] < D)
@@ -67,7 +68,7 @@ def _block_sparse_fwd(
     first = tl.load(offsets_ptr + row)
     n_full = tl.load(full_ptr + row)
     starts_ptr += first
-    stops_ptr += first
+    lengths_ptr += first
     within = tl.arange(0, BLOCK_N)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -77,18 +78,17 @@ def _block_sparse_fwd(
     # A key block of the plan is SUB tiles of this kernel.
     for it in tl.range(0, n_full * SUB):
         start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
-        stop = start + BLOCK_N
-        if RAGGED:
-            stop = tl.load(stops_ptr + it // SUB)
         k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
-                       stop, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
+                       n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
         v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
-                       stop, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
+                       n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
         scores = tl.dot(q, k.T, input_precision="ieee")
         if RAGGED:
-            # A column bias costs nothing beside the scaling, a select would. The first tile of a
-            # block is never empty, so the maximum is finite from the first step on.
-            bias = tl.where(within < stop - start, 0.0, float("-inf"))
+            # A column bias rides on the scaling, a select would not. `start` has no part in it,
+            # so that the load pipeline may run ahead. The first tile of a block is never empty:
+            # the maximum is finite from the first step on.
+            length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
+            bias = tl.where(within < length, 0.0, float("-inf"))
             scores = scores * scale_log2 + bias[None, :]
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             p = tl.math.exp2(scores - m_new[:, None])
@@ -101,23 +101,30 @@ def _block_sparse_fwd(
     if HAS_BOX:
         n_partial = tl.load(partial_ptr + row)
         starts_ptr += n_full
-        stops_ptr += n_full
+        lengths_ptr += n_full
         box_rows = head.to(tl.int64) * box_stride_h + rows
         lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
         upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
+        # Coordinates are read one step ahead: their address waits for the list, and the scores
+        # would wait for both.
+        ahead = tl.load(starts_ptr, mask=n_partial > 0, other=0) + within
+        above = tl.load(above_ptr + ahead, mask=ahead < n_keys, other=0) | guard
+        below = tl.load(below_ptr + ahead, mask=ahead < n_keys, other=0)
         for it in tl.range(0, n_partial * SUB):
             start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
-            stop = tl.load(stops_ptr + it // SUB)
             k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
-                           stop, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
+                           n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
             v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
-                           stop, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
-            keys = start + within
-            above = tl.load(above_ptr + keys, mask=keys < stop, other=0) | guard
-            below = tl.load(below_ptr + keys, mask=keys < stop, other=0)
-            bias = tl.where(keys < stop, 0.0, float("-inf"))
-            scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]
+                           n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
+            length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
             inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+            bias = tl.where(within < length, 0.0, float("-inf"))
+            last = it + 1 >= n_partial * SUB
+            ahead = tl.load(starts_ptr + (it + 1) // SUB, mask=not last, other=0)
+            ahead += ((it + 1) % SUB) * BLOCK_N + within
+            above = tl.load(above_ptr + ahead, mask=ahead < n_keys, other=0) | guard
+            below = tl.load(below_ptr + ahead, mask=ahead < n_keys, other=0)
+            scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]
             scores = tl.where((inside & guard) == guard, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             # A row that has seen no key yet keeps -inf; 0 stands in for it so that no NaN arises.
@@ -130,6 +137,8 @@ def _block_sparse_fwd(
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
+    if HAS_ORDER:  # read again rather than held in registers through the loop
+        tokens = tl.load(order_ptr + rows, mask=row_inside, other=0)
     v_cols = tl.arange(0, BLOCK_DV)
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_inside = row_inside[:, None] & (v_cols[None, :] < DV)

@@ -78,7 +78,7 @@ class TritonBackend:
         )
         out = _like(q, value_dim)
         lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
-        starts, stops = plan.spans
+        starts, lengths = plan.spans
         order = starts if plan.order is None else plan.order.index
         box = plan.box
         lower, upper, above, below = (
@@ -92,13 +92,14 @@ class TritonBackend:
             TensorDescriptor.from_tensor(k, [1, 1, tile.keys, block_d]) if tma else None,
             TensorDescriptor.from_tensor(v, [1, 1, tile.keys, block_dv]) if tma else None,
             out, lse,
-            plan.offsets, plan.full, plan.partial, starts, stops, plan.q_blocks.starts, order,
+            plan.offsets, plan.full, plan.partial, starts, lengths, plan.q_blocks.starts, order,
             lower, upper, above, below,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             list_b, list_h,
             order.stride(0) if order.ndim == 2 else 0,
             0 if lower.shape[0] == 1 else lower.stride(0),
-            heads, plan.q_blocks.n, n_queries, scale * _LOG2_E, box.guard if box else 0,
+            heads, plan.q_blocks.n, n_queries, k.shape[2],
+            scale * _LOG2_E, box.guard if box else 0,
             D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
             BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
             RAGGED=plan.k_blocks.ragged, HAS_BOX=box is not None,

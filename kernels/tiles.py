@@ -34,9 +34,8 @@ def choose_tile(
         q_block, k_block: block sizes of the plan.
     """
     tma = capability[0] >= 9
-    keys = min(k_block, 64 if head_dim <= 128 else 32)
+    keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     if itemsize == 4:
-        keys = min(keys, 32)
-    warps = 8 if (head_dim > 128 or not tma) and q_block >= 128 else 4
-    stages = 3 if tma and head_dim <= 128 and itemsize == 2 else 2
-    return Tile(keys, warps, stages, tma)
+        keys = 32
+    warps = 8 if head_dim > 128 and q_block >= 128 else 4
+    return Tile(min(keys, k_block), warps, 2, tma)
