@@ -117,6 +117,7 @@ def prepare(
                 "another acceleration library) first."
             )
         sparse = sparse_processor(stock, AttentionCore(session, layer))
+        _carry_backend(module.processor, sparse)
         attachments[name] = Attachment(module, stock, sparse)
     return attachments
 
@@ -150,6 +151,7 @@ def detach(transformer: nn.Module) -> None:
         return
     for attachment in installation.attachments:
         if attachment.module.processor is attachment.sparse:
+            _carry_backend(attachment.sparse, attachment.stock)
             _set_processor(attachment.module, attachment.stock)
     installation.hook.remove()
     delattr(transformer, _ATTRIBUTE)
@@ -200,6 +202,13 @@ def _set_processor(module: nn.Module, processor: Any) -> None:
         setter(processor)
     else:  # MochiAttention has none
         module.processor = processor
+
+
+def _carry_backend(source: Any, target: Any) -> None:
+    """Keeps what `set_attention_backend` said to a processor that is about to be replaced."""
+    backend = getattr(source, "_attention_backend", None)
+    if hasattr(target, "_attention_backend") and target._attention_backend != backend:
+        target._attention_backend = backend
 
 
 def _refuse_context_parallel(transformer: nn.Module) -> None:

@@ -302,6 +302,22 @@ def test_fused_projections(tiny: Any) -> None:
         assert dit_sparse.remove(pipe)
 
 
+def test_attention_backend_of_the_user_outlives_the_method(tiny: Any) -> None:
+    def backends() -> set[Any]:
+        return {p._attention_backend for p in processors(transformer).values()}
+
+    transformer = tiny("wan").transformer
+    dit_sparse.apply(transformer, ALL)
+    for module in transformer.modules():
+        if hasattr(module, "set_attention_backend") and module is not transformer:
+            module.set_attention_backend("_native_math")
+    assert backends() == {"_native_math"}
+    dit_sparse.apply(transformer, HALF)
+    assert backends() == {"_native_math"}
+    dit_sparse.remove(transformer)
+    assert backends() == {"_native_math"}
+
+
 def test_context_parallel_is_refused(tiny: Any) -> None:
     pipe = tiny("wan")
     config = SimpleNamespace(context_parallel_config=object(), tensor_parallel_config=None)
@@ -311,9 +327,8 @@ def test_context_parallel_is_refused(tiny: Any) -> None:
         run(pipe, "wan")
     with pytest.raises(NotImplementedError, match="context parallelism"):
         dit_sparse.apply(pipe, HALF)
-    assert dit_sparse.summary  # still importable, and nothing was changed:
     pipe.transformer._parallel_config = None
-    run(pipe, "wan")
+    run(pipe, "wan")  # the refused method has changed nothing
     assert dit_sparse.summary(pipe).density == 1.0
 
 

@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from dit_sparse import ops
 from dit_sparse.forward import Forward
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.methods import create
@@ -140,7 +141,10 @@ def test_copies_answer_to_their_own_ticket(clone: Any) -> None:
     other = clone(ours)
     assert type(other) is type(ours)
     assert other.core.session is not ours.core.session
-    assert int(other.core._ticket) != int(ours.core._ticket)
+    for one in (ours, other):
+        one.core.session.begin(Forward(TokenLayout.of(GRID)))
+    ops.attend(*qkv(), other.core._ticket, None, None, 0.0, False, False, "")
+    assert (counts(ours.core), counts(other.core)) == ((0, 0), (1, 0))
 
 
 @pytest.mark.parametrize(
