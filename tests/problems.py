@@ -1,7 +1,7 @@
 """Random plans with the element masks that they mean, built element by element."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_sparse.grid import Permutation
 from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan_check import check
 
 runs = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any)
 sizes = st.sampled_from([1, 2, 3, 4, 8])
@@ -123,3 +124,17 @@ def _expected(plan: BlockPlan, visited: Tensor, full: Tensor | None, boxes: Boxe
             for q, k in itertools.product(qs, ks):
                 mask[b, h, caller[q], caller[k]] = bool(unmasked or inside[q, k])
     return mask
+
+
+@st.composite
+def pooled_plans(draw: st.DrawFn) -> BlockPlan:
+    """Random plans whose full entries have any level, and with any tail."""
+    plan = draw(problems()).plan
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    level = 2 ** torch.randint(8, plan.indices.shape, generator=generator)
+    for first, full, partial in zip(
+        plan.offsets.flatten(), plan.full.flatten(), plan.partial.flatten(), strict=True
+    ):
+        level[first + full : first + full + partial] = 1
+    tail = draw(st.sampled_from(["none", "zeroth", "first"]))
+    return check(replace(plan, level=level.to(torch.uint8), tail=tail))
