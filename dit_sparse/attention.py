@@ -91,6 +91,8 @@ def attend(
         raise ValueError(f"Expected a scale above 0, got {scale}.")
     if backend is None or isinstance(backend, str):
         backend, _ = select_backend(q, k, v, plan, backend)
+    elif (reason := backend.refuses(q, k, v, plan)) is not None:
+        raise ValueError(f"No attention backend runs this call. {backend.name}: {reason}")
     if plan.order is None or backend.reorders:
         return backend.run(q, k, v, plan, scale)
     order = plan.order

@@ -21,6 +21,4 @@ def _permute_rows(
     x_ptr += batch.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     tile = tl.load(x_ptr + source[:, None] * x_stride_n + cols[None, :], mask=inside)
-    tl.store(
-        out_ptr + rows.to(tl.int64)[:, None] * out_stride_n + cols[None, :], tile, mask=inside
-    )
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * out_stride_n + cols[None, :], tile, mask=inside)

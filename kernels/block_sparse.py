@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.kernels._block_sparse import _block_sparse_fwd
+from dit_sparse.kernels import hopper, portable
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.plan import BlockPlan
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCKS = (16, 32, 64, 128, 256)
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class TritonBackend:
     """The block-sparse kernel of this package.
 
     Args:
-        tile: overrides the tile table, for measurements.
+        tile: run the portable kernel with this tile, for measurements and tests.
         interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
             before Triton was imported. For tests: it is slow, and wrong in bfloat16.
     """
@@ -64,49 +61,36 @@ class TritonBackend:
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
         q, k, v = (_unit_stride(t) for t in (q, k, v))
-        if plan.order is not None:  # queries and results are gathered by the kernel itself
-            k, v = permute(k, plan.order), permute(v, plan.order)
-        batch, heads, n_queries, head_dim = q.shape
-        value_dim = v.shape[-1]
-        block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
-        tile = self.tile or choose_tile(
-            _capability(q.device),
-            max(block_d, block_dv),
-            q.element_size(),
-            plan.q_blocks.size,
-            plan.k_blocks.size,
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):  # Triton launches on the current device
+                return self._run(q, k, v, plan, scale)
+        return self._run(q, k, v, plan, scale)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> AttentionOutput:
+        result = AttentionOutput(
+            _like(q, v.shape[-1]),
+            torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
         )
-        out = _like(q, value_dim)
-        lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
-        starts, lengths = plan.spans
-        order = starts if plan.order is None else plan.order.index
-        box = plan.box
-        lower, upper, above, below = (
-            (box.lower, box.upper, box.above, box.below) if box else (starts,) * 4
-        )
-        tma = tile.tma and _describable(k) and _describable(v)
-        list_b, list_h, _ = _strides_or_zero(plan.offsets)
-        grid = (batch * heads * plan.q_blocks.n,)
-        _block_sparse_fwd[grid](
-            q, k, v,
-            TensorDescriptor.from_tensor(k, [1, 1, tile.keys, block_d]) if tma else None,
-            TensorDescriptor.from_tensor(v, [1, 1, tile.keys, block_dv]) if tma else None,
-            out, lse,
-            plan.offsets, plan.full, plan.partial, starts, lengths, plan.q_blocks.starts, order,
-            lower, upper, above, below,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            list_b, list_h,
-            order.stride(0) if order.ndim == 2 else 0,
-            0 if lower.shape[0] == 1 else lower.stride(0),
-            heads, plan.q_blocks.n, n_queries, k.shape[2],
-            scale * _LOG2_E, box.guard if box else 0,
-            D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
-            RAGGED=plan.k_blocks.ragged, HAS_BOX=box is not None,
-            HAS_ORDER=plan.order is not None, TMA=tma,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return AttentionOutput(out, lse)
+        order = plan.order
+        if order is not None:
+            k, v = permute(k, order), permute(v, order)
+        done = False
+        if self.tile is None and q.is_cuda and hopper.runs(q, v, plan):
+            ordered = q if order is None else permute(q, order)
+            done = hopper.launch(ordered, k, v, plan, scale, result)
+        if not done or plan.box is not None:
+            tile = self.tile or choose_tile(
+                _capability(q.device),
+                portable.padded(max(q.shape[-1], v.shape[-1])),
+                q.element_size(),
+                plan.q_blocks.size,
+                plan.k_blocks.size,
+                boxed=plan.box is not None,
+            )
+            portable.launch(q, k, v, plan, scale, tile, result, full=not done)
+        return result
 
 
 BACKEND = TritonBackend()
@@ -126,15 +110,3 @@ def _like(q: Tensor, value_dim: int) -> Tensor:
     if value_dim == q.shape[-1]:
         return torch.empty_like(q)
     return q.new_empty(*q.shape[:-1], value_dim)
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can address this tensor: 16-byte base and strides."""
-    size = x.element_size()
-    aligned = all(s > 0 and s * size % 16 == 0 for s in x.stride()[:-1])
-    return aligned and x.data_ptr() % 16 == 0
-
-
-def _strides_or_zero(lists: Tensor) -> list[int]:
-    """Strides of the plan's lists, 0 along shared dimensions."""
-    return [0 if n == 1 else s for n, s in zip(lists.shape, lists.stride(), strict=True)]

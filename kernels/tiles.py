@@ -23,7 +23,13 @@ class Tile:
 
 
 def choose_tile(
-    capability: tuple[int, int], head_dim: int, itemsize: int, q_block: int, k_block: int
+    capability: tuple[int, int],
+    head_dim: int,
+    itemsize: int,
+    q_block: int,
+    k_block: int,
+    *,
+    boxed: bool,
 ) -> Tile:
     """The tile for a GPU and a problem.
 
@@ -32,10 +38,14 @@ def choose_tile(
         head_dim: the larger of the query and value head dims, padded to a power of two.
         itemsize: bytes of one element.
         q_block, k_block: block sizes of the plan.
+        boxed: whether entries are masked by coordinates, which takes registers.
     """
-    tma = capability[0] >= 9
     keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    warps = 4
     if itemsize == 4:
         keys = 32
-    warps = 8 if head_dim > 128 and q_block >= 128 else 4
-    return Tile(min(keys, k_block), warps, 2, tma)
+    elif boxed:
+        keys = min(keys, 64)
+    if q_block >= 128 and head_dim > (64 if boxed else 128):
+        warps = 8
+    return Tile(min(keys, k_block), warps, 2, tma=capability[0] >= 9)

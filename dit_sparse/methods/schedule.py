@@ -103,7 +103,7 @@ class Schedule:
             return value
         if ctx.steps is None:
             raise ValueError(self._unknown_total(field))
-        return math.ceil(value * ctx.steps)
+        return math.ceil(round(value * ctx.steps, 6))  # 0.28 * 25 is a little more than 7
 
     @staticmethod
     def _unknown_total(field: str) -> str:

@@ -9,11 +9,9 @@ attention (arXiv 2502.04507). Text and reference images are read by all queries 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +20,7 @@ from dit_sparse import orders
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
-
-Extents: TypeAlias = tuple[int, int, int]
+from dit_sparse.tiling import Extents, WindowShape, best_tile, span, window_for_density
 
 _AXES = ("frames", "height", "width")
 _DEFAULT_DENSITY = 0.3
@@ -78,7 +75,7 @@ class WindowMethod:
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         layout, grid = ctx.layout, ctx.layout.grid
         shape = self.shape_on(grid)
-        spans = [_span(*a) for a in zip(grid.shape, shape.window, shape.stride, strict=True)]
+        spans = [span(*a) for a in zip(grid.shape, shape.window, shape.stride, strict=True)]
         order = orders.lift(orders.tile(grid, shape.tile), layout)
         blocks = Blocks.of_runs(_runs(layout, orders.tile_runs(grid, shape.tile)), self.block)
         tokens = _Tokens.of(layout, order.index, spans)
@@ -115,92 +112,6 @@ class WindowMethod:
             stride = tuple(min(stride, w) for w in window)
         stride = _tokens(stride, "stride", grid, window)
         return WindowShape(window, stride, tile or best_tile(grid, window, stride, self.block))
-
-
-@dataclass(frozen=True)
-class WindowShape:
-    """A window on one grid, in tokens along (frames, height, width)."""
-
-    window: Extents
-    stride: Extents
-    tile: Extents
-
-
-@cache
-def best_tile(grid: TokenGrid, window: Extents, stride: Extents, block: int) -> Extents:
-    """The tile of at most `block` tokens for which the fewest (query, key) blocks are visited.
-
-    The count is a product over the axes, so all shapes are tried exactly.
-    """
-    visits = [
-        {t: _visited_tiles(extent, w, s, t) for t in range(1, min(extent, block) + 1)}
-        for extent, w, s in zip(grid.shape, window, stride, strict=True)
-    ]
-
-    def cost(tile: Extents) -> tuple[int, int]:
-        # Among equal counts the most cubic tile: its neighbours are nearest, which L2 likes.
-        return math.prod(v[t] for v, t in zip(visits, tile, strict=True)), sum(tile)
-
-    return min(_shapes(grid, block), key=cost)
-
-
-@cache
-def window_for_density(
-    grid: TokenGrid, density: float, block: int, tile: Extents | None = None
-) -> WindowShape:
-    """Tile and window whose visited share of blocks is nearest to a density, strided by the tile.
-
-    Windows that are odd multiples of a tile, strided by it, are made of whole tiles: nothing of a
-    visited block is masked. Shapes within 10 % of the density compete on visited blocks, which is
-    what time is spent on; the others on how near they come.
-    """
-    share = density ** (1 / (sum(extent > 1 for extent in grid.shape) or 1))
-
-    @cache
-    def axis(extent: int, t: int) -> tuple[int, int, float]:
-        window = extent
-        if share < 1.0:
-            window = min(t * max(1, 2 * round((share * extent / t - 1) / 2) + 1), extent)
-        visits = _visited_tiles(extent, window, min(t, window), t)
-        return window, visits, visits / math.ceil(extent / t) ** 2
-
-    def cost(shape: Extents) -> tuple[float, int, int]:
-        axes = [axis(extent, t) for extent, t in zip(grid.shape, shape, strict=True)]
-        miss = abs(math.log(math.prod(a[2] for a in axes) / density))
-        return max(miss, math.log(1.1)), math.prod(a[1] for a in axes), sum(shape)
-
-    best = min([tile] if tile else _shapes(grid, block), key=cost)
-    a, b, c = (axis(extent, t)[0] for extent, t in zip(grid.shape, best, strict=True))
-    stride = (min(best[0], a), min(best[1], b), min(best[2], c))
-    return WindowShape((a, b, c), stride, best)
-
-
-def _shapes(grid: TokenGrid, block: int) -> list[Extents]:
-    """Every tile on this grid of at most `block` tokens."""
-    frames, height, width = (min(extent, block) for extent in grid.shape)
-    return [
-        (f, h, w)
-        for f in range(1, frames + 1)
-        for h in range(1, min(height, block // f) + 1)
-        for w in range(1, min(width, block // (f * h)) + 1)
-    ]
-
-
-def _visited_tiles(extent: int, window: int, stride: int, tile: int) -> int:
-    low, high = (t.tolist() for t in _span(extent, window, stride))
-    total = 0
-    for first in range(0, extent, tile):
-        last = min(first + tile, extent) - 1
-        total += high[last] // tile - low[first] // tile + 1
-    return total
-
-
-def _span(extent: int, window: int, stride: int) -> tuple[Tensor, Tensor]:
-    """First and last visible key of every position of one axis, int64 `[extent]` each."""
-    position = torch.arange(extent)
-    leader = (position // stride * stride + stride // 2).clamp(max=extent - 1)
-    low = (leader - window // 2).clamp(0, extent - window)
-    return low, low + window - 1
 
 
 def _tokens(

@@ -1,4 +1,4 @@
-"""Block-sparse attention forward, list-driven. Launched by `block_sparse.py`."""
+"""Block-sparse attention forward for any GPU, list-driven. Launched by `portable.py`."""
 
 import triton
 import triton.language as tl
@@ -33,7 +33,7 @@ def _accumulate(acc, l_i, alpha, p, v):
 
 
 @triton.jit
-def _block_sparse_fwd(
+def _portable_fwd(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
     lower_ptr, upper_ptr, above_ptr, below_ptr,
@@ -45,13 +45,23 @@ def _block_sparse_fwd(
     n_heads, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, HAS_ORDER: tl.constexpr, TMA: tl.constexpr,
+    FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, HAS_ORDER: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
     block = pid % n_q_blocks
     head = (pid // n_q_blocks) % n_heads
     batch = pid // n_q_blocks // n_heads
+
+    row = batch * list_stride_b + head * list_stride_h + block
+    n_partial = 0
+    if HAS_BOX:
+        n_partial = tl.load(partial_ptr + row)
+    if not FULL:  # noqa: SIM102 (compile-time and run-time conditions do not mix)
+        # Another kernel has done the full entries: nothing to add for rows without partial ones.
+        if n_partial == 0:
+            return
 
     rows = tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)
     row_inside = rows < tl.load(q_starts_ptr + block + 1)
@@ -64,7 +74,10 @@ def _block_sparse_fwd(
     q_inside = row_inside[:, None] & (cols[None, :] < D)
     q = tl.load(q_ptr + tokens[:, None] * q_stride_n + cols[None, :], mask=q_inside, other=0.0)
 
-    row = batch * list_stride_b + head * list_stride_h + block
+    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+    v_cols = tl.arange(0, BLOCK_DV)
+
     first = tl.load(offsets_ptr + row)
     n_full = tl.load(full_ptr + row)
     starts_ptr += first
@@ -75,41 +88,42 @@ def _block_sparse_fwd(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # A key block of the plan is SUB tiles of this kernel.
-    for it in tl.range(0, n_full * SUB):
-        start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
-        k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
-                       n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
-        v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
-                       n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
-        scores = tl.dot(q, k.T, input_precision="ieee")
-        if RAGGED:
-            # A column bias rides on the scaling, a select would not. `start` has no part in it,
-            # so that the load pipeline may run ahead. The first tile of a block is never empty:
-            # the maximum is finite from the first step on.
-            length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
-            bias = tl.where(within < length, 0.0, float("-inf"))
-            scores = scores * scale_log2 + bias[None, :]
-            m_new = tl.maximum(m_i, tl.max(scores, 1))
-            p = tl.math.exp2(scores - m_new[:, None])
-        else:
-            m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
-            p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
-        acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_new), p, v)
-        m_i = m_new
+    if FULL:
+        # A key block of the plan is SUB tiles of this kernel.
+        for it in tl.range(0, n_full * SUB):
+            start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
+            k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
+                           n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
+            v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
+                           n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
+            scores = tl.dot(q, k.T, input_precision="ieee")
+            if RAGGED:
+                # A column bias rides on the scaling, a select would not. `start` has no part in it,
+                # so that the load pipeline may run ahead. The first tile of a block is never empty:
+                # the maximum is finite from the first step on.
+                length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
+                bias = tl.where(within < length, 0.0, float("-inf"))
+                scores = scores * scale_log2 + bias[None, :]
+                m_new = tl.maximum(m_i, tl.max(scores, 1))
+                p = tl.math.exp2(scores - m_new[:, None])
+            else:
+                m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+                p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
+            acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_new), p, v)
+            m_i = m_new
+    else:  # go on from the result so far, as if it were one key of the row
+        m_i = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+        out_inside = row_inside[:, None] & (v_cols[None, :] < DV)
+        out_ptrs = out_ptr + tokens[:, None] * out_stride_n + v_cols[None, :]
+        acc = tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
 
     if HAS_BOX:
-        n_partial = tl.load(partial_ptr + row)
         starts_ptr += n_full
         lengths_ptr += n_full
         box_rows = head.to(tl.int64) * box_stride_h + rows
         lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
         upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
-        # Coordinates are read one step ahead: their address waits for the list, and the scores
-        # would wait for both.
-        ahead = tl.load(starts_ptr, mask=n_partial > 0, other=0) + within
-        above = tl.load(above_ptr + ahead, mask=ahead < n_keys, other=0) | guard
-        below = tl.load(below_ptr + ahead, mask=ahead < n_keys, other=0)
         for it in tl.range(0, n_partial * SUB):
             start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
             k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
@@ -117,14 +131,11 @@ def _block_sparse_fwd(
             v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
             length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
-            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
             bias = tl.where(within < length, 0.0, float("-inf"))
-            last = it + 1 >= n_partial * SUB
-            ahead = tl.load(starts_ptr + (it + 1) // SUB, mask=not last, other=0)
-            ahead += ((it + 1) % SUB) * BLOCK_N + within
-            above = tl.load(above_ptr + ahead, mask=ahead < n_keys, other=0) | guard
-            below = tl.load(below_ptr + ahead, mask=ahead < n_keys, other=0)
+            above = tl.load(above_ptr + start + within, mask=within < length, other=0) | guard
+            below = tl.load(below_ptr + start + within, mask=within < length, other=0)
             scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]
+            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
             scores = tl.where((inside & guard) == guard, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             # A row that has seen no key yet keeps -inf; 0 stands in for it so that no NaN arises.
@@ -137,12 +148,9 @@ def _block_sparse_fwd(
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
-    if HAS_ORDER:  # read again rather than held in registers through the loop
+    if HAS_ORDER:  # read again rather than held in registers through the loops
         tokens = tl.load(order_ptr + rows, mask=row_inside, other=0)
-    v_cols = tl.arange(0, BLOCK_DV)
-    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_inside = row_inside[:, None] & (v_cols[None, :] < DV)
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + v_cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
-    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
     tl.store(lse_ptr + tokens, lse, mask=row_inside)

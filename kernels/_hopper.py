@@ -1,0 +1,99 @@
+"""Block-sparse attention forward for Hopper: warp-specialised. Launched by `block_sparse.py`.
+
+The shape of the loop is what lets Triton split it into a producer and two consumer warpgroups and
+keep both matrix products asynchronous (seen in SASS for Triton 3.6 to 3.9): one loop, no branch in
+it, scalar loads only, queries through a descriptor made in the kernel, and the product with the
+values one block behind, so that it runs under the next block's softmax.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _block_sparse_fwd_hopper(
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr,
+    offsets_ptr, full_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
+    q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
+    k_row_b, k_row_h, k_col_h,
+    v_row_b, v_row_h, v_col_h,
+    out_stride_b, out_stride_h, out_stride_n,
+    list_stride_b, list_stride_h, order_stride_h,
+    n_heads, n_q_blocks, n_queries, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
+    pid = tl.program_id(0)
+    block = pid % n_q_blocks
+    head = (pid // n_q_blocks) % n_heads
+    batch = pid // n_q_blocks // n_heads
+
+    q_start = tl.load(q_starts_ptr + block)
+    q_desc = tl.make_tensor_descriptor(
+        q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
+    )
+    q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
+
+    row = batch * list_stride_b + head * list_stride_h + block
+    first = tl.load(offsets_ptr + row)
+    steps = tl.load(full_ptr + row)
+    starts_ptr += first
+    lengths_ptr += first
+    k_row = batch * k_row_b + head * k_row_h
+    v_row = batch * v_row_b + head * v_row_h
+    k_col = head * k_col_h
+    v_col = head * v_col_h
+    within = tl.arange(0, BLOCK_N)
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    alpha = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # The weights of the block before, as bits: a loop-carried bfloat16 tile would be sent through
+    # shared memory, and the product with it waited for.
+    behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
+
+    for it in tl.range(0, steps, warp_specialize=True):
+        k = k_desc.load([k_row + tl.load(starts_ptr + it), k_col])
+        scores = tl.dot(q, k.T)
+        v = v_desc.load([v_row + tl.load(starts_ptr + tl.maximum(it - 1, 0)), v_col])
+        acc = acc * alpha[:, None]
+        acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+        if RAGGED:
+            # A column bias rides on the scaling, a select would not.
+            bias = tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))
+            scores = scores * scale_log2 + bias[None, :]
+            m_new = tl.maximum(m_i, tl.max(scores, 1))
+            p = tl.math.exp2(scores - m_new[:, None])
+        else:
+            m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+            p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        behind = p.to(v.dtype).to(tl.int16, bitcast=True)
+
+    v_start = tl.load(starts_ptr + tl.maximum(steps - 1, 0), mask=steps > 0, other=0)
+    v = v_desc.load([v_row + v_start, v_col])
+    acc = acc * alpha[:, None]
+    acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    acc = acc / l_safe[:, None]
+    lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
+    rows = q_start + tl.arange(0, BLOCK_M)
+    row_inside = rows < tl.load(q_starts_ptr + block + 1)
+    tokens = rows.to(tl.int64)
+    if HAS_ORDER:
+        tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
+    cols = tl.arange(0, BLOCK_D)
+    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
+    out_inside = row_inside[:, None]
+    if D != BLOCK_D:
+        out_inside = out_inside & (cols[None, :] < D)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
+    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+    tl.store(lse_ptr + tokens, lse, mask=row_inside)

@@ -1,0 +1,108 @@
+"""Launches the warp-specialised Hopper kernel for the full entries of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.plan import BlockPlan
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A tensor `[B, H, N, D]` seen as a matrix, the only shape that specialised loads take.
+
+    Token n of (b, h) is row `b * row_b + h * row_h + n`, from column `h * col_h` on.
+    """
+
+    base: Tensor
+    shape: tuple[int, int]
+    row_stride: int
+    row_b: int
+    row_h: int
+    col_h: int
+
+    @staticmethod
+    def of(x: Tensor) -> _Matrix | None:
+        """`None` for strides that are neither heads over tokens nor tokens over heads."""
+        batch, heads, tokens, dim = x.shape
+        stride_b, stride_h, stride_n, unit = x.stride()
+        size = x.element_size()
+        if unit != 1 or stride_n * size % 16 or stride_n < dim or x.data_ptr() % 16:
+            return None
+        if batch == 1:
+            stride_b = 0
+        if stride_b % stride_n:
+            return None
+        rows = (batch - 1) * stride_b // stride_n + tokens
+        if heads == 1 or stride_h % stride_n == 0:
+            row_h = 0 if heads == 1 else stride_h // stride_n
+            shape = (rows + (heads - 1) * row_h, dim)
+            return _Matrix(x, shape, stride_n, stride_b // stride_n, row_h, 0)
+        width = (heads - 1) * stride_h + dim
+        # Tiles are as wide as the padded head dim: they must not reach into the next head.
+        if width > stride_n or padded(dim) != dim:
+            return None
+        return _Matrix(x, (rows, width), stride_n, stride_b // stride_n, 0, stride_h)
+
+    def describe(self, block: list[int]) -> TensorDescriptor:
+        return TensorDescriptor(self.base, list(self.shape), [self.row_stride, 1], block)
+
+    @property
+    def origin(self) -> tuple[int, int, int]:
+        return (self.row_b, self.row_h, self.col_h)
+
+
+def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
+    """Whether the kernel was built for this problem: Hopper, 16 bit, blocks of 128."""
+    return (
+        torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.element_size() == 2
+        and 64 <= padded(q.shape[-1]) <= 128
+        and q.shape[-1] == v.shape[-1]
+        and plan.q_blocks.size == 128
+        and plan.k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
+    )
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
+) -> bool:
+    """Writes `result` from the plan's full entries; false if some strides do not allow it.
+
+    Args:
+        q, k, v: `[B, H, N, D]` in plan order.
+    """
+    matrices = [_Matrix.of(t) for t in (q, k, v)]
+    if any(m is None for m in matrices):
+        return False
+    qm, km, vm = (m for m in matrices if m is not None)
+    out, lse = result
+    batch, heads, n_queries, head_dim = q.shape
+    dim, keys = padded(head_dim), plan.k_blocks.size
+    starts, lengths = plan.spans
+    order = starts if plan.order is None else plan.order.index
+    triton.set_allocator(_scratch)
+    _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
+        q, km.describe([keys, dim]), vm.describe([keys, dim]), out, lse,
+        plan.offsets, plan.full, starts, lengths, plan.q_blocks.starts, order,
+        *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        heads, plan.q_blocks.n, n_queries, scale * LOG2_E,
+        D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
+        RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return True
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptor that each program makes of the queries."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,0 +1,87 @@
+"""Launches the portable kernel: any GPU that Triton knows, any head dim, boxes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels._portable import _portable_fwd
+from dit_sparse.kernels.tiles import Tile
+from dit_sparse.plan import BlockPlan
+
+LOG2_E = 1.4426950408889634
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    tile: Tile,
+    result: AttentionOutput,
+    *,
+    full: bool = True,
+) -> None:
+    """Writes `result`.
+
+    Args:
+        q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
+        k, v: in plan order, unit stride along D.
+        full: whether to compute the full entries; otherwise `result` already holds them and the
+            partial ones are added to it.
+    """
+    out, lse = result
+    batch, heads, n_queries, head_dim = q.shape
+    value_dim = v.shape[-1]
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    starts, lengths = plan.spans
+    order = starts if plan.order is None else plan.order.index
+    box = plan.box
+    lower, upper, above, below = (
+        (box.lower, box.upper, box.above, box.below) if box else (starts,) * 4
+    )
+    tma = tile.tma and _describable(k) and _describable(v)
+    _portable_fwd[(batch * heads * plan.q_blocks.n,)](
+        q, k, v,
+        TensorDescriptor.from_tensor(k, [1, 1, tile.keys, block_d]) if tma else None,
+        TensorDescriptor.from_tensor(v, [1, 1, tile.keys, block_dv]) if tma else None,
+        out, lse,
+        plan.offsets, plan.full, plan.partial, starts, lengths, plan.q_blocks.starts, order,
+        lower, upper, above, below,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *list_strides(plan),
+        order.stride(0) if order.ndim == 2 else 0,
+        0 if lower.shape[0] == 1 else lower.stride(0),
+        heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, box.guard if box else 0,
+        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
+        FULL=full, RAGGED=plan.k_blocks.ragged, HAS_BOX=box is not None,
+        HAS_ORDER=plan.order is not None, TMA=tma,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def padded(dim: int) -> int:
+    """A head dim as the kernels hold it."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def list_strides(plan: BlockPlan) -> tuple[Any, Any]:
+    """Strides of the plan's rows along batch and heads, 0 where they are shared."""
+    batch, heads, _ = plan.offsets.shape
+    return (
+        0 if batch == 1 else plan.offsets.stride(0),
+        0 if heads == 1 else plan.offsets.stride(1),
+    )
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can address this tensor: 16-byte base and strides."""
+    size = x.element_size()
+    aligned = all(s > 0 and s * size % 16 == 0 for s in x.stride()[:-1])
+    return aligned and x.data_ptr() % 16 == 0
