@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse.attention import attend, select_backend
-from dit_sparse.bench import environment, time_interleaved
+from dit_sparse.bench import Timing, environment, time_interleaved
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
@@ -47,8 +47,14 @@ class Case:
 RANDOM = [
     Case(pattern, tokens, 24, head_dim, density)
     for head_dim in (128, 64)
-    for tokens in (16_896, 32_768)
-    for pattern, density in (("random", 0.2), ("random", 0.1), ("clustered", 0.2), ("random", 1.0))
+    for tokens, pattern, density in (
+        (16_896, "random", 0.2),
+        (32_768, "random", 0.2),
+        (32_768, "random", 0.1),
+        (32_768, "clustered", 0.1),
+        (32_768, "random", 1.0),
+        (118_784, "random", 0.1),
+    )
 ]
 WINDOW = [
     Case("window", grid.length, heads, head_dim, density, str(grid))
@@ -100,61 +106,69 @@ def dense_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Te
 
 
 def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> float:
-    """Relative Frobenius error of two heads against the reference in fp32."""
+    """Relative Frobenius error of the first head against the reference in fp32."""
     one = slice(0, 1)
-    if plan.offsets.shape[1] > 1:
-        head = {"offsets": plan.offsets[:, one], "full": plan.full[:, one]}
-        plan = BlockPlan(**{**vars_of(plan), **head, "partial": plan.partial[:, one]})
+    plan = replace(
+        plan,
+        offsets=plan.offsets[:, one],
+        full=plan.full[:, one],
+        partial=plan.partial[:, one],
+    )
     exact = attend(*(x[:, one].float() for x in (q, k, v)), plan, backend="reference").out
     return float((out[:, one].float() - exact).norm() / exact.norm())
 
 
-def vars_of(plan: BlockPlan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in BlockPlan.__dataclass_fields__}
-
-
-def measure(case: Case, rounds: int, with_flex: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
-    device = "cuda"
+def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
+    """One row per variant."""
     torch.manual_seed(0)
     shape = (1, case.heads, case.tokens, case.head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-    make_plan = planner(case, device, q)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    make_plan = planner(case, "cuda", q)
     plan = make_plan()
     variants: dict[str, Callable[[], Any]] = dict(dense_variants(q, k, v))
-    for name in ("triton", "flex") if with_flex else ("triton",):
+    sparse = ("triton", "flex") if with_flex else ("triton",)
+    for name in sparse:
         backend, _ = select_backend(q, k, v, plan, name)
         variants[name] = lambda backend=backend: attend(q, k, v, plan, backend=backend)
     variants["plan"] = make_plan
-    times = time_interleaved(variants, device, rounds=rounds)
-    dense_flop = 4 * case.heads * case.tokens**2 * case.head_dim
-    fastest = min(times[name].median for name in ("cudnn", "flash"))
-    rows = []
-    for name in variants:
-        if name == "plan":
-            continue
-        sparse = name in ("triton", "flex")
-        density = plan.density if sparse else 1.0
-        milliseconds = times[name].median
-        total = milliseconds + (times["plan"].median if sparse else 0.0)
-        row = {
-            **asdict(case),
-            "variant": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "measured_density": round(density, 4),
-            "ms": round(milliseconds, 4),
-            "spread": round(times[name].spread, 4),
-            "total_ms": round(total, 4),
-            "tflops": round(dense_flop * density / milliseconds * 1e-9, 1),
-            "speedup": round(fastest / milliseconds, 3),
-            "speedup_with_plan": round(fastest / total, 3),
-        }
-        if sparse:
-            row["relative_error"] = relative_error(variants[name]().out, q, k, v, plan)
-        rows.append(row)
-    cudnn = next(row["tflops"] for row in rows if row["variant"] == "cudnn")
+    times = time_interleaved(variants, "cuda", rounds=rounds)
+    rows = [row_of(case, name, times, plan.density if name in sparse else 1.0) for name in variants]
     for row in rows:
-        row["of_cudnn"] = round(row["tflops"] / cudnn, 3)
-    return rows
+        if row["variant"] in sparse:
+            row["relative_error"] = relative_error(variants[row["variant"]]().out, q, k, v, plan)
+    return [row for row in rows if row["variant"] != "plan"]
+
+
+def row_of(case: Case, name: str, times: dict[str, Timing], density: float) -> dict[str, Any]:
+    """What is recorded of one variant; ratios are against dense variants of the same rounds."""
+    flop = 4 * case.heads * case.tokens**2 * case.head_dim
+    dense = {key: times[key].median for key in ("cudnn", "flash")}
+    milliseconds = times[name].median
+    total = milliseconds + (0.0 if name in dense else times["plan"].median)
+    rate = flop * density / milliseconds * 1e-9
+    return {
+        **asdict(case),
+        "variant": name,
+        "dtype": "bfloat16",
+        "measured_density": round(density, 4),
+        "ms": round(milliseconds, 4),
+        "spread": round(times[name].spread, 4),
+        "total_ms": round(total, 4),
+        "tflops": round(rate, 1),
+        "of_cudnn": round(rate / (flop / dense["cudnn"] * 1e-9), 3),
+        "speedup": round(min(dense.values()) / milliseconds, 3),
+        "speedup_with_plan": round(min(dense.values()) / total, 3),
+    }
+
+
+def line_of(row: dict[str, Any]) -> str:
+    return (
+        f"{row['pattern']:9} N={row['tokens']:<7} H={row['heads']:<3} D={row['head_dim']:<4} "
+        f"{row['variant']:7} density {row['measured_density']:.3f} {row['ms']:9.3f} ms "
+        f"{row['tflops']:6.1f} TFLOP/s {row['of_cudnn']:5.2f} of cuDNN {row['speedup']:6.2f}x "
+        f"({row['speedup_with_plan']:.2f}x with plan) "
+        f"error {row.get('relative_error', float('nan')):.1e}"
+    )
 
 
 def main() -> None:
@@ -172,16 +186,10 @@ def main() -> None:
     print(json.dumps(header))
     with arguments.output.open("w") as lines:
         for case in cases:
-            for row in measure(case, arguments.rounds, arguments.flex, torch.bfloat16):
+            for row in measure(case, arguments.rounds, arguments.flex):
                 lines.write(json.dumps({**row, "environment": header}) + "\n")
                 lines.flush()
-                print(
-                    f"{row['pattern']:9} N={row['tokens']:<7} H={row['heads']:<3} "
-                    f"D={row['head_dim']:<4} {row['variant']:7} density {row['measured_density']:.3f} "
-                    f"{row['ms']:9.3f} ms  {row['tflops']:6.1f} TFLOP/s  {row['of_cudnn']:.2f} of cuDNN  "
-                    f"{row['speedup']:6.2f}x ({row['speedup_with_plan']:.2f}x with plan) "
-                    f"error {row.get('relative_error', float('nan')):.1e}"
-                )
+                print(line_of(row))
             torch.cuda.empty_cache()
 
 
