@@ -23,8 +23,8 @@ class Family:
         name: as the CLI prints it, e.g. `"wan"`.
         transformers: names of the diffusers transformer classes.
         attention: regular expression that matches, in full, the module names of the
-            self-attention (or joint attention) that may become sparse, e.g. `r"blocks\\.\\d+\\.attn1"`.
-            Everything else (cross-attention, refiners) keeps its stock processor.
+            self-attention (or joint attention) that may become sparse. Everything else
+            (cross-attention, refiners) keeps its stock processor.
         processors: names of the stock processor classes found on those modules.
         layout: reads the token layout of a forward from the transformer and its bound arguments
             (by parameter name, defaults filled in). Must not synchronise with the device except

@@ -17,7 +17,17 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("grid",),
     ("plan",),
-    ("orders", "tiling", "plan_check", "plan_io", "method", "backend", "forward", "record", "kernels"),
+    (
+        "orders",
+        "tiling",
+        "plan_check",
+        "plan_io",
+        "method",
+        "backend",
+        "forward",
+        "record",
+        "kernels",
+    ),
     ("methods",),
     ("attention",),
     ("ops", "plan_cache", "session"),
