@@ -1,0 +1,222 @@
+"""The Triton kernels in the interpreter: every variant, on tiny problems."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import attend, select_backend
+from dit_sparse.backend import AttentionOutput, Backend
+from dit_sparse.plan import BlockPlan, Blocks
+from tests.block_cases import HEADS, LAYOUTS, Case, covering, plan_of, tensors_of
+from tests.oracle import masked_attention
+
+block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+tiles = pytest.importorskip("dit_sparse.kernels.tiles")
+
+interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+# Every choice of values for any three of these factors occurs in some case.
+INTERPRETED = [
+    Case(**values)
+    for values in covering(
+        {
+            "head_dim": [32, 64, 72, 96, 128, 256],
+            "q_block": [16, 32, 64, 128],
+            "k_block": [16, 32, 64, 128],
+            "dtype": [torch.float32, torch.float16],
+            "ragged": [True, False],
+            "box": [True, False],
+            "order": ["none", "shared", "head"],
+            "lists": ["shared", "head", "batch"],
+            "tile": ["small", "whole"],
+        },
+        strength=3,
+    )
+]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
+
+
+def interpreted(keys: int | None = None) -> Backend:
+    tile = None if keys is None else tiles.Tile(keys, warps=4, stages=1, tma=False)
+    return block_sparse.TritonBackend(tile=tile, interpreted=True)
+
+
+def check(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+    """Compares with float64 on the same inputs."""
+    out, lse = masked_attention(q, k, v, plan.to_mask())
+    assert got.out.dtype == q.dtype
+    assert got.lse.dtype == torch.float32
+    tolerance = TOLERANCE[q.dtype]
+    torch.testing.assert_close(got.out.double(), out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-5)
+    empty = lse == -torch.inf
+    assert not got.out[empty].any()
+
+
+def test_the_cases_cover_every_pair_of_blocks_with_every_head_dim():
+    seen = {(c.head_dim, c.q_block, c.k_block) for c in INTERPRETED}
+    assert len(seen) == 6 * 4 * 4
+    pairs = itertools.product([True, False], [True, False], ["none", "shared", "head"])
+    assert {(c.ragged, c.box, c.order) for c in INTERPRETED} == set(pairs)
+
+
+@interpreter
+class TestInterpreted:
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("case", INTERPRETED, ids=str)
+    def test_every_variant(self, case: Case):
+        plan = plan_of(case)
+        assert plan.k_blocks.ragged == case.ragged
+        q, k, v = tensors_of(case, plan)
+        check(attend(q, k, v, plan, backend=interpreted(case.tile_keys)), q, k, v, plan)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("head_dim", [16, 40, 128, 256])
+    def test_the_tile_of_the_table(self, head_dim: int):
+        case = Case(head_dim, 128, 128, torch.float16, order="head")
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+    def test_another_scale(self):
+        case = Case(32, 32, 64)
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        got = attend(q, k, v, plan, scale=0.7, backend=interpreted())
+        out, lse = masked_attention(q, k, v, plan.to_mask(), 0.7)
+        torch.testing.assert_close(got.out.double(), out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-5)
+
+    def test_queries_and_keys_of_other_lengths(self):
+        q_blocks, k_blocks = Blocks.of_runs([40, 9], 32), Blocks.of_runs([100, 64, 3], 64)
+        visited = torch.rand(1, HEADS, q_blocks.n, k_blocks.n) < 0.6
+        plan = BlockPlan.from_mask(visited, q_blocks, k_blocks)
+        q, k, v = tensors_of(Case(32, 32, 64), plan)
+        check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+    @pytest.mark.parametrize("value_dim", [16, 72, 128])
+    @pytest.mark.parametrize("order", ["none", "head"])
+    def test_values_of_another_width(self, value_dim: int, order: str):
+        case = Case(64, 32, 64, order=order)
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan, value_dim=value_dim)
+        got = interpreted().run(q, k, v, plan, 64**-0.5)
+        assert got.out.shape == (*q.shape[:3], value_dim)
+        check(got, q, k, v, plan)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("skipped", [3, 7])
+    def test_runs_of_skipped_blocks(self, skipped: int):
+        blocks = Blocks.of_runs([16 * 12, 5], 16)
+        visited = torch.zeros(1, 1, blocks.n, blocks.n, dtype=torch.bool)
+        for row in range(blocks.n):
+            visited[..., row, row % 2 :: skipped + 1] = True
+        visited[..., 4, :] = False
+        visited[..., 5, :] = torch.arange(blocks.n) == blocks.n - 1  # the short last block alone
+        plan = BlockPlan.from_mask(visited, blocks, blocks)
+        q, k, v = tensors_of(Case(32, 16, 16), plan)
+        check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+    def test_rows_may_share_entries_in_any_place(self):
+        case = Case(32, 32, 32, order="shared")
+        plan = plan_of(case)
+        room = torch.zeros(7, dtype=torch.int32)
+        twice = torch.cat([room, plan.indices, plan.indices])
+        moved = plan.offsets + 7
+        moved[1] += len(plan.indices)
+        plan = replace(plan, indices=twice, offsets=moved)
+        q, k, v = tensors_of(case, plan)
+        check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_extreme_scores(self, dtype: torch.dtype):
+        case = Case(32, 32, 32, dtype, order="shared")
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        got = attend(q.sign() * 300, k.sign(), v, plan, scale=1.0, backend=interpreted())  # 1e4
+        assert bool(got.out.isfinite().all())
+        assert not bool(got.lse.isnan().any())
+        out, lse = masked_attention(q.sign() * 300, k.sign(), v, plan.to_mask(), 1.0)
+        torch.testing.assert_close(got.out.double(), out, rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(got.lse.double(), lse, rtol=1e-6, atol=1e-3)
+
+    def test_a_plan_is_selected_by_what_it_needs(self):
+        case = Case(32, 32, 32)
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        backend, refusals = select_backend(q, k, v, plan)
+        assert backend.name == "reference"
+        assert refusals[0].startswith("triton: expected tensors on a GPU, got cpu")
+        assert interpreted().name == "triton"
+        assert interpreted().refuses(q, k, v, plan) is None
+        assert isinstance(interpreted(), Backend)
+
+
+@interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("order", ["none", "head"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout: str, order: str):
+    case = Case(72, 32, 64, order=order, tile="whole")
+    plan = plan_of(case)
+    q, k, v = (LAYOUTS[layout](x) for x in tensors_of(case, plan))
+    check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+
+@interpreter
+@pytest.mark.parametrize("mixed", list(itertools.permutations(LAYOUTS, 3))[::29])
+def test_strides_that_differ_between_q_k_and_v(mixed: tuple[str, str, str]):
+    case = Case(32, 32, 64, order="shared")
+    plan = plan_of(case)
+    q, k, v = (LAYOUTS[n](x) for n, x in zip(mixed, tensors_of(case, plan), strict=True))
+    check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+
+class TestRefusals:
+    CASE = Case(32, 32, 32)
+
+    def sentence(self, plan: BlockPlan, *tensors: Tensor) -> str | None:
+        return interpreted().refuses(*tensors, plan)
+
+    def test_a_cpu(self):
+        plan = plan_of(self.CASE)
+        q, k, v = tensors_of(self.CASE, plan)
+        reason = block_sparse.TritonBackend().refuses(q, k, v, plan)
+        assert reason == "expected tensors on a GPU, got cpu."
+
+    def test_float64(self):
+        plan = plan_of(self.CASE)
+        q, k, v = (x.double() for x in tensors_of(self.CASE, plan))
+        assert "expected bfloat16, float16 or float32, got torch.float64" in (
+            self.sentence(plan, q, k, v) or ""
+        )
+
+    @pytest.mark.parametrize(("dim", "value_dim"), [(257, 64), (64, 512)])
+    def test_wide_heads(self, dim: int, value_dim: int):
+        plan = plan_of(self.CASE)
+        q, k, v = (torch.zeros(1, 1, 1, d) for d in (dim, dim, value_dim))
+        assert f"at most 256, got {max(dim, value_dim)}" in (self.sentence(plan, q, k, v) or "")
+
+    @pytest.mark.parametrize(
+        ("q_block", "k_block"), [(8, 64), (256, 64), (64, 8), (64, 512), (48, 64), (64, 96)]
+    )
+    def test_block_sizes(self, q_block: int, k_block: int):
+        q_blocks, k_blocks = Blocks.uniform(20, q_block), Blocks.uniform(20, k_block)
+        every = torch.ones(1, 1, q_blocks.n, k_blocks.n, dtype=torch.bool)
+        plan = BlockPlan.from_mask(every, q_blocks, k_blocks)
+        q, k, v = tensors_of(self.CASE, plan)
+        assert f"powers of two, got {q_block} and {k_block}" in (self.sentence(plan, q, k, v) or "")
+
+    def test_pooled_entries_and_tails(self):
+        plan = plan_of(self.CASE)
+        q, k, v = tensors_of(self.CASE, plan)
+        levels = torch.ones_like(plan.indices, dtype=torch.uint8)
+        for refused in (replace(plan, level=levels), replace(plan, tail="zeroth")):
+            assert "exact entries only" in (self.sentence(refused, q, k, v) or "")
+            with pytest.raises(ValueError, match="triton: expected exact entries only"):
+                attend(q, k, v, refused, backend=interpreted())

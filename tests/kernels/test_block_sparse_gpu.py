@@ -1,0 +1,178 @@
+"""The Triton kernels at real sizes, on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse.attention import attend, select_backend
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.grid import Permutation
+from dit_sparse.plan import BlockPlan, Blocks
+from tests.block_cases import LAYOUTS, Case, covering, plan_of, tensors_of
+from tests.oracle import masked_attention
+
+block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+tiles = pytest.importorskip("dit_sparse.kernels.tiles")
+
+# On a GPU every case compiles anew, so here any two factors.
+COMPILED = [
+    Case(**values)
+    for values in covering(
+        {
+            "head_dim": [32, 64, 72, 88, 96, 128, 256],
+            "q_block": [64, 128],
+            "k_block": [64, 128],
+            "dtype": [torch.bfloat16, torch.float16],
+            "ragged": [True, False],
+            "box": [True, False],
+            "order": ["none", "shared", "head"],
+            "lists": ["shared", "head", "batch"],
+            "tokens": [700, 2304, 5000],
+        },
+        strength=2,
+    )
+]
+
+
+def test_the_cases_cover_every_block_with_every_head_dim():
+    dims = [32, 64, 72, 88, 96, 128, 256]
+    for block in ("q_block", "k_block"):
+        seen = {(case.head_dim, getattr(case, block)) for case in COMPILED}
+        assert seen == set(itertools.product(dims, [64, 128]))
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+def check_on_gpu(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+    """At most 1e-2 from float64, and at most twice as far as PyTorch's masked attention."""
+    mask = plan.to_mask()
+    exact, lse = masked_attention(q, k, v, mask)
+    seen = lse > -torch.inf
+    stock = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(*q.shape[:2], -1, -1))
+    error = relative_error(got.out[seen], exact[seen])
+    assert error <= 1e-2
+    assert error <= 2 * relative_error(stock[seen], exact[seen])
+    torch.testing.assert_close(got.lse.double()[seen], lse[seen], rtol=0, atol=1e-3)
+    assert not got.out[~seen].any()
+    assert bool((got.lse[~seen] == -torch.inf).all())
+
+
+def on_gpu(case: Case) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]]:
+    plan = plan_of(case).to("cuda")
+    return plan, tensors_of(case, plan, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+class TestCompiled:
+    @pytest.mark.parametrize("case", COMPILED, ids=str)
+    def test_every_variant(self, case: Case):
+        plan, (q, k, v) = on_gpu(case)
+        backend, refusals = select_backend(q, k, v, plan)
+        assert (backend.name, refusals) == ("triton", ())
+        check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
+
+    @pytest.mark.parametrize("case", COMPILED[::3], ids=str)
+    @pytest.mark.parametrize("tma", [False, True])
+    def test_the_portable_kernel(self, case: Case, tma: bool):
+        if tma and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("tensor descriptors need compute capability 9.0")
+        plan, (q, k, v) = on_gpu(case)
+        backend = block_sparse.TritonBackend(tile=tiles.Tile(32, warps=4, stages=2, tma=tma))
+        check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("head_dim", [64, 72, 128])
+    @pytest.mark.parametrize("order", ["none", "head"])
+    @pytest.mark.parametrize("box", [False, True])
+    def test_strides(self, layout: str, head_dim: int, order: str, box: bool):
+        case = Case(head_dim, 128, 128, torch.bfloat16, order=order, box=box, tokens=900)
+        plan, tensors = on_gpu(case)
+        q, k, v = (LAYOUTS[layout](x) for x in tensors)
+        check_on_gpu(attend(q, k, v, plan, backend="triton"), q, k, v, plan)
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_float32(self, head_dim: int):
+        case = Case(head_dim, 64, 64, torch.float32, order="head", tokens=1000)
+        plan, (q, k, v) = on_gpu(case)
+        got = attend(q, k, v, plan, backend="triton")
+        exact = masked_attention(q, k, v, plan.to_mask())
+        torch.testing.assert_close(got.out.double(), exact[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.lse.double(), exact[1], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("value_dim", [64, 96])
+    def test_values_of_another_width(self, value_dim: int):
+        case = Case(128, 128, 128, torch.bfloat16, tokens=900)
+        plan = plan_of(case).to("cuda")
+        q, k, v = tensors_of(case, plan, "cuda", value_dim)
+        got = block_sparse.BACKEND.run(q, k, v, plan, 128**-0.5)
+        check_on_gpu(got, q, k, v, plan)
+
+    @pytest.mark.parametrize("box", [False, True])
+    @pytest.mark.parametrize("k_block", [64, 128])
+    def test_runs_repeat_bit_for_bit(self, box: bool, k_block: int):
+        case = Case(128, 128, k_block, torch.bfloat16, box=box, order="head", tokens=5000)
+        plan, (q, k, v) = on_gpu(case)
+        first = attend(q, k, v, plan, backend="triton")
+        for _ in range(19):
+            again = attend(q, k, v, plan, backend="triton")
+            assert torch.equal(again.out, first.out)
+            assert torch.equal(again.lse, first.lse)
+
+    @pytest.mark.parametrize("skipped", [3, 7])
+    def test_runs_of_skipped_blocks(self, skipped: int):
+        blocks = Blocks.of_runs([128 * 12, 5], 128, "cuda")
+        visited = torch.zeros(1, 1, blocks.n, blocks.n, dtype=torch.bool, device="cuda")
+        for row in range(blocks.n):
+            visited[..., row, row % 2 :: skipped + 1] = True
+        visited[..., 4, :] = False
+        visited[..., 5, :] = torch.arange(blocks.n, device="cuda") == blocks.n - 1
+        plan = BlockPlan.from_mask(visited, blocks, blocks)
+        q, k, v = tensors_of(Case(64, 128, 128, torch.bfloat16), plan, "cuda")
+        check_on_gpu(attend(q, k, v, plan, backend="triton"), q, k, v, plan)
+
+    def test_another_gpu_than_the_current_one(self):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        case = Case(64, 128, 128, torch.bfloat16, order="head", tokens=900)
+        plan = plan_of(case).to("cuda:1")
+        q, k, v = tensors_of(case, plan, "cuda:1")
+        check_on_gpu(attend(q, k, v, plan, backend="triton"), q, k, v, plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ordered", [False, True])
+def test_more_elements_than_int32_counts(ordered: bool):
+    """Two key blocks for each query block, so that only the addresses are large."""
+    tokens, heads, dim = 2**17 + 19, 130, 128
+    assert heads * tokens * dim > 2**31
+    need = 4 * (3 + ordered) * heads * tokens * dim  # x, the result, and reordered copies
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory")
+    blocks = Blocks.uniform(tokens, 128, "cuda")
+    visited = torch.zeros(1, 1, blocks.n, blocks.n, dtype=torch.bool, device="cuda")
+    visited[..., 0] = visited[..., -1] = True
+    order = Permutation(torch.arange(tokens, device="cuda").flip(0)) if ordered else None
+    plan = BlockPlan.from_mask(visited, blocks, blocks, order=order)
+    memory = torch.randn(heads * tokens * dim, dtype=torch.bfloat16, device="cuda")
+    for x in (
+        memory.view(1, heads, tokens, dim),
+        memory.view(1, tokens, heads, dim).transpose(1, 2),
+    ):
+        out, lse = attend(x, x, x, plan, backend="triton")
+        ends = torch.cat([torch.arange(128), torch.arange(tokens - 19, tokens)]).cuda()
+        if ordered:
+            ends = tokens - 1 - ends
+        last = x[:, -1:]
+        rows = torch.arange(tokens - 200, tokens, device="cuda")
+        exact = masked_attention(last[:, :, rows], last[:, :, ends], last[:, :, ends])
+        assert relative_error(out[:, -1:, rows], exact[0]) <= 1e-2
+        torch.testing.assert_close(lse[:, -1:, rows].double(), exact[1], rtol=0, atol=1e-3)
+        del out, lse
