@@ -1,0 +1,56 @@
+"""Row gather in Triton against indexing in PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_sparse.grid import Permutation
+from tests.block_cases import LAYOUTS
+
+permute = pytest.importorskip("dit_sparse.kernels.permute").permute
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, Triton's interpreter runs
+
+
+def order_of(tokens: int, heads: int | None) -> Permutation:
+    generator = torch.Generator().manual_seed(tokens)
+    rows = [torch.randperm(tokens, generator=generator) for _ in range(heads or 1)]
+    return Permutation(torch.stack(rows) if heads else rows[0]).to(DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 16, 72, 128])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_equals_indexing(dtype: torch.dtype, dim: int, per_head: bool):
+    x = torch.randn(2, 3, 300, dim).to(DEVICE, dtype)
+    order = order_of(300, 3 if per_head else None)
+    got = permute(x, order)
+    assert torch.equal(got, order(x))
+    assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "dim outermost"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_strides(layout: str, per_head: bool):
+    x = LAYOUTS[layout](torch.randn(2, 3, 130, 40, device=DEVICE))
+    order = order_of(130, 3 if per_head else None)
+    assert torch.equal(permute(x, order), order(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257])
+def test_lengths(tokens: int):
+    x = torch.randn(1, 2, tokens, 32, device=DEVICE)
+    order = order_of(tokens, None)
+    assert torch.equal(permute(x, order), order(x))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_counts():
+    tokens, heads, dim = 2**17, 130, 128
+    x = torch.randn(heads * tokens * dim, dtype=torch.bfloat16, device="cuda")
+    order = order_of(tokens, None)
+    for view in (x.view(1, heads, tokens, dim), x.view(1, tokens, heads, dim).transpose(1, 2)):
+        got = permute(view, order)
+        rows = torch.tensor([0, 1, tokens - 1], device="cuda")
+        assert torch.equal(got[:, :, rows], view[:, :, order.index[rows]])
