@@ -45,7 +45,7 @@ def enrol(core: Core) -> Tensor:
 # A captured CUDA graph would replay the schedule's decisions of the step it was captured in. Torch
 # before 2.9 has no such tag and keeps graphs with a CPU input, the ticket, out of CUDA graphs.
 _NO_CAPTURE = getattr(torch.Tag, "cudagraph_unsafe", None)
-_tags: dict[str, Any] = {} if _NO_CAPTURE is None else {"tags": _NO_CAPTURE}
+_tags: dict[str, Any] = {} if _NO_CAPTURE is None else {"tags": (_NO_CAPTURE,)}
 
 
 @torch.library.custom_op("dit_sparse::attend", mutates_args=(), **_tags)
