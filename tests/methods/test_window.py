@@ -1,0 +1,295 @@
+"""Windows against their definition, written out one token at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_sparse import tiling
+from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+from dit_sparse.methods.window import WindowMethod
+from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_check import check
+
+AXES = ("frames", "height", "width")
+REAL_GRIDS = ["21x45x80", "33x45x80", "21x30x52", "13x30x45", "64x64", "83x83", "30x48x80"]
+
+
+def plan_on(method: WindowMethod, layout: TokenLayout | TokenGrid) -> BlockPlan:
+    layout = TokenLayout((layout,)) if isinstance(layout, TokenGrid) else layout
+    q = torch.empty(1, 1, 1, 1)
+    return method.plan(q, q, CallContext(layout))
+
+
+def axis_keys(extent: int, window: int, stride: int) -> list[set[int]]:
+    """The keys of each position of one axis (generalized neighbourhood attention, 2504.16922).
+
+    Groups of `stride` queries share the window of their middle one (the right one of two), an
+    even window holds one key more on the left, and windows are pushed inwards at the borders.
+    """
+    rows = []
+    for position in range(extent):
+        group = position // stride
+        leader = min(group * stride + stride // 2, extent - 1)
+        start = leader - window // 2
+        if start < 0:
+            start = 0
+        if start + window > extent:
+            start = extent - window
+        rows.append({start + n for n in range(window)})
+    return rows
+
+
+def brute_force(
+    layout: TokenLayout, window: tuple[int, ...], stride: tuple[int, ...]
+) -> list[list[list[bool]]]:
+    """`[batch][query][key]` in the order of the sequence."""
+    axes = [axis_keys(*a) for a in zip(layout.grid.shape, window, stride, strict=True)]
+    places: list[tuple[int, ...] | None] = []  # None: text or a reference image
+    padding: list[list[bool]] = [[] for _ in range(layout.batch or 1)]
+    found = False
+    for segment in layout.segments:
+        if isinstance(segment, TokenGrid) and not found:
+            places += itertools.product(*map(range, segment.shape))
+            found = True
+        else:
+            places += [None] * segment.length
+        for entry, row in enumerate(padding):
+            valid = segment.valid if isinstance(segment, TextSpan) else None
+            real = segment.length if valid is None else valid[entry]
+            row += [n >= real for n in range(segment.length)]
+
+    def reads(q: tuple[int, ...] | None, k: tuple[int, ...] | None) -> bool:
+        if q is None or k is None:
+            return True
+        return all(b in axis[a] for axis, a, b in zip(axes, q, k, strict=True))
+
+    return [
+        [[not pad and reads(q, k) for k, pad in zip(places, keys, strict=True)] for q in places]
+        for keys in padding
+    ]
+
+
+class TestDefinition:
+    @pytest.mark.parametrize("axis", range(3))
+    @pytest.mark.parametrize(
+        ("extent", "window", "stride", "table"),
+        [
+            (7, 3, 1, "012 012 123 234 345 456 456"),
+            (7, 4, 1, "0123 0123 0123 1234 2345 3456 3456"),
+            (8, 4, 2, "0123 0123 1234 1234 3456 3456 4567 4567"),
+            (7, 4, 3, "0123 0123 0123 2345 2345 2345 3456"),
+            (8, 4, 4, "0123 0123 0123 0123 4567 4567 4567 4567"),
+        ],
+    )
+    def test_tables(self, axis: int, extent: int, window: int, stride: int, table: str):
+        def along(n: int) -> tuple[int, int, int]:
+            values = [1, 1, 1]
+            values[axis] = n
+            return values[0], values[1], values[2]
+
+        method = WindowMethod(window=along(window), stride=along(stride))
+        mask = plan_on(method, TokenGrid(*along(extent))).to_mask()[0, 0]
+        rows = ["".join(str(k) for k in row.nonzero().flatten().tolist()) for row in mask]
+        assert " ".join(rows) == table
+
+    @settings(max_examples=80)
+    @given(st.data())
+    def test_random_windows(self, data: st.DataObject):
+        shape = data.draw(st.tuples(*[st.integers(1, 6)] * 3).filter(lambda s: math.prod(s) <= 60))
+        window = tuple(data.draw(st.integers(1, extent)) for extent in shape)
+        stride = tuple(data.draw(st.integers(1, w)) for w in window)
+        tile = data.draw(st.none() | st.tuples(*[st.integers(1, extent) for extent in shape]))
+        layout = data.draw(layouts(TokenGrid(*shape)))
+        block = data.draw(st.sampled_from([64, 128]))
+        method = WindowMethod(window=window, stride=stride, tile=tile, block=block)
+        plan = check(plan_on(method, layout))
+        expected = torch.tensor(brute_force(layout, window, stride))
+        assert torch.equal(plan.to_mask()[:, 0], expected)
+
+    @pytest.mark.parametrize("shape", [(5, 12, 14), (1, 33, 31), (9, 8, 8)])
+    @pytest.mark.parametrize(("share", "stride"), [(0.3, 1), (0.5, 2), (0.6, 3)])
+    def test_grids_of_many_blocks(self, shape: tuple[int, int, int], share: float, stride: int):
+        """Several blocks per axis: whole, masked and skipped ones occur."""
+        grid = TokenGrid(*shape)
+        window = tuple(max(1, round(share * extent)) for extent in shape)
+        strides = tuple(min(stride, w) for w in window)
+        plan = plan_on(WindowMethod(window=window, stride=strides, block=64), grid)
+        assert not bool(plan.visited.all())
+        assert plan.box is not None
+        mask = plan.to_mask()[0, 0]
+        axes = [axis_keys(*a) for a in zip(shape, window, strides, strict=True)]
+        tables = [torch.tensor([[b in row for b in range(len(t))] for row in t]) for t in axes]
+        a, b, c = tables
+        n = grid.length
+        expected = torch.einsum("ab,cd,ef->acebdf", a.int(), b.int(), c.int()).reshape(n, n).bool()
+        assert torch.equal(mask, expected)
+
+    def test_every_query_reads_as_many_keys(self):
+        """Windows are pushed inwards at the borders, never cut."""
+        mask = plan_on(WindowMethod(window=(2, 3, 4)), TokenGrid(4, 6, 7)).to_mask()
+        assert mask.sum(-1).unique().tolist() == [24]
+
+    @pytest.mark.parametrize("window", [(4, 6, 7), (1.0, 1.0, 1.0)])
+    @pytest.mark.parametrize("stride", [None, 1, 2])
+    def test_a_window_of_the_grid_is_dense(self, window: tuple[float, ...], stride: int | None):
+        plan = plan_on(WindowMethod(window=window, stride=stride), TokenGrid(4, 6, 7))
+        assert bool(plan.to_mask().all())
+        assert plan.box is None, "nothing needs a mask"
+
+    def test_shares_of_an_axis(self):
+        method = WindowMethod(window=(1.0, 0.5, 0.01), stride=1)
+        assert method.shape_on(TokenGrid(3, 9, 8)).window == (3, 4, 1)
+
+    def test_one_stride_for_all_axes_stays_inside_each_window(self):
+        shape = WindowMethod(window=(1, 3, 8), stride=4).shape_on(TokenGrid(5, 9, 9))
+        assert shape.stride == (1, 3, 4)
+
+    def test_images_take_two_numbers(self):
+        grid = TokenGrid(1, 9, 8)
+        two = plan_on(WindowMethod(window=(3, 5), stride=(1, 2), tile=(3, 4)), grid)
+        three = plan_on(WindowMethod(window=(1, 3, 5), stride=(1, 1, 2), tile=(1, 3, 4)), grid)
+        assert torch.equal(two.to_mask(), three.to_mask())
+        assert str(two) == str(three)
+
+    def test_strided_by_its_tile_a_window_of_odd_tiles_masks_nothing(self):
+        """Sliding tile attention (arXiv 2502.04507)."""
+        method = WindowMethod(window=(3, 6, 12), stride=(1, 2, 4), tile=(1, 2, 4))
+        plan = plan_on(method, TokenGrid(4, 8, 16))
+        assert plan.box is None
+        assert not plan.partial.any()
+        assert plan.density == pytest.approx(3 * 6 * 12 / (4 * 8 * 16))
+
+
+@st.composite
+def layouts(draw: st.DrawFn, grid: TokenGrid) -> TokenLayout:
+    """Text before and after a grid, padded or not, and reference images."""
+    batch = draw(st.sampled_from([1, 2]))
+
+    def text() -> list[TextSpan]:
+        length = draw(st.integers(0, 4))
+        padded = draw(st.booleans())
+        valid = tuple(draw(st.integers(0, length)) for _ in range(batch)) if padded else None
+        return [TextSpan(length, valid)]
+
+    references = draw(st.sampled_from([[], [TokenGrid(1, 2, 2)], [TokenGrid(1, 1, 3)] * 2]))
+    return TokenLayout((*text(), grid, *references, *text()))
+
+
+def test_plans_are_made_on_the_device_of_the_queries():
+    q = torch.empty(1, 1, 1, 1, device="meta")
+    method = WindowMethod(window=(2, 3))
+    plan = method.plan(q, q, CallContext(TokenLayout.of(TokenGrid(1, 6, 6), 2)))
+    assert plan.device.type == "meta"
+    assert plan.box is not None
+    assert plan.box.lower.device.type == plan.q_blocks.starts.device.type == "meta"
+    assert plan.order is not None
+    assert plan.order.index.device.type == "meta"
+
+
+class TestDensity:
+    @pytest.mark.parametrize("name", REAL_GRIDS)
+    @pytest.mark.parametrize("block", [64, 128])
+    def test_comes_near_what_was_asked(self, name: str, block: int):
+        for density in (0.1, 0.2, 0.3, 0.5):
+            plan = plan_on(WindowMethod(density=density, block=block), TokenGrid.parse(name))
+            assert plan.density == pytest.approx(density, rel=0.15)
+
+    @pytest.mark.parametrize("name", ["5x9x13", "12x11"])
+    @pytest.mark.parametrize("block", [64, 128])
+    def test_one_reads_everything(self, name: str, block: int):
+        plan = plan_on(WindowMethod(density=1.0, block=block), TokenGrid.parse(name))
+        assert bool(plan.to_mask().all())
+        assert plan.density == 1.0
+        assert plan.box is None
+
+    def test_is_the_default(self):
+        grid = TokenGrid(13, 30, 45)
+        assert WindowMethod().shape_on(grid) == WindowMethod(density=0.3).shape_on(grid)
+
+    def test_windows_are_odd_multiples_of_the_tile_or_the_whole_axis(self):
+        grid = TokenGrid(21, 30, 52)
+        for density in (0.05, 0.1, 0.3, 0.6):
+            shape = WindowMethod(density=density).shape_on(grid)
+            assert shape.stride == shape.tile
+            assert math.prod(shape.tile) <= 128
+            for window, tile, extent in zip(shape.window, shape.tile, grid.shape, strict=True):
+                assert window == extent or (window % tile == 0 and window // tile % 2 == 1)
+
+    def test_a_tile_and_a_stride_may_be_given(self):
+        method = WindowMethod(density=0.3, tile=(3, 4, 8), stride=1)
+        shape = method.shape_on(TokenGrid(21, 30, 52))
+        assert shape.tile == (3, 4, 8)
+        assert shape.stride == (1, 1, 1)
+
+
+class TestTile:
+    @pytest.mark.parametrize("shape", [(4, 6, 8), (1, 16, 13), (7, 5, 9)])
+    @pytest.mark.parametrize(("share", "stride"), [(0.3, 1), (0.5, 1), (0.5, 2), (1.0, 1)])
+    def test_no_other_tile_takes_less_time(
+        self, shape: tuple[int, int, int], share: float, stride: int
+    ):
+        """The cost of every tile that fits, from the entries of its plan."""
+        grid = TokenGrid(*shape)
+        window = tuple(max(1, round(share * extent)) for extent in shape)
+        chosen = WindowMethod(window=window, stride=stride, block=64).shape_on(grid).tile
+        assert math.prod(chosen) <= 64
+        costs = {}
+        for tile in itertools.product(*(range(1, extent + 1) for extent in shape)):
+            if math.prod(tile) <= 64:
+                method = WindowMethod(window=window, stride=stride, tile=tile, block=64)
+                costs[tile] = _time(plan_on(method, grid))
+        assert costs[chosen] == pytest.approx(min(costs.values()))
+
+    @pytest.mark.parametrize("name", REAL_GRIDS)
+    def test_beats_tiles_of_one_shape_for_all(self, name: str):
+        grid = TokenGrid.parse(name)
+        window = tuple(max(1, extent // 2) for extent in grid.shape)
+        best = _time(plan_on(WindowMethod(window=window), grid))
+        for tile in ((1, 1, 128), (1, 8, 16), (2, 8, 8), (4, 4, 8)):
+            tile = tuple(min(t, extent) for t, extent in zip(tile, grid.shape, strict=True))
+            assert best <= _time(plan_on(WindowMethod(window=window, tile=tile), grid)) + 1e-9
+
+
+def _time(plan: BlockPlan) -> float:
+    whole = not plan.q_blocks.ragged
+    full, partial = int(plan.full.sum()), int(plan.partial.sum())
+    return full * (1.0 if whole else tiling._SHORT) + partial * tiling._MASKED
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("axis", range(3))
+    @pytest.mark.parametrize("name", ["window", "stride", "tile"])
+    @pytest.mark.parametrize("wrong", [0, -1, 99, 0.0, 1.5, float("nan")])
+    def test_the_sentence_names_the_axis(self, axis: int, name: str, wrong: float):
+        options = {"window": (3, 4, 5)} | {name: tuple(wrong if a == axis else 2 for a in range(3))}
+        with pytest.raises(ValueError, match=rf"{name} along {AXES[axis]} .* got {wrong!r} on .*"):
+            WindowMethod(**options).shape_on(TokenGrid(6, 7, 8))
+
+    def test_two_numbers_for_a_video(self):
+        with pytest.raises(ValueError, match=r"window as \(frames, height, width\) for the grid"):
+            plan_on(WindowMethod(window=(3, 3)), TokenGrid(2, 6, 6))
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"window": (3, 3), "density": 0.5}, "a window or a density, got both"),
+            ({"density": 0.0}, "density above 0 and at most 1, got 0.0"),
+            ({"density": 1.01}, "got 1.01"),
+            ({"density": float("nan")}, "got nan"),
+            ({"stride": 0}, "stride of at least 1, got 0"),
+            ({"block": 96}, "block of 64 or 128 tokens, got 96"),
+            ({"window": (3,)}, r"Expected window as .* got \(3,\)"),
+            ({"tile": (1, 2, 3, 4)}, "Expected tile as"),
+            ({"stride": (1, 2, 3, 4)}, "Expected stride as"),
+        ],
+    )
+    def test_options(self, options: dict[str, object], sentence: str):
+        with pytest.raises(ValueError, match=sentence):
+            WindowMethod(**options)
