@@ -16,6 +16,7 @@ from tests.block_cases import HEADS, LAYOUTS, Case, covering, plan_of, tensors_o
 from tests.oracle import masked_attention
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+portable = pytest.importorskip("dit_sparse.kernels.portable")
 tiles = pytest.importorskip("dit_sparse.kernels.tiles")
 
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
@@ -82,6 +83,25 @@ class TestInterpreted:
         plan = plan_of(case)
         q, k, v = tensors_of(case, plan)
         check(attend(q, k, v, plan, backend=interpreted()), q, k, v, plan)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("order", ["none", "head"])
+    def test_partial_entries_on_top_of_full_ones(self, order: str):
+        """Where another kernel has computed the full entries, this one goes on from its result."""
+        case = Case(64, 16, 128, order=order)
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        whole = replace(plan, partial=torch.zeros_like(plan.partial), box=None)
+        assert bool(((plan.full == 0) & (plan.partial > 0)).any())
+        assert bool(((plan.full > 0) & (plan.partial == 0)).any())
+        result = attend(q, k, v, whole, backend=interpreted())
+        if plan.order is not None:
+            k, v = plan.order(k), plan.order(v)
+        tile = tiles.Tile(32, warps=4, stages=1, tma=False)
+        portable.launch(q, k, v, plan, 64**-0.5, tile, result, full=False)
+        if plan.order is not None:
+            k, v = plan.order.undo(k), plan.order.undo(v)
+        check(result, q, k, v, plan)
 
     def test_another_scale(self):
         case = Case(32, 32, 64)

@@ -91,17 +91,16 @@ class TestSteps:
         assert reason(replace(CONTEXT, step=4)) is None
 
     @pytest.mark.parametrize(
-        "options", [{"dense_first": 1}, {"dense_first": 0.5}, {"dense_last": 1}]
+        ("name", "value"), [("dense_first", 1), ("dense_first", 0.5), ("dense_last", 1)]
     )
-    def test_an_unknown_step(self, options: dict[str, float]):
+    def test_an_unknown_step(self, name: str, value: float):
         with pytest.raises(ValueError, match=r"know the denoising step .* or pass steps="):
-            Schedule(WINDOW, **options).dense_reason(replace(CONTEXT, step=None, steps=None))
+            Schedule(WINDOW, **{name: value}).dense_reason(replace(CONTEXT, step=None, steps=None))
 
     @pytest.mark.parametrize(
-        "options", [{"dense_first": 0.5}, {"dense_last": 1}, {"dense_last": 0.1}]
+        ("name", "value"), [("dense_first", 0.5), ("dense_last", 1), ("dense_last", 0.1)]
     )
-    def test_an_unknown_number_of_steps(self, options: dict[str, float]):
-        (name,) = options
+    def test_an_unknown_number_of_steps(self, name: str, value: float):
         with pytest.raises(ValueError, match=rf"number of denoising steps for {name}, .* steps="):
             Schedule(WINDOW, **{name: value}).dense_reason(replace(CONTEXT, steps=None))
 
