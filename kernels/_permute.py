@@ -6,19 +6,29 @@ import triton.language as tl
 
 @triton.jit
 def _permute_rows(
-    x_ptr, out_ptr, index_ptr,
-    x_stride_b, x_stride_h, x_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
+    x0_ptr, x1_ptr, x2_ptr, out_ptr, index_ptr,
+    x0_stride_b, x0_stride_h, x0_stride_n,
+    x1_stride_b, x1_stride_h, x1_stride_n,
+    x2_stride_b, x2_stride_h, x2_stride_n,
     index_stride_h, n_heads, n_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1) % n_heads
-    batch = tl.program_id(1) // n_heads
+    which = tl.program_id(2)
+    x_ptr, stride_b, stride_h, stride_n = x0_ptr, x0_stride_b, x0_stride_h, x0_stride_n
+    if which == 1:
+        x_ptr, stride_b, stride_h, stride_n = x1_ptr, x1_stride_b, x1_stride_h, x1_stride_n
+    if which == 2:
+        x_ptr, stride_b, stride_h, stride_n = x2_ptr, x2_stride_b, x2_stride_h, x2_stride_n
+    pair = tl.program_id(1)
+    head = pair % n_heads
+    batch = pair // n_heads
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
-    source = tl.load(index_ptr + head * index_stride_h + rows, mask=rows < n_tokens, other=0)
     inside = (rows[:, None] < n_tokens) & (cols[None, :] < D)
-    x_ptr += batch.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
-    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    tile = tl.load(x_ptr + source[:, None] * x_stride_n + cols[None, :], mask=inside)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * out_stride_n + cols[None, :], tile, mask=inside)
+    index_ptr += head.to(tl.int64) * index_stride_h
+    source = tl.load(index_ptr + rows, mask=rows < n_tokens, other=0)
+    x_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    tile = tl.load(x_ptr + source[:, None] * stride_n + cols[None, :], mask=inside)
+    # The results stand behind one another, each [B, H, N, D].
+    out_row = (which * tl.num_programs(1) + pair).to(tl.int64) * n_tokens + rows
+    tl.store(out_ptr + out_row[:, None] * D + cols[None, :], tile, mask=inside)

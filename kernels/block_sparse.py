@@ -73,13 +73,13 @@ class TritonBackend:
             _like(q, v.shape[-1]),
             torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
         )
-        order = plan.order
-        if order is not None:
-            k, v = permute(k, order), permute(v, order)
-        done = False
-        if self.tile is None and q.is_cuda and hopper.runs(q, v, plan):
-            ordered = q if order is None else permute(q, order)
-            done = hopper.launch(ordered, k, v, plan, scale, result)
+        on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
+        ordered = q
+        if plan.order is not None and on_hopper:
+            ordered, k, v = permute((q, k, v), plan.order)
+        elif plan.order is not None:  # the portable kernel gathers queries itself
+            k, v = permute((k, v), plan.order)
+        done = on_hopper and hopper.launch(ordered, k, v, plan, scale, result)
         if not done or plan.box is not None:
             tile = self.tile or choose_tile(
                 _capability(q.device),

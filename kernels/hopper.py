@@ -41,9 +41,11 @@ class _Matrix:
             stride_b = 0
         if stride_b % stride_n:
             return None
+        if heads == 1:
+            stride_h = 0
         rows = (batch - 1) * stride_b // stride_n + tokens
-        if heads == 1 or stride_h % stride_n == 0:
-            row_h = 0 if heads == 1 else stride_h // stride_n
+        if stride_h % stride_n == 0:
+            row_h = stride_h // stride_n
             shape = (rows + (heads - 1) * row_h, dim)
             return _Matrix(x, shape, stride_n, stride_b // stride_n, row_h, 0)
         width = (heads - 1) * stride_h + dim
@@ -54,6 +56,17 @@ class _Matrix:
 
     def describe(self, block: list[int]) -> TensorDescriptor:
         return TensorDescriptor(self.base, list(self.shape), [self.row_stride, 1], block)
+
+    @property
+    def ends_in_itself(self) -> bool:
+        """Whether the rows behind the last token of a head are of this tensor too, or none.
+
+        In a slice of a larger tensor they may hold anything, also NaN, which no weight of 0 hides.
+        """
+        batch, heads, tokens, _ = self.base.shape
+        if self.col_h or heads == 1:
+            return batch == 1 or self.row_b == tokens
+        return self.row_h == tokens and (batch == 1 or self.row_b == heads * tokens)
 
     @property
     def origin(self) -> tuple[int, int, int]:
@@ -80,10 +93,11 @@ def launch(
     Args:
         q, k, v: `[B, H, N, D]` in plan order.
     """
-    matrices = [_Matrix.of(t) for t in (q, k, v)]
-    if any(m is None for m in matrices):
+    qm, km, vm = (_Matrix.of(t) for t in (q, k, v))
+    if qm is None or km is None or vm is None:
         return False
-    qm, km, vm = (m for m in matrices if m is not None)
+    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
+        return False
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, keys = padded(head_dim), plan.k_blocks.size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -10,19 +12,30 @@ from dit_sparse.grid import Permutation
 from dit_sparse.kernels._permute import _permute_rows
 
 
-def permute(x: Tensor, order: Permutation) -> Tensor:
-    """`order(x)` for `x` `[B, H, N, D]` with unit stride along D, as a contiguous tensor.
+def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
+    """`order(x)` of one to three tensors in one launch.
 
-    About five times faster than indexing in PyTorch, which addresses element by element.
+    Indexing in PyTorch addresses element by element, at a quarter of the bandwidth.
+
+    Args:
+        tensors: `[B, H, N, D]` of one dtype, unit stride along D; several of one shape.
+
+    Returns:
+        Contiguous tensors.
     """
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if len({t.shape for t in tensors}) > 1:  # values of another head dim
+        return [permute([t], order)[0] for t in tensors]
+    batch, heads, tokens, dim = tensors[0].shape
+    out = torch.empty(
+        (len(tensors), batch, heads, tokens, dim), dtype=tensors[0].dtype, device=tensors[0].device
+    )
     index = order.index
+    x0, x1, x2 = (tensors[min(i, len(tensors) - 1)] for i in range(3))
     rows = max(1, 8192 // triton.next_power_of_2(dim))
-    _permute_rows[(triton.cdiv(tokens, rows), batch * heads)](
-        x, out, index,
-        *x.stride()[:3], *out.stride()[:3],
+    _permute_rows[(triton.cdiv(tokens, rows), batch * heads, len(tensors))](
+        x0, x1, x2, out, index,
+        *x0.stride()[:3], *x1.stride()[:3], *x2.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0, heads, tokens,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=rows,
     )  # fmt: skip
-    return out
+    return list(out.unbind())

@@ -203,13 +203,14 @@ class TestSample:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("offload", ["none", "model", "sequential", "group"])
 def test_sample_on_a_gpu(offload: str) -> None:
-    result = run(*["sample", "--steps", "2", "--format", "json", "--offload", offload])
+    options = ["--steps", "2", "--format", "json", "--offload", offload, "--output", "sample.gif"]
+    result = run("sample", *options)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["dtype"] == "bfloat16"
     assert report["results"][0]["attention"]["backends"] == ["triton"]
     assert report["results"][0]["attention"]["sparse"] == 8
-    assert iio.imread("sample.mp4").shape == (33, 256, 384, 3)
+    assert iio.imread("sample.gif").shape == (33, 256, 384, 3)
 
 
 BAD = {

@@ -25,7 +25,7 @@ def order_of(tokens: int, heads: int | None) -> Permutation:
 def test_equals_indexing(dtype: torch.dtype, dim: int, per_head: bool):
     x = torch.randn(2, 3, 300, dim).to(DEVICE, dtype)
     order = order_of(300, 3 if per_head else None)
-    got = permute(x, order)
+    (got,) = permute([x], order)
     assert torch.equal(got, order(x))
     assert got.is_contiguous()
 
@@ -35,14 +35,14 @@ def test_equals_indexing(dtype: torch.dtype, dim: int, per_head: bool):
 def test_strides(layout: str, per_head: bool):
     x = LAYOUTS[layout](torch.randn(2, 3, 130, 40, device=DEVICE))
     order = order_of(130, 3 if per_head else None)
-    assert torch.equal(permute(x, order), order(x))
+    assert torch.equal(permute([x], order)[0], order(x))
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257])
 def test_lengths(tokens: int):
     x = torch.randn(1, 2, tokens, 32, device=DEVICE)
     order = order_of(tokens, None)
-    assert torch.equal(permute(x, order), order(x))
+    assert torch.equal(permute([x], order)[0], order(x))
 
 
 @pytest.mark.gpu
@@ -51,6 +51,16 @@ def test_more_elements_than_int32_counts():
     x = torch.randn(heads * tokens * dim, dtype=torch.bfloat16, device="cuda")
     order = order_of(tokens, None)
     for view in (x.view(1, heads, tokens, dim), x.view(1, tokens, heads, dim).transpose(1, 2)):
-        got = permute(view, order)
+        (got,) = permute([view], order)
         rows = torch.tensor([0, 1, tokens - 1], device="cuda")
         assert torch.equal(got[:, :, rows], view[:, :, order.index[rows]])
+
+
+@pytest.mark.parametrize("dims", [(40, 40), (40, 40, 40), (40, 40, 24)])
+def test_several_tensors(dims: tuple[int, ...]):
+    order = order_of(130, None)
+    views = list(LAYOUTS.values())
+    tensors = [torch.randn(2, 3, 130, dim, device=DEVICE) for dim in dims]
+    tensors = [view(x) for view, x in zip(views, tensors, strict=False) if x.stride(-1) == 1]
+    for got, x in zip(permute(tensors, order), tensors, strict=True):
+        assert torch.equal(got, order(x))
