@@ -1,0 +1,121 @@
+"""Trains the embedded video model, in boxes of a few minutes that resume.
+
+    python scripts/train.py vae    --data data --out outputs/tiny-video --minutes 4
+    python scripts/train.py images --data data --out outputs/tiny-video --minutes 8
+    python scripts/train.py clips  --data data --out outputs/tiny-video --minutes 9
+    python scripts/train.py long   --data data --out outputs/tiny-video --minutes 9
+    python scripts/train.py export --out outputs/tiny-video --to outputs/tiny-video-pipeline
+
+`--data shapes` needs no files, and `--recipe toy` no GPU. A checkpoint folder holds averaged
+weights in shards, `checkpoint.json` (the record), `history.jsonl`, `loss.png` and `samples.png`.
+Several GPUs: `accelerate launch scripts/train.py ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
+
+from scripts.training.buckets import parse_buckets
+from scripts.training.clock import Clock
+from scripts.training.export import export
+from scripts.training.loop import Plan
+from scripts.training.parts import train_part
+from scripts.training.pipeline import PROMPTS
+from scripts.training.recipe import RECIPES, TINY_VIDEO
+from scripts.training.run import Request
+from scripts.training.stages import STAGES
+
+STARTED = time.monotonic()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    for name in STAGES:
+        _add_stage(commands.add_parser(name, formatter_class=argparse.RawTextHelpFormatter), name)
+    shipping = commands.add_parser("export", help="write the pipeline folder that is shipped")
+    shipping.add_argument("--out", type=Path, required=True, help="checkpoint folder")
+    shipping.add_argument("--to", type=Path, required=True, help="pipeline folder to write")
+    shipping.add_argument("--recipe", choices=RECIPES, default=TINY_VIDEO.name)
+    return top
+
+
+def _add_stage(command: argparse.ArgumentParser, name: str) -> None:
+    stage = STAGES[name]
+    add = command.add_argument
+    add("--data", required=True, help="folder of built training data, or shapes")
+    add("--kinds", default=",".join(stage.kinds), help="sets of the folder: clips, images or both")
+    add("--out", type=Path, required=True, help="checkpoint folder to write")
+    add("--resume", type=Path, help="checkpoint folder to go on from, if not --out")
+    add("--state", type=Path, help="folder of this machine for an exact resume")
+    add("--recipe", choices=RECIPES, default=TINY_VIDEO.name)
+    add("--minutes", type=float, required=True, help="training ends then; saving comes after")
+    add("--steps", type=int, help="end after so many steps at the latest")
+    add("--sizes", default=stage.sizes, help="FRAMESxHEIGHTxWIDTH:BATCH*WEIGHT,...")
+    add("--lr", type=float, default=stage.lr)
+    add("--warmup", type=int, default=200, help="steps of this run")
+    add("--cooldown", type=float, default=stage.cooldown, help="last share of this run")
+    add("--seed", type=int, default=0)
+    add("--save-every", type=float, default=2.0, help="minutes")
+    add("--sample-every", type=float, default=4.0, help="minutes")
+    add("--log-every", type=int, default=25, help="steps")
+    add("--prompts", type=Path, help="a file with a prompt on every line, for the samples")
+    add("--shown", default="x".join(map(str, stage.shown)), help="FRAMESxHEIGHTxWIDTH of samples")
+    add("--latents", type=int, help="channels of a new VAE")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False)
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """The request of a stage's command line; raises `ValueError` if something in it is wrong."""
+    recipe = RECIPES[arguments.recipe]
+    prompts = PROMPTS
+    if arguments.prompts is not None:
+        prompts = tuple(arguments.prompts.read_text(encoding="utf-8").splitlines())
+    shown = parse_buckets(f"{arguments.shown}:1", recipe)[0]
+    clock = Clock(arguments.minutes, arguments.steps, arguments.warmup, arguments.cooldown, STARTED)
+    plan = Plan(
+        buckets=parse_buckets(arguments.sizes, recipe),
+        lr=arguments.lr,
+        clock=clock,
+        seed=arguments.seed,
+        log_every=arguments.log_every,
+        save_every=arguments.save_every,
+        sample_every=arguments.sample_every,
+    )
+    return Request(
+        stage=arguments.command,
+        data=arguments.data,
+        out=arguments.out,
+        plan=plan,
+        resume=arguments.resume,
+        recipe=arguments.recipe,
+        kinds=tuple(arguments.kinds.split(",")),
+        prompts=prompts,
+        state=arguments.state,
+        compile=arguments.compile,
+        latents=arguments.latents,
+        shown=(shown.frames, shown.height, shown.width),
+    )
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    top = parser()
+    arguments = top.parse_args()
+    try:
+        if arguments.command == "export":
+            print(export(arguments.out, arguments.to, arguments.recipe))
+        else:
+            train_part(request_of(arguments))
+    except (ValueError, RuntimeError, OSError) as error:
+        top.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Compilation of the transformer's blocks, and its results kept for the next machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.training.archive import SHARD_BYTES, write_atomic
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Compiles the repeated blocks; after the second size, one graph serves all sizes."""
+    torch._dynamo.config.recompile_limit = 32
+    transformer.compile_repeated_blocks()
+
+
+def read_cache(path: Path) -> None:
+    """Hands the compiler what an earlier run compiled; torch checks that it fits."""
+    if path.exists():
+        torch.compiler.load_cache_artifacts(path.read_bytes())
+
+
+def write_cache(path: Path) -> None:
+    """Keeps what was compiled, if anything was and it may travel."""
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is not None and len(artifacts[0]) <= SHARD_BYTES:
+        write_atomic(path, artifacts[0])

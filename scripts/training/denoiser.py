@@ -1,0 +1,104 @@
+"""The part of the video model that learns to remove noise: text encoder and transformer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH, Recipe
+
+
+class PaddedText:
+    """Cross-attention to a short text that equals the stock one to a text padded with zeros.
+
+    The stock pipeline pads the text to 512 tokens with zeros and Wan's cross-attention has no
+    mask, so the padding takes part in the softmax. All padding is equal: n copies of a key weigh
+    as much as one key whose logit is larger by log n. The last key here stands for those left out.
+
+    Args:
+        processor: the stock processor, which does the work.
+        missing: how many zero tokens the text lacks; 0 or more.
+    """
+
+    def __init__(self, processor: Callable[..., Tensor], missing: int) -> None:
+        self.processor = processor
+        self.extra = math.log1p(missing)
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        keys = encoder_hidden_states.shape[1]
+        logits = F.pad(hidden_states.new_full((1,), self.extra), (keys - 1, 0))
+        rows = logits.expand(hidden_states.shape[0], 1, hidden_states.shape[1], keys)
+        return self.processor(attn, hidden_states, encoder_hidden_states, rows, rotary_emb)
+
+
+class Denoiser(nn.Module):
+    """Predicts the flow of noisy latents from token ids, as `WanPipeline` would.
+
+    Args:
+        text_encoder: an `UMT5EncoderModel`.
+        transformer: a `WanTransformer3DModel`.
+    """
+
+    def __init__(self, text_encoder: nn.Module, transformer: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+
+    def forward(self, noisy: Tensor, times: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Flow `[B, C, F, H, W]` of `noisy`, at noise levels `times` `[B]` from 0 to 1.
+
+        Args:
+            noisy: latents `[B, C, F, H, W]`.
+            times: share of noise.
+            ids: token ids `[B, L]`.
+            mask: 1 where a token is real, `[B, L]`.
+        """
+        text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=times * 1000,
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0]
+
+
+def build_denoiser(recipe: Recipe) -> Denoiser:
+    """A fresh denoiser, with gates that start closed so that training starts calmly."""
+    transformer: Any = recipe.build_transformer()
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.condition_embedder.time_proj.weight)
+    nn.init.zeros_(transformer.condition_embedder.time_proj.bias)
+    for block in transformer.blocks:
+        nn.init.zeros_(block.attn2.to_out[0].weight)
+    return Denoiser(recipe.build_text_encoder(), transformer)
+
+
+def shorten_text(transformer: Any) -> None:
+    """Lets the cross-attention read `TEXT_LENGTH` tokens as if they were the pipeline's 512."""
+    for block in transformer.blocks:
+        stock = block.attn2.processor
+        block.attn2.set_processor(PaddedText(stock, PIPELINE_TEXT_LENGTH - TEXT_LENGTH))
+
+
+def time_shift(tokens: int) -> float:
+    """How far noise levels of a clip are shifted towards noise; more tokens hide noise better."""
+    return 1.5 * max(1.0, tokens / 256) ** (1 / 3)
+
+
+def draw_times(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Logit-normal noise levels `[B]` in 0..1, shifted (arXiv 2403.03206, eq. 19 and 23)."""
+    shift = time_shift(tokens)
+    times = torch.randn(batch, generator=generator, device=generator.device).sigmoid()
+    return shift * times / (1 + (shift - 1) * times)

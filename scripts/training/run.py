@@ -1,0 +1,206 @@
+"""One run of a stage: from a checkpoint folder, through the box, to a checkpoint folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from scripts.training import compilation
+from scripts.training.archive import Archive
+from scripts.training.checkpoint import (
+    Checkpoint,
+    copy_checkpoint,
+    open_checkpoint,
+    save_part,
+    write_manifest,
+)
+from scripts.training.ema import Average
+from scripts.training.history import History
+from scripts.training.loop import Hooks, Loss, Plan, train
+from scripts.training.pipeline import PROMPTS
+from scripts.training.recipe import TINY_VIDEO
+from scripts.training.stages import STAGES, Stage
+from scripts.training.state import Trained, read_state, write_state
+from scripts.training.weights import load_weights, weights
+
+logger = logging.getLogger("train")
+
+#: What was compiled, for the next run on such a device.
+CACHE = "compiled.bin"
+
+#: Draws a picture of an averaged model into a file.
+Sample: TypeAlias = Callable[[Any, Path], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train.
+
+    Args:
+        stage: a name of `STAGES`.
+        data: see `source.open_data`.
+        out: checkpoint folder to write.
+        plan: how to train.
+        resume: checkpoint folder to go on from; `None` for `out`.
+        recipe: name of the recipe.
+        kinds: sets of sprites.
+        prompts: of the sample pictures.
+        state: folder on this machine for the exact state, or `None`.
+        compile: the transformer's blocks.
+        latents: channels of a new VAE, `None` for the recipe's.
+        shown: frames, height and width of the sample clips.
+    """
+
+    stage: str
+    data: str
+    out: Path
+    plan: Plan
+    resume: Path | None = None
+    recipe: str = TINY_VIDEO.name
+    kinds: Sequence[str] = ("clips",)
+    prompts: Sequence[str] = PROMPTS
+    state: Path | None = None
+    compile: bool = False
+    latents: int | None = None
+    shown: tuple[int, int, int] = (9, 128, 128)
+
+    @property
+    def settings(self) -> Stage:
+        return STAGES[self.stage]
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Args:
+        request: what was asked for.
+        accelerator: an `accelerate.Accelerator`.
+        checkpoint: replaced whenever a part is saved.
+        texts: stored with the weights.
+    """
+
+    request: Request
+    accelerator: Any
+    checkpoint: Checkpoint
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def part(self) -> str:
+        return self.request.settings.part
+
+    @property
+    def out(self) -> Path:
+        return self.request.out
+
+    @property
+    def state(self) -> Path | None:
+        folder = self.request.state
+        return None if folder is None else folder / f"{self.part}.pt"
+
+    def train(
+        self, model: Any, loss: Loss, sample: Sample, ready: Callable[[Any], None]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Trains a fresh model, or goes on from the checkpoint, and returns its average.
+
+        Args:
+            model: of the recipe's shapes; its weights are replaced if the checkpoint has some.
+            loss: of a batch.
+            sample: draws a picture.
+            ready: changes how the model computes, not what its average computes.
+        """
+        step = self.checkpoint.steps.get(self.part, 0)
+        if step:
+            archive = self.checkpoint.read(self.request.resume or self.out, self.part)
+            load_weights(model, archive.tensors)
+        model.to(self.accelerator.device)
+        average = Average(model)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=self.request.plan.lr,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=self.accelerator.device.type == "cuda",
+        )
+        trained = Trained(model, average, optimizer)
+        if self.state is not None:
+            step = read_state(self.state, trained, step) or step
+        ready(model)
+        prepared, _ = self.accelerator.prepare(model, optimizer)
+        logger.info("%s: from step %d", self.request.stage, step)
+        hooks = self._hooks(trained, sample)
+        record = train(self.accelerator, prepared, trained, loss, self.request.plan, hooks, step)
+        return average.model, record
+
+    def _hooks(self, trained: Trained, sample: Sample) -> Hooks:
+        history = History(self.out)
+        main = self.accelerator.is_main_process
+
+        def log(line: dict[str, Any]) -> None:
+            if main:
+                history.append({"stage": self.request.stage, "part": self.part, **line})
+                logger.info(
+                    "step %d  loss %.4f  %.0f samples/s  %.2f min",
+                    *(line[k] for k in ("step", "loss", "samples_per_second", "minutes")),
+                )
+
+        def save(step: int) -> None:
+            if main:
+                archive = Archive(weights(trained.average.model), self.texts)
+                self.checkpoint = save_part(self.checkpoint, self.out, self.part, archive, step)
+                if self.state is not None:
+                    write_state(self.state, trained, step)
+
+        def draw(step: int) -> None:
+            if main:
+                sample(trained.average.model, self.out / "samples.png")
+                history.plot(self.out / "loss.png")
+
+        return Hooks(log, save, draw)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Adds the run's record to the manifest, and keeps what was compiled."""
+        if not self.accelerator.is_main_process:
+            return
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        run = {
+            "stage": self.request.stage,
+            "device": name,
+            "processes": self.accelerator.num_processes,
+            "torch": torch.__version__,
+            "sizes": [str(bucket) for bucket in self.request.plan.buckets],
+            "lr": self.request.plan.lr,
+            "seed": self.request.plan.seed,
+            **record,
+        }
+        self.checkpoint = replace(self.checkpoint, runs=(*self.checkpoint.runs, run))
+        write_manifest(self.checkpoint, self.out)
+        if self.request.compile:
+            compilation.write_cache(self.out / CACHE)
+        logger.info("done: %s", record)
+
+
+def begin(request: Request) -> Run:
+    """Opens the checkpoint of a request and makes the output folder whole.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
+    from accelerate import Accelerator
+
+    folder = request.resume or request.out
+    checkpoint = open_checkpoint(folder, request.recipe)
+    cuda = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+    torch.set_float32_matmul_precision("high")
+    if accelerator.is_main_process:
+        request.out.mkdir(parents=True, exist_ok=True)
+        copy_checkpoint(checkpoint, folder, request.out)
+    accelerator.wait_for_everyone()
+    return Run(request, accelerator, checkpoint)

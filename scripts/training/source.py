@@ -1,0 +1,135 @@
+"""Where training clips and captions come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: The name of the drawn data, which need no files.
+SHAPES = "shapes"
+
+
+class Source(Protocol):
+    """Makes captioned clips on a device."""
+
+    def batch(
+        self, batch: int, frames: int, height: int, width: int, generator: torch.Generator
+    ) -> tuple[Tensor, list[str]]:
+        """Float `[batch, 3, frames, height, width]` from -1 to 1, and a caption for each."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A source and the words that its prompts may use."""
+
+    source: Source
+    words: Sequence[str]
+
+
+def open_data(data: str, kinds: Sequence[str], split: str, device: torch.device) -> Data:
+    """Opens `"shapes"`, or the sprites of a folder that `scripts/data` has built.
+
+    Args:
+        data: `"shapes"` or a folder.
+        kinds: which sets of the folder: `"clips"`, `"images"` or both.
+        split: `"train"` or `"held_out"`.
+        device: on which clips are composed.
+
+    Raises:
+        ValueError: the folder is missing or lacks what was asked for.
+    """
+    if data == SHAPES:
+        return Data(Shapes(device), [*COLOURS, *FORMS, *_DIRECTIONS])
+    if not Path(data).is_dir():
+        raise ValueError(
+            f"Expected {SHAPES!r} or a folder of built training data, got {data!r}. "
+            "Build it with scripts/data/build_clips.py and scripts/data/build_images.py."
+        )
+    return _sprites(Path(data), kinds, split, device)
+
+
+def _sprites(folder: Path, kinds: Sequence[str], split: str, device: torch.device) -> Data:
+    from scripts.data.compose import Composer
+    from scripts.data.sprites import load_sprites
+
+    sets = [load_sprites(folder, kind) for kind in kinds]
+    words = [word for sprites in sets for name in sprites.names for word in name.split()]
+    composers = [Composer(sprites, split, device) for sprites in sets]
+    return Data(composers[0] if len(composers) == 1 else Mixture(tuple(composers)), words)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Draws every batch from one of several sources, evenly."""
+
+    sources: tuple[Source, ...]
+
+    def batch(
+        self, batch: int, frames: int, height: int, width: int, generator: torch.Generator
+    ) -> tuple[Tensor, list[str]]:
+        # The seed is known on the host; drawing from the generator could wait for a GPU.
+        source = self.sources[generator.initial_seed() % len(self.sources)]
+        return source.batch(batch, frames, height, width, generator)
+
+
+COLOURS = {
+    "red": (0.9, -0.7, -0.7),
+    "green": (-0.7, 0.6, -0.6),
+    "blue": (-0.7, -0.5, 0.9),
+    "yellow": (0.9, 0.8, -0.7),
+    "white": (0.95, 0.95, 0.95),
+    "black": (-0.95, -0.95, -0.95),
+}
+FORMS = ("circle", "square", "diamond")
+_DIRECTIONS = ("left", "right", "up", "down")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Coloured shapes that glide over plain backgrounds: training data drawn from formulas."""
+
+    device: torch.device
+
+    def batch(
+        self, batch: int, frames: int, height: int, width: int, generator: torch.Generator
+    ) -> tuple[Tensor, list[str]]:
+        draw = torch.rand(batch, 6, generator=generator, device=generator.device).cpu()
+        picks = (draw[:, :4] * torch.tensor([6, 5, 3, 4])).long().tolist()
+        colours, captions = list(COLOURS), []
+        fore, back = torch.empty(batch, 3), torch.empty(batch, 3)
+        for row, (front, behind, form, way) in enumerate(picks):
+            other = (front + 1 + behind) % len(colours)
+            fore[row] = torch.tensor(COLOURS[colours[front]])
+            back[row] = torch.tensor(COLOURS[colours[other]])
+            moves = f" moves {_DIRECTIONS[way]}" if frames > 1 else ""
+            captions.append(
+                f"a {colours[front]} {FORMS[form]}{moves} over a {colours[other]} background"
+            )
+        inside = _inside(draw, torch.tensor(picks), (frames, height, width)).to(self.device)
+        fore, back = (c.to(self.device)[:, :, None, None, None] for c in (fore, back))
+        return back + (fore - back) * inside[:, None], captions
+
+
+def _inside(draw: Tensor, picks: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """`[B, F, H, W]`: how much of each pixel the shape covers."""
+    frames, height, width = size
+    time = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    angle = torch.tensor([math.pi, 0.0, -math.pi / 2, math.pi / 2])[picks[:, 3]]
+    x0, y0 = 0.6 * (draw[:, 4] - 0.5), 0.6 * (draw[:, 5] - 0.5)
+    x = x0[:, None] + 0.8 * angle.cos()[:, None] * time
+    y = y0[:, None] + 0.8 * angle.sin()[:, None] * time
+    rows = torch.linspace(-1, 1, height)[:, None] - y[..., None, None]
+    columns = torch.linspace(-1, 1, width)[None, :] - x[..., None, None]
+    forms = (
+        torch.hypot(rows, columns),
+        torch.maximum(rows.abs(), columns.abs()),
+        rows.abs() + columns.abs(),
+    )
+    distance = torch.stack(forms)[picks[:, 2], torch.arange(len(picks))]
+    return ((0.45 - distance) * min(height, width) / 2).clamp(0, 1)

@@ -1,0 +1,132 @@
+"""What each training stage trains, on which data, and what it shows."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scripts.training.autoencoder import normalised_latents
+from scripts.training.buckets import Bucket
+from scripts.training.denoiser import draw_times
+from scripts.training.recipe import TEXT_LENGTH, Recipe
+from scripts.training.source import Source
+from scripts.training.tokenizer import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DROPPED = 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Defaults of a stage.
+
+    Args:
+        part: what it trains, `"vae"` or `"denoiser"`.
+        kinds: sets of sprites.
+        sizes: see `buckets.parse_buckets`.
+        lr: peak learning rate.
+        cooldown: see `clock.Clock`.
+        shown: frames, height and width of the sample clips.
+    """
+
+    part: str
+    kinds: tuple[str, ...]
+    sizes: str
+    lr: float
+    cooldown: float
+    shown: tuple[int, int, int]
+
+
+STAGES = {
+    "vae": Stage(
+        part="vae",
+        kinds=("clips",),
+        sizes="9x64x64:48,17x64x64:24,5x128x128:24,1x128x128:64",
+        lr=1e-3,
+        cooldown=0.5,
+        shown=(9, 128, 128),
+    ),
+    "images": Stage(
+        part="denoiser",
+        kinds=("images",),
+        sizes="1x128x128:256*4,1x192x192:112,1x256x256:64",
+        lr=1e-3,
+        cooldown=0.0,
+        shown=(1, 128, 128),
+    ),
+    "clips": Stage(
+        part="denoiser",
+        kinds=("clips",),
+        sizes="9x128x128:48*3,17x128x128:24*3,25x128x128:16,1x128x128:192",
+        lr=8e-4,
+        cooldown=0.0,
+        shown=(17, 128, 128),
+    ),
+    "long": Stage(
+        part="denoiser",
+        kinds=("clips",),
+        sizes="49x128x128:12*4,25x128x128:20*3,25x192x192:8,25x256x256:5,49x256x256:2,1x256x256:64",
+        lr=6e-4,
+        cooldown=0.3,
+        shown=(49, 128, 128),
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class VaeLoss:
+    """Reconstruction of clips."""
+
+    source: Source
+
+    def __call__(
+        self, model: nn.Module, bucket: Bucket, generator: torch.Generator, chance: random.Random
+    ) -> Tensor:
+        video, _ = draw_clips(self.source, bucket, generator)
+        return model(video, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class FlowLoss:
+    """Flow matching in the latents of a frozen VAE (Lipman et al., arXiv 2210.02747).
+
+    Args:
+        vae: with measured latent statistics.
+        dropped: share of captions that are replaced by an empty one, for guidance.
+    """
+
+    source: Source
+    vae: Any
+    tokenizer: PreTrainedTokenizerFast
+    recipe: Recipe
+    dropped: float = DROPPED
+
+    def __call__(
+        self, model: nn.Module, bucket: Bucket, generator: torch.Generator, chance: random.Random
+    ) -> Tensor:
+        video, captions = draw_clips(self.source, bucket, generator)
+        device = video.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents = normalised_latents(self.vae, video)
+        kept = ["" if chance.random() < self.dropped else caption for caption in captions]
+        ids, mask = (t.to(device) for t in encode(self.tokenizer, kept, TEXT_LENGTH))
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        tokens = self.recipe.tokens(bucket.frames, bucket.height, bucket.width)
+        times = draw_times(len(latents), tokens, generator)
+        noisy = torch.lerp(latents, noise, times.view(-1, 1, 1, 1, 1))
+        flow = model(noisy, times, ids, mask)
+        return F.mse_loss(flow.float(), noise - latents)
+
+
+def draw_clips(
+    source: Source, bucket: Bucket, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """Clips of a bucket, `[B, 3, F, H, W]` from -1 to 1, with captions."""
+    return source.batch(bucket.batch, bucket.frames, bucket.height, bucket.width, generator)
