@@ -6,7 +6,9 @@ tile shapes can be tried exactly.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeAlias
@@ -50,26 +52,37 @@ def window_for_density(
     """Tile and window whose visited share of blocks is nearest to a density, strided by the tile.
 
     Windows that are odd multiples of a tile, strided by it, are made of whole tiles: little of a
-    visited block is masked. Shapes within 10 % of the density compete on time, the others on how
-    near they come.
+    visited block is masked. Shapes within 10 % of the density compete on time per visited token
+    pair and, where that is about equal, on how even the window is; the others on how near they
+    come.
     """
     share = density ** (1 / (sum(extent > 1 for extent in grid.shape) or 1))
 
     @cache
-    def axis(extent: int, t: int) -> tuple[int, _Visits]:
-        window = extent
-        if share < 1.0:
-            window = min(t * max(1, 2 * round((share * extent / t - 1) / 2) + 1), extent)
-        return window, _visits(extent, window, min(t, window), t)
+    def axis(extent: int, t: int) -> list[tuple[int, _Visits]]:
+        """The windows next to the even share of an axis."""
+        below = 2 * int((share * extent / t - 1) // 2) + 1
+        windows = {min(t * max(1, n), extent) for n in (below, below + 2)}
+        if share == 1.0:
+            windows = {extent}
+        return [(w, _visits(extent, w, min(t, w), t)) for w in sorted(windows)]
 
-    def cost(shape: Extents) -> tuple[float, float, int]:
-        axes = [axis(extent, t)[1] for extent, t in zip(grid.shape, shape, strict=True)]
-        visited = math.prod(a.visited / a.tiles**2 for a in axes)
-        miss = max(abs(math.log(visited / density)), math.log(1.1))
-        return miss, _time(grid, shape, axes, block), sum(shape)
+    def cost(shape: Extents, axes: Sequence[_Visits]) -> tuple[float, float, float, int]:
+        shares = [a.visited / a.tiles**2 for a in axes]
+        miss = max(abs(math.log(math.prod(shares) / density)), math.log(1.1))
+        time = _time(grid, shape, axes, block) * (block / grid.length) ** 2 / math.prod(shares)
+        uneven = [
+            abs(math.log(s / share)) for s, n in zip(shares, grid.shape, strict=True) if n > 1
+        ]
+        return miss, round(time, 1), max(uneven, default=0.0), sum(shape)
 
-    best = min([tile] if tile else _shapes(grid, block), key=cost)
-    a, b, c = (axis(extent, t)[0] for extent, t in zip(grid.shape, best, strict=True))
+    choices = (
+        (*cost(shape, [v for _, v in axes]), tuple(w for w, _ in axes), shape)
+        for shape in ([tile] if tile else _shapes(grid, block))
+        for axes in itertools.product(*map(axis, grid.shape, shape))
+    )
+    *_, window, best = min(choices)
+    a, b, c = window
     return WindowShape((a, b, c), (min(best[0], a), min(best[1], b), min(best[2], c)), best)
 
 
@@ -93,11 +106,13 @@ def _visits(extent: int, window: int, stride: int, tile: int) -> _Visits:
     return _Visits(tiles, visited, full)
 
 
-# Time of a short block and of a masked one, relative to a whole one (H200, head dim 128).
-_SHORT, _MASKED = 1.2, 2.4
+# Time of a short block and of a masked one, relative to a whole one (H200, head dim 128). Masked
+# blocks gather in the few rows of tiles at the border, whose programs run on when all others have
+# ended: their arithmetic alone would be 2.4.
+_SHORT, _MASKED = 1.2, 10.0
 
 
-def _time(grid: TokenGrid, tile: Extents, axes: list[_Visits], block: int) -> float:
+def _time(grid: TokenGrid, tile: Extents, axes: Sequence[_Visits], block: int) -> float:
     """Estimated time of all visited blocks, in whole blocks; the counts are products of axes."""
     whole = math.prod(tile) == block and not any(
         extent % t for extent, t in zip(grid.shape, tile, strict=True)
