@@ -231,7 +231,7 @@ class TestDensity:
 
 class TestTile:
     @pytest.mark.parametrize("shape", [(4, 6, 8), (1, 16, 13), (7, 5, 9)])
-    @pytest.mark.parametrize(("share", "stride"), [(0.3, 1), (0.5, 1), (0.5, 2), (1.0, 1)])
+    @pytest.mark.parametrize(("share", "stride"), [(0.3, 1), (0.5, 2), (0.9, 1), (0.9, 3)])
     def test_no_other_tile_takes_less_time(
         self, shape: tuple[int, int, int], share: float, stride: int
     ):
