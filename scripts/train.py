@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from scripts.training.buckets import parse_buckets
@@ -68,7 +70,7 @@ def _add_stage(command: argparse.ArgumentParser, name: str) -> None:
     add("--prompts", type=Path, help="a file with a prompt on every line, for the samples")
     add("--shown", default="x".join(map(str, stage.shown)), help="FRAMESxHEIGHTxWIDTH of samples")
     add("--latents", type=int, help="channels of a new VAE")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False)
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
 
 
 def request_of(arguments: argparse.Namespace) -> Request:

@@ -46,13 +46,24 @@ def raw_latents(vae: Any, video: Tensor) -> Tensor:
     return vae.encode(video).latent_dist.mean.float()
 
 
-def normalised_latents(vae: Any, video: Tensor) -> Tensor:
-    """Latents as the transformer sees them: of mean 0 and deviation 1 in every channel."""
-    latents = raw_latents(vae, video)
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.as_tensor(vae.config.latents_mean, device=latents.device).view(shape)
-    std = torch.as_tensor(vae.config.latents_std, device=latents.device).view(shape)
-    return (latents - mean) / std
+class Encoder:
+    """Latents as the transformer sees them: of mean 0 and deviation 1 in every channel.
+
+    Args:
+        vae: on its device, with measured latent statistics in its settings.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.mean, self.std = (
+            torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+
+    def __call__(self, video: Tensor) -> Tensor:
+        """Latents `[B, C, F', H', W']` float32 of clips `[B, 3, F, H, W]` from -1 to 1."""
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=video.is_cuda):
+            return (raw_latents(self.vae, video) - self.mean) / self.std
 
 
 def latent_statistics(latents: list[Tensor]) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from scripts.training.card import model_card
 from scripts.training.checkpoint import open_checkpoint
@@ -39,7 +40,9 @@ def export(checkpoint: Path, target: Path, recipe: str) -> str:
             "Name another one."
         )
     found = open_checkpoint(checkpoint, recipe)
-    pipe = load_pipeline(found, checkpoint).to(torch.bfloat16)
+    pipe = load_pipeline(found, checkpoint)
+    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        nn.Module.to(part, torch.bfloat16)  # the values are bf16 already: nothing is rounded
     draft = target.with_name(f"{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     pipe.save_pretrained(draft, safe_serialization=True)

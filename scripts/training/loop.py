@@ -150,9 +150,8 @@ def _randomness(accelerator: Any, seed: int, step: int) -> tuple[torch.Generator
 
 
 def _fresh(device: torch.device) -> _Window:
-    return _Window(
-        torch.zeros((), device=device), torch.zeros((), device=device), 0, time.monotonic()
-    )
+    loss, norm = torch.zeros(2, device=device)
+    return _Window(loss, norm, since=time.monotonic())
 
 
 def _line(window: _Window, plan: Plan, trained: Trained, step: int, first: int) -> dict[str, Any]:

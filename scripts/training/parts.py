@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scripts.training import compilation
 from scripts.training.autoencoder import (
+    Encoder,
     Reconstruction,
     latent_statistics,
     raw_latents,
@@ -22,7 +23,7 @@ from scripts.training.denoiser import build_denoiser, shorten_text
 from scripts.training.pipeline import build_pipeline, draw_samples, load_vae
 from scripts.training.run import CACHE, Request, Run, begin
 from scripts.training.sheet import contact_sheet, to_clips
-from scripts.training.source import Data, open_data
+from scripts.training.source import Data, Source, open_data
 from scripts.training.stages import FlowLoss, VaeLoss, draw_clips
 from scripts.training.tokenizer import check_prompts, from_json, to_json, train_tokenizer
 
@@ -39,7 +40,7 @@ def train_part(request: Request) -> None:
         RuntimeError: the loss is no longer finite.
     """
     run = begin(request)
-    data = open_data(request.data, request.kinds, "train", run.accelerator.device)
+    data = open_data(request.data, request.kinds, run.accelerator.device)
     with torch.random.fork_rng():
         torch.manual_seed(request.plan.seed)
         (_train_vae if run.part == "vae" else _train_denoiser)(run, data)
@@ -48,16 +49,15 @@ def train_part(request: Request) -> None:
 def _train_vae(run: Run, data: Data) -> None:
     if "denoiser" in run.checkpoint.parts:
         raise ValueError(
-            f"Expected a checkpoint without a denoiser, got {run.out}. A new VAE changes the latents "
-            "that the denoiser was trained on: start in a new folder."
+            f"Expected a checkpoint without a denoiser, got {run.out}. A new VAE changes the "
+            "latents that the denoiser was trained on: start in a new folder."
         )
     if run.request.latents is not None and not run.checkpoint.latents:
         channels = run.request.latents
         statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
         run.checkpoint = replace(run.checkpoint, latents=statistics)
     device = run.accelerator.device
-    held_out = open_data(run.request.data, run.request.kinds, "held_out", device)
-    test = _fixed_clips(held_out, run.request.shown, 8, device)
+    test = _fixed_clips(data.held_out, run.request.shown, 8, device)
 
     def sample(average: Any, path: Path) -> None:
         with torch.no_grad(), _autocast(device):
@@ -67,7 +67,7 @@ def _train_vae(run: Run, data: Data) -> None:
         contact_sheet(rows[:8], names[:8], 5).save(path)
 
     model = Reconstruction(run.checkpoint.models.build_vae())
-    average, record = run.train(model, VaeLoss(data.source), sample, lambda _: None)
+    average, record = run.train(model, VaeLoss(data.train), sample, lambda _: None)
     record |= _measure(run, average, data, test)
     run.finish(record)
 
@@ -77,7 +77,7 @@ def _measure(run: Run, average: Any, data: Data, test: Tensor) -> dict[str, Any]
     device = run.accelerator.device
     with _autocast(device):
         latents = [
-            raw_latents(average.vae, _fixed_clips(data, run.request.shown, 8, device, seed))
+            raw_latents(average.vae, _fixed_clips(data.train, run.request.shown, 8, device, seed))
             for seed in range(1, _STATISTICS + 1)
         ]
         psnr = reconstruction_psnr(average.vae, test)
@@ -88,6 +88,11 @@ def _measure(run: Run, average: Any, data: Data, test: Tensor) -> dict[str, Any]
 
 def _train_denoiser(run: Run, data: Data) -> None:
     folder = run.request.resume or run.out
+    if not any("held_out_psnr_db" in record for record in run.checkpoint.runs):
+        raise ValueError(
+            f"Expected a VAE with measured latents in {folder}, found none: no vae run "
+            "was completed. Run that stage, if only for a minute."
+        )
     device = run.accelerator.device
     recipe = run.checkpoint.models
     vae = load_vae(run.checkpoint, folder).to(device)
@@ -109,7 +114,7 @@ def _train_denoiser(run: Run, data: Data) -> None:
             compilation.read_cache(folder / CACHE)
             compilation.compile_blocks(model.transformer)
 
-    loss = FlowLoss(data.source, vae, tokenizer, recipe)
+    loss = FlowLoss(data.train, Encoder(vae), tokenizer, recipe)
     _, record = run.train(build_denoiser(recipe), loss, sample, ready)
     run.finish(record)
 
@@ -119,16 +124,16 @@ def _texts(data: Data, device: torch.device) -> Iterator[str]:
     generator = torch.Generator(device).manual_seed(0)
     for frames in (1, 5):
         for _ in range(_CAPTIONS // 128):
-            yield from data.source.batch(64, frames, 32, 32, generator)[1]
+            yield from data.train.batch(64, frames, 32, 32, generator)[1]
     yield from data.words
 
 
 def _fixed_clips(
-    data: Data, size: tuple[int, int, int], batch: int, device: torch.device, seed: int = 0
+    source: Source, size: tuple[int, int, int], batch: int, device: torch.device, seed: int = 0
 ) -> Tensor:
     """The same clips in every run, of `size` (frames, height, width)."""
     generator = torch.Generator(device).manual_seed(seed)
-    return draw_clips(data.source, Bucket(*size, batch), generator)[0]
+    return draw_clips(source, Bucket(*size, batch), generator)[0]
 
 
 def _autocast(device: torch.device) -> torch.autocast:

@@ -103,6 +103,11 @@ class Run:
         folder = self.request.state
         return None if folder is None else folder / f"{self.part}.pt"
 
+    @property
+    def key(self) -> str:
+        """Tells the present weights of the part from all others."""
+        return self.checkpoint.parts[self.part][0]["sha256"]
+
     def train(
         self, model: Any, loss: Loss, sample: Sample, ready: Callable[[Any], None]
     ) -> tuple[Any, dict[str, Any]]:
@@ -128,13 +133,15 @@ class Run:
             fused=self.accelerator.device.type == "cuda",
         )
         trained = Trained(model, average, optimizer)
-        if self.state is not None:
-            step = read_state(self.state, trained, step) or step
+        plan = self.request.plan
+        if step and self.state is not None and read_state(self.state, trained, self.key) == step:
+            logger.info("exact state of step %d found", step)
+            plan = replace(plan, clock=replace(plan.clock, warmup=0))
         ready(model)
         prepared, _ = self.accelerator.prepare(model, optimizer)
         logger.info("%s: from step %d", self.request.stage, step)
         hooks = self._hooks(trained, sample)
-        record = train(self.accelerator, prepared, trained, loss, self.request.plan, hooks, step)
+        record = train(self.accelerator, prepared, trained, loss, plan, hooks, step)
         return average.model, record
 
     def _hooks(self, trained: Trained, sample: Sample) -> Hooks:
@@ -154,7 +161,7 @@ class Run:
                 archive = Archive(weights(trained.average.model), self.texts)
                 self.checkpoint = save_part(self.checkpoint, self.out, self.part, archive, step)
                 if self.state is not None:
-                    write_state(self.state, trained, step)
+                    write_state(self.state, trained, step, self.key)
 
         def draw(step: int) -> None:
             if main:
@@ -199,6 +206,7 @@ def begin(request: Request) -> Run:
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # the usual choice is slow for small 3-D convolutions
     if accelerator.is_main_process:
         request.out.mkdir(parents=True, exist_ok=True)
         copy_checkpoint(checkpoint, folder, request.out)

@@ -26,42 +26,46 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """A source and the words that its prompts may use."""
+    """Sources of seen and of held-out designs, and the words that prompts may use."""
 
-    source: Source
+    train: Source
+    held_out: Source
     words: Sequence[str]
 
 
-def open_data(data: str, kinds: Sequence[str], split: str, device: torch.device) -> Data:
+def open_data(data: str, kinds: Sequence[str], device: torch.device) -> Data:
     """Opens `"shapes"`, or the sprites of a folder that `scripts/data` has built.
 
     Args:
         data: `"shapes"` or a folder.
         kinds: which sets of the folder: `"clips"`, `"images"` or both.
-        split: `"train"` or `"held_out"`.
         device: on which clips are composed.
 
     Raises:
         ValueError: the folder is missing or lacks what was asked for.
     """
     if data == SHAPES:
-        return Data(Shapes(device), [*COLOURS, *FORMS, *_DIRECTIONS])
+        shapes = Shapes(device)
+        return Data(shapes, shapes, [*COLOURS, *FORMS, *_DIRECTIONS])
     if not Path(data).is_dir():
         raise ValueError(
             f"Expected {SHAPES!r} or a folder of built training data, got {data!r}. "
             "Build it with scripts/data/build_clips.py and scripts/data/build_images.py."
         )
-    return _sprites(Path(data), kinds, split, device)
+    return _sprites(Path(data), kinds, device)
 
 
-def _sprites(folder: Path, kinds: Sequence[str], split: str, device: torch.device) -> Data:
+def _sprites(folder: Path, kinds: Sequence[str], device: torch.device) -> Data:
     from scripts.data.compose import Composer
+
     from scripts.data.sprites import load_sprites
 
     sets = [load_sprites(folder, kind) for kind in kinds]
-    words = [word for sprites in sets for name in sprites.names for word in name.split()]
-    composers = [Composer(sprites, split, device) for sprites in sets]
-    return Data(composers[0] if len(composers) == 1 else Mixture(tuple(composers)), words)
+    train, held_out = (
+        Mixture(tuple(Composer(sprites, split, device) for sprites in sets))
+        for split in ("train", "held_out")
+    )
+    return Data(train, held_out, [word for sprites in sets for word in sprites.words])
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripts.training.autoencoder import normalised_latents
+from scripts.training.autoencoder import Encoder
 from scripts.training.buckets import Bucket
 from scripts.training.denoiser import draw_times
 from scripts.training.recipe import TEXT_LENGTH, Recipe
@@ -98,12 +98,12 @@ class FlowLoss:
     """Flow matching in the latents of a frozen VAE (Lipman et al., arXiv 2210.02747).
 
     Args:
-        vae: with measured latent statistics.
+        encoder: makes latents.
         dropped: share of captions that are replaced by an empty one, for guidance.
     """
 
     source: Source
-    vae: Any
+    encoder: Encoder
     tokenizer: PreTrainedTokenizerFast
     recipe: Recipe
     dropped: float = DROPPED
@@ -112,12 +112,10 @@ class FlowLoss:
         self, model: nn.Module, bucket: Bucket, generator: torch.Generator, chance: random.Random
     ) -> Tensor:
         video, captions = draw_clips(self.source, bucket, generator)
-        device = video.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            latents = normalised_latents(self.vae, video)
+        latents = self.encoder(video)
         kept = ["" if chance.random() < self.dropped else caption for caption in captions]
-        ids, mask = (t.to(device) for t in encode(self.tokenizer, kept, TEXT_LENGTH))
-        noise = torch.randn(latents.shape, generator=generator, device=device)
+        ids, mask = encode(self.tokenizer, kept, TEXT_LENGTH, video.device)
+        noise = torch.randn(latents.shape, generator=generator, device=video.device)
         tokens = self.recipe.tokens(bucket.frames, bucket.height, bucket.width)
         times = draw_times(len(latents), tokens, generator)
         noisy = torch.lerp(latents, noise, times.view(-1, 1, 1, 1, 1))

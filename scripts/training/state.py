@@ -28,12 +28,13 @@ class Trained:
     optimizer: torch.optim.Optimizer
 
 
-def write_state(path: Path, trained: Trained, step: int) -> None:
-    """Saves all of it, whole or not at all."""
+def write_state(path: Path, trained: Trained, step: int, key: str) -> None:
+    """Saves all of it, whole or not at all; `key` tells which checkpoint it belongs to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     content = {
         "step": step,
+        "key": key,
         "model": trained.model.state_dict(),
         "average": trained.average.model.state_dict(),
         "updates": trained.average.updates,
@@ -43,8 +44,8 @@ def write_state(path: Path, trained: Trained, step: int) -> None:
     draft.replace(path)
 
 
-def read_state(path: Path, trained: Trained, step: int) -> int | None:
-    """Restores a state that is at least `step` steps old and returns its step, or `None`.
+def read_state(path: Path, trained: Trained, key: str) -> int | None:
+    """Restores the state that belongs to a checkpoint and returns its step, `None` without one.
 
     Raises:
         ValueError: the file cannot be read.
@@ -58,7 +59,7 @@ def read_state(path: Path, trained: Trained, step: int) -> int | None:
             f"Expected a training state in {path}, but it cannot be read ({type(error).__name__}). "
             "Delete it to resume from the shards."
         ) from error
-    if content["step"] < step:
+    if content["key"] != key:
         return None
     trained.model.load_state_dict(content["model"])
     trained.average.model.load_state_dict(content["average"])

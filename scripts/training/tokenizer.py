@@ -64,9 +64,12 @@ def to_json(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], length: int
+    tokenizer: PreTrainedTokenizerFast,
+    captions: Sequence[str],
+    length: int,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, int64 `[B, length]`, on the CPU.
+    """Token ids and their mask, int64 `[B, length]`, on a device (the CPU by default).
 
     At least one position of every row is padding, which `PaddedText` relies on.
 
@@ -74,7 +77,10 @@ def encode(
         ValueError: a caption is too long.
     """
     rows = tokenizer(list(captions))["input_ids"]
-    ids, mask = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
+    cuda = device is not None and device.type == "cuda"
+    # Pinned memory: the copy then does not wait for the work queued before it.
+    both = torch.zeros(2, len(rows), length, dtype=torch.int64, pin_memory=cuda)
+    ids, mask = both
     for row, (caption, tokens) in enumerate(zip(captions, rows, strict=True)):
         if len(tokens) >= length:
             raise ValueError(
@@ -83,6 +89,7 @@ def encode(
             )
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
+    ids, mask = both.to(device, non_blocking=True)
     return ids, mask
 
 

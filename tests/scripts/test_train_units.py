@@ -1,0 +1,252 @@
+"""Pieces of the training scripts, each against what it must equal."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from scripts.training.archive import Archive, read_shards, write_shards
+from scripts.training.autoencoder import Encoder, latent_statistics
+from scripts.training.buckets import Bucket, parse_buckets, pick
+from scripts.training.checkpoint import open_checkpoint
+from scripts.training.clock import Clock
+from scripts.training.denoiser import Denoiser, build_denoiser, draw_times, shorten_text
+from scripts.training.ema import Average
+from scripts.training.history import History
+from scripts.training.pipeline import build_pipeline
+from scripts.training.recipe import TEXT_LENGTH, TINY_VIDEO, TOY
+from scripts.training.source import Shapes, open_data
+from scripts.training.tokenizer import check_prompts, encode, from_json, to_json, train_tokenizer
+from scripts.training.weights import load_weights, weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a red circle moves left over a blue background"] * 3, 300)
+
+
+def lively_denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    denoiser = build_denoiser(TOY)
+    with torch.no_grad():
+        for parameter in denoiser.transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return denoiser
+
+
+def test_short_text_equals_the_padding_of_the_stock_pipeline(tokenizer):
+    """Training reads 64 text tokens; the stock pipeline reads 512, most of them zeros."""
+    denoiser = lively_denoiser()
+    vae = TOY.build_vae()
+    pipe = build_pipeline(TOY, vae, denoiser, tokenizer)
+    prompts = ["a red circle", "a blue circle moves left over a red background"]
+    noisy, times = torch.randn(2, 4, 3, 8, 8), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        long, _ = pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        stock, shorter = (
+            denoiser.transformer(
+                hidden_states=noisy, timestep=times * 1000, encoder_hidden_states=t
+            ).sample
+            for t in (long, text)
+        )
+        shorten_text(denoiser.transformer)
+        ours = denoiser(noisy, times, *encode(tokenizer, prompts, TEXT_LENGTH))
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-4)
+    assert (shorter - stock).abs().max() > 1e-4  # the number of padding tokens matters
+
+
+def test_the_flow_is_the_one_that_the_scheduler_integrates():
+    """With the true flow, one Euler step from pure noise ends at the clean latents."""
+    clean, noise = torch.randn(2, 1, 4, 1, 2, 2).unbind()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(1)
+    made = scheduler.step(noise - clean, scheduler.timesteps[0], noise).prev_sample
+    torch.testing.assert_close(made, clean)
+
+
+def test_times_lean_towards_noise_for_larger_clips():
+    generator = torch.Generator().manual_seed(0)
+    few, many = (draw_times(4000, tokens, generator) for tokens in (256, 25_600))
+    assert few.min() > 0
+    assert many.max() < 1
+    assert few.mean() < many.mean() - 0.2
+
+
+def test_the_default_clip_has_tokens_enough():
+    assert TINY_VIDEO.tokens(49, 128, 128) == 6400
+    assert TINY_VIDEO.tokens(49, 256, 256) == 25_600
+
+
+def test_every_frame_count_of_the_pipeline_is_kept(tokenizer):
+    """A temporal factor of 1 would make `WanPipeline` add a frame."""
+    pipe = build_pipeline(TOY, TOY.build_vae(), lively_denoiser(), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    for frames in (1, 7):
+        made = pipe("a", height=16, width=16, num_frames=frames, num_inference_steps=1)
+        assert made.frames.shape == (1, frames, 16, 16, 3)
+
+
+def test_archive_restores_bf16_exactly(tmp_path):
+    values = torch.randn(40, 25) * torch.logspace(-30, 30, 25)
+    values[0, :4] = torch.tensor([0.0, -0.0, float("inf"), -1.0])
+    archive = Archive({"b": values, "a": torch.ones(3)}, {"words.txt": "é"})
+    read = read_shards(tmp_path, write_shards(archive, tmp_path, "x-1"))
+    assert torch.equal(
+        read.tensors["b"].view(torch.int16), values.to(torch.bfloat16).view(torch.int16)
+    )
+    assert torch.equal(read.tensors["a"], torch.ones(3, dtype=torch.bfloat16))
+    assert read.texts == {"words.txt": "é"}
+
+
+def test_trained_looking_weights_shrink(tmp_path):
+    shards = write_shards(Archive({"w": torch.randn(512, 512) * 0.02}), tmp_path, "x-1")
+    assert sum(shard["bytes"] for shard in shards) < 0.72 * 2 * 512 * 512
+
+
+def test_archive_is_cut_into_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.training.archive.SHARD_BYTES", 1000)
+    shards = write_shards(Archive({"w": torch.arange(2000.0)}), tmp_path, "x-1")
+    assert len(shards) > 2
+    assert max(shard["bytes"] for shard in shards) <= 1000
+    assert read_shards(tmp_path, shards).tensors["w"][1999] == 2000  # in bf16
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda path: path.unlink(), "found none"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "SHA-256"),
+    ],
+)
+def test_damaged_shards_are_refused(tmp_path, harm, sentence):
+    shards = write_shards(Archive({"w": torch.ones(5)}), tmp_path, "x-1")
+    harm(tmp_path / shards[0]["name"])
+    with pytest.raises(ValueError, match=sentence):
+        read_shards(tmp_path, shards)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"format": 9, "recipe": "toy", "runs": []}'])
+def test_damaged_manifests_are_refused(tmp_path, text):
+    (tmp_path / "checkpoint.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^Expected .* in .*checkpoint\.json"):
+        open_checkpoint(tmp_path, "toy")
+
+
+def test_weights_of_another_recipe_are_refused():
+    with pytest.raises(ValueError, match="weights of this recipe"):
+        load_weights(torch.nn.Linear(2, 3), weights(torch.nn.Linear(2, 4)))
+
+
+def test_average_follows_and_shares_nothing():
+    source = torch.nn.Linear(2, 2)
+    average = Average(source, decay=0.5)
+    start = source.weight.detach().clone()
+    with torch.no_grad():
+        source.weight += 1
+    average.update(source)
+    rate = 1 - 2 / 11  # early averages move fast
+    torch.testing.assert_close(average.model.weight, start + rate)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "A Cow!", "naïve café", "日本語 🐄", "x" * 60, "a\nb\tc", "<pad> </s>"]
+)
+def test_any_prompt_has_tokens(tokenizer, prompt):
+    ids, mask = encode(tokenizer, [prompt], 64)
+    count = int(mask.sum())
+    assert ids[0, count - 1] == tokenizer.eos_token_id
+    assert not ids[0, count:].any()
+    assert int(ids.max()) < TOY.vocabulary
+
+
+def test_tokenizer_lowers_case_and_survives_json(tokenizer):
+    again = from_json(to_json(tokenizer))
+    assert again("A Red CIRCLE")["input_ids"] == tokenizer("a red circle")["input_ids"]
+    assert again.decode(again("a red")["input_ids"], skip_special_tokens=True).strip() == "a red"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"), [([], "not empty"), (["a", "  "], "not empty"), (["zq " * 40], "most")]
+)
+def test_useless_prompts_are_refused(tokenizer, prompts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_prompts(tokenizer, prompts)
+
+
+def test_buckets_read_and_print():
+    buckets = parse_buckets("1x64x32:8, 49x128x128:2*3", TOY)
+    assert buckets == (Bucket(1, 64, 32, 8), Bucket(49, 128, 128, 2, 3))
+    assert [str(bucket) for bucket in buckets] == ["1x64x32:8", "49x128x128:2*3"]
+
+
+@pytest.mark.parametrize("text", ["", "8x64x64:1", "9x60x64:1", "9x64:1", "9x64x64", "9x64x64:0"])
+def test_sizes_that_cannot_be_made_are_refused(text):
+    with pytest.raises(ValueError, match=r"^Expected"):
+        parse_buckets(text, TOY)
+
+
+def test_buckets_are_drawn_by_weight_and_step():
+    buckets = parse_buckets("1x16x16:1,5x16x16:1*9", TOY)
+    drawn = [pick(buckets, 0, step).frames for step in range(500)]
+    assert 400 < drawn.count(5) < 490
+    assert drawn == [pick(buckets, 0, step).frames for step in range(500)]
+
+
+def test_clock_warms_up_and_cools_down():
+    clock = Clock(minutes=1e6, steps=100, warmup=9, cooldown=0.5)
+    rates = [clock.rate(step) for step in (0, 9, 50, 75, 99)]
+    assert rates == pytest.approx([0.1, 1, 1, 0.5, 0.02], abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"minutes": 0}, {"steps": 0}, {"warmup": -1}, {"cooldown": 2}])
+def test_impossible_clocks_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"^Expected"):
+        Clock(**{"minutes": 1.0, **wrong})
+
+
+def test_encoder_normalises_every_channel():
+    vae = TOY.build_vae()
+    video, _ = Shapes(CPU).batch(8, 5, 32, 32, torch.Generator().manual_seed(0))
+    mean, std = latent_statistics([Encoder(vae)(video)])
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    mean, std = latent_statistics([Encoder(vae)(video)])
+    assert mean == pytest.approx([0] * 4, abs=1e-5)
+    assert std == pytest.approx([1] * 4, abs=1e-4)
+
+
+def test_shapes_move_as_their_captions_say():
+    video, captions = Shapes(CPU).batch(40, 5, 32, 32, torch.Generator().manual_seed(1))
+    assert video.shape == (40, 3, 5, 32, 32)
+    assert video.abs().max() <= 1
+    background = video[:, :, :1, :1, :1]
+    mass = (video - background).abs().sum(1)
+    columns = (mass * torch.arange(32)).sum((2, 3)) / mass.sum((2, 3))
+    for caption, path in zip(captions, columns, strict=True):
+        if "left" in caption:
+            assert path[-1] < path[0]
+        if "right" in caption:
+            assert path[-1] > path[0]
+
+
+def test_missing_data_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="Build it with"):
+        open_data(str(tmp_path / "none"), ("clips",), CPU)
+
+
+def test_history_leaves_out_a_line_that_was_cut_off(tmp_path):
+    history = History(tmp_path)
+    history.append({"part": "vae", "stage": "vae", "step": 1, "loss": 0.123456789})
+    with history.path.open("a") as file:
+        file.write('{"part": "va')
+    assert [json.dumps(line["loss"]) for line in history.lines()] == ["0.12346"]
