@@ -47,21 +47,21 @@ def small_wan(device: str) -> nn.Module:
 def host_microseconds(
     model: nn.Module, variants: dict[str, Callable[[], object]], device: str, rounds: int
 ) -> dict[str, float]:
-    """Median host time of a forward per layer, in microseconds."""
+    """Median host time of a forward per layer, variants in turn, in microseconds."""
     latents = torch.randn(1, 16, 5, 32, 32, device=device, dtype=model.dtype)
     text = torch.randn(1, 8, 32, device=device, dtype=model.dtype)
     timestep = torch.tensor([500.0], device=device)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for name, prepare in variants.items():
-        prepare()
-        for turn in range(rounds + 5):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text)
-            elapsed = time.perf_counter() - start
-            if turn >= 5:
-                times[name].append(1e6 * elapsed / LAYERS)
+    for turn in range(rounds + 1):
+        for name, prepare in variants.items():
+            prepare()
+            for timed in (False, False, True):  # plans, compilation and caches are warm then
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text)
+                if timed and turn:
+                    times[name].append(1e6 * (time.perf_counter() - start) / LAYERS)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
