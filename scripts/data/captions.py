@@ -16,7 +16,7 @@ from scripts.data.sprites import Sprites
 T = TypeVar("T")
 
 # (third person, plural, -ing form, rest) of each action.
-_WAYS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
+ACTION_WORDS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "left": (
         ("moves", "move", "moving", "left"),
         ("moves", "move", "moving", "to the left"),
@@ -144,7 +144,7 @@ def _single(
             return f"{subject} {own}"
         where = _place(place) if framing != "close-up" else ""
         return f"{subject} {where}" if where and words.maybe(0.6) else subject
-    singular, plural, participle, rest = words.pick(_WAYS[action])
+    singular, plural, participle, rest = words.pick(ACTION_WORDS[action])
     if framing != "close-up" and words.maybe(0.12):
         return _joined(_without_article(design), participle, rest)
     form = words.pick(("verb", "participle"))
@@ -159,7 +159,7 @@ def _several(words: Wording, scenes: Scenes, i: int, designs: Sequence[Design]) 
     if len(set(actions)) > 1:
         doing = [_doing(words, p, a) for p, a in zip(phrases, actions, strict=True)]
         return _listed(doing)
-    alike = "" if actions[0] == "still" else _joined(*words.pick(_WAYS[actions[0]])[2:])
+    alike = "" if actions[0] == "still" else _joined(*words.pick(ACTION_WORDS[actions[0]])[2:])
     if len(designs) == 2 and words.maybe(0.5):
         first, second = phrases
         if scenes.stacked:
@@ -181,7 +181,7 @@ def _several(words: Wording, scenes: Scenes, i: int, designs: Sequence[Design]) 
 
 
 def _doing(words: Wording, phrase: str, action: str) -> str:
-    return phrase if action == "still" else _joined(phrase, *words.pick(_WAYS[action])[2:])
+    return phrase if action == "still" else _joined(phrase, *words.pick(ACTION_WORDS[action])[2:])
 
 
 def _on_background(words: Wording, what: str, background: Backgrounds, i: int) -> str:

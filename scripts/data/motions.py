@@ -139,7 +139,7 @@ def draw(
     count = len(action)
     travels = np.isin(action, [ACTIONS.index(name) for name in TRAVELS])
     slack = np.maximum(room - 0.45 * scale[:, None], 0)
-    reach = np.maximum(slack, np.minimum(0.2, room))
+    reach = np.maximum(slack, np.minimum(0.3, room))
     wander = rng.uniform(-1, 1, (count, 2)) * slack
     across = np.stack([_moves_along(action, 0), _moves_along(action, 1)], 1)
     home = centre + np.where(across, 0, wander * np.where(travels, 0.6, 1.0)[:, None])

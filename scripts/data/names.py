@@ -67,6 +67,13 @@ _THE = ("sun", "milky way")
 _HEAD_ENDS = (
     "with|without|of|in|on|behind|from|to|and|blowing|over|for|under|at|by|wearing|above|savoring"
 )
+_WANTS_ARTICLE = re.compile(  # "man getting massage": telegram style
+    r"\b(getting|raising|tipping|feeding|rowing|bouncing|taking|wearing|with|in|over|without) "
+    r"(massage|haircut|hand|baby|boat|ball|bath|turban|veil|white cane|motorized wheelchair"
+    r"|manual wheelchair|tuxedo|headscarf|skullcap|crown|steamy room|suit|medical mask|thermometer"
+    r"|head-bandage|halo|tear|monocle|cowboy hat|wry smile|ribbon|heart|hearing aid|flash|handle"
+    r"|raised eyebrow|diagonal mouth|peeking eye|popping cork|face)\b(?!-)"
+)
 _PLAIN = str.maketrans({"\u2019": "'", "\u201c": "", "\u201d": "", "!": "", "é": "e", "ñ": "n"})
 _NO_MIRROR = re.compile(
     r"left|right|o'clock|thirty|clock|watch|facing|index|arrow|letter|keycap|button|sign|symbol"
@@ -169,8 +176,10 @@ def clean(annotation: str) -> str:
     if subject == "family":
         each = [f"{article(member)} {member}" for member in detail.split(", ")]
         return f"family of {', '.join(each[:-1])} and {each[-1]}"
-    if subject in ("kiss", "couple with heart"):
-        return f"{subject} of {' and '.join(detail.split(', '))}"
+    if subject == "kiss":
+        return f"kiss of {' and '.join(detail.split(', '))}"
+    if subject == "couple with heart":
+        return f"couple of {' and '.join(f'a {who}' for who in detail.split(', '))} with heart"
     if detail == "bald":
         return f"bald {subject}"
     if detail.startswith("facing"):
@@ -181,8 +190,8 @@ def clean(annotation: str) -> str:
 def phrase(name: str) -> tuple[str, bool]:
     """(noun phrase with its article, whether it is a plural) of a cleaned name."""
     if name.endswith(("o'clock", "-thirty")):
-        return f"a clock showing {name.replace('-', ' ')}", False
-    text = _PHRASES.get(name, name)
+        return "a clock", False  # the hands of the animated ones turn
+    text = _WANTS_ARTICLE.sub(r"\1 a \2", _PHRASES.get(name, name))
     if text.startswith("kiss of "):
         text = f"kissing {text.removeprefix('kiss of ')}"
     if text in _THE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,17 +81,18 @@ class Cast:
     weights: NDArray[np.float64]
     held: Ints
 
-    def draw(self, rng: np.random.Generator, count: Ints) -> tuple[Ints, Ints]:
-        """(row of the sprite, position of its design in `design`), both [B, MOST].
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Ints, Ints]:
+        """(row of the sprite, position of its design in `design`), both [batch, MOST].
 
         Designs differ within a scene as far as there are enough of them.
         """
-        shape = (len(count), MOST)
+        shape = (batch, MOST)
         pick = rng.choice(len(self.design), shape, p=self.weights)
-        for _ in range(4):
-            again = (pick[:, 1] == pick[:, 0]) | (pick[:, 2] == pick[:, 0])
-            again |= pick[:, 2] == pick[:, 1]
-            pick[again, 1:] = rng.choice(len(self.design), (int(again.sum()), 2), p=self.weights)
+        distinct = min(MOST, len(self.design))
+        again = np.full(batch, True)
+        while again.any():
+            again = (np.diff(np.sort(pick[:, :distinct])) == 0).any(1)
+            pick[again] = rng.choice(len(self.design), (int(again.sum()), MOST), p=self.weights)
         within = (rng.random(shape) * self.size[pick]).astype(np.int64)
         return self.order[self.begin[pick] + within], pick
 
@@ -119,7 +121,7 @@ def cast(sprites: Sprites, split: str) -> Cast:
 
 def draw_scenes(
     rng: np.random.Generator,
-    people: Cast,
+    actors: Cast,
     split: str,
     sprites: Sprites,
     colours: Floats,
@@ -132,7 +134,7 @@ def draw_scenes(
 
     Args:
         rng: Source of randomness.
-        people: The split's cast.
+        actors: The split's cast.
         split: "train" draws none of the held-out compositions, "compositions" nothing else.
         sprites: The whole set.
         colours: float [n, 3], mean colour of each sprite.
@@ -140,7 +142,8 @@ def draw_scenes(
     """
     half = half_sides(height, width)
     count = 1 + rng.choice(MOST, batch, p=COUNT_WEIGHTS)
-    sprite, pick = people.draw(rng, count)
+    count = np.minimum(count, len(actors.design))
+    sprite, pick = actors.draw(rng, batch)
     action = _actions(rng, count, frames)
     framing = np.where(count > 1, 0, rng.choice(3, batch, p=(0.74, 0.1, 0.16)))
     framing[(framing == 1) & ~np.isin(action[:, 0], [0, ACTIONS.index("swing")])] = 0
@@ -150,8 +153,8 @@ def draw_scenes(
     moves = motions.draw(
         rng, action.reshape(-1), scale.reshape(-1), room.reshape(flat), centre.reshape(flat)
     )
-    may_mirror = np.array([design.mirror for design in sprites.designs])[people.design[pick]]
-    kind = _background_kinds(rng, people.held[pick[:, 0], action[:, 0]], split)
+    may_mirror = np.array([design.mirror for design in sprites.designs])[actors.design[pick]]
+    kind = _background_kinds(rng, actors.held[pick[:, 0], action[:, 0]], split)
     return Scenes(
         count=count,
         sprite=sprite,
@@ -171,12 +174,13 @@ def half_sides(height: int, width: int) -> Floats:
 
 
 def _weights(designs: Sequence[Design]) -> NDArray[np.float64]:
-    """Equal for all designs, but people and hands get no more than `PEOPLE` in all."""
+    """Equal for all phrases, but people and hands get no more than `PEOPLE` in all."""
     people = np.array([design.group == "people-body" for design in designs])
-    share = people.mean()
-    weights = np.ones(len(designs))
+    alike = Counter(design.phrase for design in designs)  # two dozen are called "a clock"
+    weights = np.array([1 / alike[design.phrase] for design in designs])
+    share = weights[people].sum() / weights.sum()
     if PEOPLE < share < 1:
-        weights[people] = PEOPLE / (1 - PEOPLE) * (~people).sum() / people.sum()
+        weights[people] *= PEOPLE / (1 - PEOPLE) * (1 - share) / share
     return weights / weights.sum()
 
 
@@ -235,7 +239,7 @@ def _places(
     low = np.array([0.62, 1.15, 0.3])[framing][:, None]
     high = np.array([0.95, 1.5, 0.42])[framing][:, None]
     scale = largest * rng.uniform(low, high, (batch, MOST))
-    scale = np.where(count[:, None] > 1, largest * rng.uniform(0.85, 1.05, (batch, MOST)), scale)
+    scale = np.where(count[:, None] > 1, largest * rng.uniform(0.95, 1.2, (batch, MOST)), scale)
     travels = np.isin(action, [ACTIONS.index(name) for name in motions.TRAVELS])
-    scale = np.where(travels & (framing[:, None] == 0), 0.8 * scale, scale)
+    scale = np.where(travels & (framing[:, None] == 0), 0.75 * scale, scale)
     return scale, room, centre
