@@ -14,7 +14,7 @@ from torch import Tensor
 from scripts.data import backgrounds
 from scripts.data.captions import write_captions
 from scripts.data.motions import Tracks
-from scripts.data.scenes import MOST, Scenes, cast, draw_scenes, half_sides
+from scripts.data.scenes import MOST, Scenes, cast, draw_scenes, half_sides, rows_of
 from scripts.data.sprites import Sprites
 
 PIXELS_AT_ONCE = 1 << 24  # output pixels of one resampling call; bounds the memory it takes
@@ -25,9 +25,9 @@ class Composer:
     """Renders sprites of one split over procedural backgrounds, with captions.
 
     Args:
-        sprites: A loaded set; its pixels are copied to `device`.
+        sprites: A loaded set; the pixels of the split are copied to `device`.
         split: "train"; or, for evaluation, "compositions" (designs seen in training, but over a
-            kind of background that training never shows with this design and action) or "designs"
+            kind of background that training never shows with this design and action) or "held_out"
             (designs that training never shows).
         device: Where pictures are made.
 
@@ -38,9 +38,9 @@ class Composer:
     def __init__(self, sprites: Sprites, split: str, device: torch.device | str) -> None:
         self.split = split
         self.device = torch.device(device)
-        self._sprites = sprites
-        self._cast = cast(sprites, split)
-        self._levels = _levels(sprites.pixels.to(self.device))
+        self._sprites = sprites.where(rows_of(sprites, split))
+        self._cast = cast(self._sprites, split)
+        self._levels = _levels(self._sprites.pixels.to(self.device))
         self._colours = _mean_colours(self._levels[-1])
 
     def batch(
@@ -78,7 +78,7 @@ class Composer:
         """
         if self.split == "train":
             raise ValueError(
-                'Expected the split "compositions" or "designs" for evaluation, got "train". '
+                'Expected the split "compositions" or "held_out" for evaluation, got "train". '
                 "Make another Composer."
             )
         generator = torch.Generator().manual_seed(seed)

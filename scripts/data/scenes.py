@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scripts.data import backgrounds, motions
 from scripts.data.backgrounds import Backgrounds
@@ -16,7 +17,7 @@ from scripts.data.motions import ACTIONS, Motions
 from scripts.data.names import Design
 from scripts.data.sprites import Sprites
 
-SPLITS = ("train", "compositions", "designs")
+SPLITS = ("train", "compositions", "held_out")
 MOST = 3  # sprites in one picture
 COUNT_WEIGHTS = (0.8, 0.15, 0.05)
 PEOPLE = 0.35  # largest share of people and hands
@@ -97,21 +98,27 @@ class Cast:
         return self.order[self.begin[pick] + within], pick
 
 
+def rows_of(sprites: Sprites, split: str) -> Tensor:
+    """bool [n]: which sprites a split shows. Raises ValueError as `cast` does."""
+    if split not in SPLITS:
+        raise ValueError(f"Expected split to be one of {SPLITS}, got {split!r}. Name one of them.")
+    rows = sprites.held_out == (split == "held_out")
+    if not rows.any():
+        raise ValueError(f"Expected sprites in the split {split!r}, got none. Load a complete set.")
+    return rows
+
+
 def cast(sprites: Sprites, split: str) -> Cast:
     """The sprites of a split.
 
     Args:
         sprites: The whole set.
-        split: "train" and "compositions" take the seen designs, "designs" the held-out ones.
+        split: "train" and "compositions" take the seen designs, "held_out" the others.
 
     Raises:
         ValueError: unknown split, or one without sprites.
     """
-    if split not in SPLITS:
-        raise ValueError(f"Expected split to be one of {SPLITS}, got {split!r}. Name one of them.")
-    rows = np.flatnonzero(sprites.held_out.numpy() == (split == "designs"))
-    if not rows.size:
-        raise ValueError(f"Expected sprites in the split {split!r}, got none. Load a complete set.")
+    rows = np.flatnonzero(rows_of(sprites, split).numpy())
     design_of = sprites.design_of.numpy()
     order = rows[np.argsort(design_of[rows], kind="stable")]
     design, begin, size = np.unique(design_of[order], return_index=True, return_counts=True)

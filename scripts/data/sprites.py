@@ -52,6 +52,11 @@ class Sprites:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
+    def where(self, rows: Tensor) -> Sprites:
+        """The pictures that bool [n] `rows` selects, with the designs as they are."""
+        motions = tuple(self.motions[i] for i in rows.nonzero().flatten().tolist())
+        return Sprites(self.pixels[rows], self.designs, self.design_of[rows], motions)
+
     @property
     def names(self) -> list[str]:
         """Name of every picture, [n]."""

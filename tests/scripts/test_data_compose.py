@@ -89,16 +89,16 @@ def test_unknown_and_empty_splits_are_refused():
     with pytest.raises(ValueError, match="split"):
         Composer(sprites(), "test", "cpu")
     with pytest.raises(ValueError, match="none"):
-        Composer(sprites(designs=(design("cow"),)), "designs", "cpu")
+        Composer(sprites(designs=(design("cow"),)), "held_out", "cpu")
 
 
 def test_held_out_designs_are_never_trained_on():
     seen = {
         name: {shown.names[row] for row in scenes.sprite.ravel()}
-        for name in ("train", "compositions", "designs")
+        for name in ("train", "compositions", "held_out")
         for scenes, _, shown in [scenes_of(name)]
     }
-    assert seen["designs"] == {"pear"}
+    assert seen["held_out"] == {"pear"}
     assert seen["train"] == seen["compositions"] == {"cow", "hat", "cup", "key"}
 
 
