@@ -72,7 +72,7 @@ def attend(
 
     Args:
         q: `[B, H, N_q, D]`, any strides; fp32, fp16 or bf16 (what the backend takes).
-        k, v: `[B, H, N_k, D]`, the same dtype and device.
+        k, v: `[B, H, N_k, D]` and `[B, H, N_k, D_v]`, the same dtype and device.
         plan: what every query block reads; its order is applied here and undone on the result.
         scale: factor of the scores, `D ** -0.5` by default.
         backend: a backend, its name, or `None` for the best one that does not refuse.
@@ -116,9 +116,18 @@ def dense_attention(
         scale: factor of the scores, `D ** -0.5` by default.
         layout: padding tokens of its text are cut out of k and v: a mask that only says a length
             costs about 40 % of the throughput on a Hopper GPU.
-        mask: anything else that SDPA accepts as `attn_mask`.
+        mask: anything else that SDPA accepts as `attn_mask`; beside padding it must say that too,
+            so both together are refused.
+
+    Raises:
+        ValueError: padding for another batch size, or padding and a mask.
     """
-    batch = None if layout is None or mask is not None else layout.batch
+    batch = None if layout is None else layout.batch
+    if batch is not None and mask is not None:
+        raise ValueError(
+            f"Expected a mask or a layout with padding, got both ({layout}). Hide the padding in "
+            "the mask and leave the layout out."
+        )
     if batch is None or layout is None:
         return _sdpa(q, k, v, scale, mask)
     if batch != q.shape[0]:
@@ -159,15 +168,18 @@ def _cudnn_is_fastest(device: torch.device) -> bool:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or v.ndim != 4
+        or not (q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3])
+    ):
         raise ValueError(
-            "Expected q [B, H, N_q, D] and k, v [B, H, N_k, D] with equal B and H, "
+            "Expected q [B, H, N_q, D], k [B, H, N_k, D], v [B, H, N_k, D_v] with equal B and H, "
             f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
         )
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"Expected one head dim in q, k and v, got {q.shape[-1]} and {k.shape[-1]}."
-        )
+        raise ValueError(f"Expected one head dim in q and k, got {q.shape[-1]} and {k.shape[-1]}.")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(
             f"Expected q, k, v of one dtype on one device, got {q.dtype} on {q.device}, "

@@ -147,8 +147,12 @@ def _row(
         scores[..., : hidden.shape[1]].masked_fill_(hidden, float("-inf"))
     if scores.shape[-1] == 0:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
+    # Dividing by the sum rather than by exp(lse): at scores of 1e4 the latter has few digits left.
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top.clamp_min(torch.finfo(top.dtype).min)).exp()
+    mass = weights.sum(-1, keepdim=True)
+    weights = weights / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    lse = (top + mass.log())[..., 0]
     out = weights @ torch.cat(values, -2)
     if tail is not None and tail.covariance is not None and len(picked.unlisted):
         share = weights[..., -len(picked.unlisted) :].sum(-1, keepdim=True)

@@ -246,6 +246,12 @@ class TestDense:
         expected = masked_attention(q, k, v, mask)[0]
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
+    def test_refuses_padding_beside_a_mask(self):
+        q, k, v = tensors(2, 1, 23, 8)
+        mask = torch.ones(2, 1, 1, 23, dtype=torch.bool)
+        with pytest.raises(ValueError, match="a mask or a layout with padding, got both"):
+            dense_attention(q, k, v, layout=TokenLayout((GRID, TextSpan(5, (2, 3)))), mask=mask)
+
     def test_refuses_lengths_of_another_batch(self):
         layout = TokenLayout((GRID, TextSpan(5, (2, 3, 5))))
         with pytest.raises(ValueError, match="text lengths for a batch of 2, got 3"):

@@ -38,7 +38,7 @@ class WindowMethod:
         stride: queries per axis that share one window; one number or one per axis. By default 1
             for a window and the tile for a density.
         tile: tokens per axis of the tiles that blocks are cut from; by default the shape that
-            visits the fewest blocks on this grid.
+            should take the least time on this grid.
         block: tokens a block holds at most: 64 or 128.
     """
 

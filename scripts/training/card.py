@@ -51,7 +51,6 @@ average of the weights; the VAE on L1, edges and a small KL term.
 * It knows emoji, plain motions and plain backgrounds; anything else gives something of that kind.
 * English captions of at most {words} tokens; longer ones were never seen in training.
 * Trained with the zero padding of the pipeline's default `max_sequence_length=512`; leave it.
-* Colours and counts are followed better than relations between things.
 """
 
 _ROW = "| {stage} | {device} | {steps} | {samples} | {minutes} | {loss} | {sizes} |"
@@ -78,11 +77,9 @@ def _runs(checkpoint: Checkpoint) -> str:
     for run in checkpoint.runs:
         loss = "-" if run.get("loss") is None else f"{run['loss']:.4f}"
         lines.append(_ROW.format(**{**run, "loss": loss, "sizes": ", ".join(run["sizes"])}))
-    lines += [
-        f"\nHeld-out reconstruction by the VAE: {run['held_out_psnr_db']} dB PSNR."
-        for run in checkpoint.runs[-1:]
-        if "held_out_psnr_db" in run
-    ]
+    measured = [run["held_out_psnr_db"] for run in checkpoint.runs if "held_out_psnr_db" in run]
+    if measured:
+        lines.append(f"\nHeld-out clips through the VAE: {measured[-1]} dB PSNR.")
     return "\n".join(lines)
 
 

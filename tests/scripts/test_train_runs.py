@@ -85,7 +85,7 @@ def test_a_run_leaves_a_whole_folder(straight):
     assert [line["step"] for line in lines if line["part"] == "denoiser"] == [2, 4, 6]
 
 
-def test_a_resume_with_its_state_repeats_the_straight_run_exactly(vae, straight, prompts, tmp_path):
+def test_an_exact_resume_repeats_the_straight_run(vae, straight, prompts, tmp_path, caplog):
     out, state = tmp_path / "out", tmp_path / "state"
     images(out, 3, "--resume", vae, "--prompts", prompts, "--state", state)
     with caplog.at_level("INFO", "train"):
