@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Encoder:
     """
 
     def __init__(self, vae: Any) -> None:
-        self.vae = vae
+        # The stock VAE keeps caches on itself: one in use by two threads would mix clips.
+        self.vae = copy.deepcopy(vae)
         self.mean, self.std = (
             torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,15 +14,33 @@ from torch import Tensor, nn
 
 from scripts.training.buckets import Bucket, pick
 from scripts.training.clock import Clock
+from scripts.training.prefetch import Batch, Prefetch
 from scripts.training.state import Trained
 
 
-class Loss(Protocol):
-    """The loss of a batch made for a bucket, all randomness from the generator and `chance`."""
+@dataclass(frozen=True, eq=False)
+class Randomness:
+    """Sources of randomness of one step. They depend on nothing that a resume would lose.
 
-    def __call__(
-        self, model: nn.Module, bucket: Bucket, generator: torch.Generator, chance: random.Random
-    ) -> Tensor: ...
+    Args:
+        data: on the CPU, for clips.
+        chance: for choices on the host.
+        noise: on the training device.
+    """
+
+    data: torch.Generator
+    chance: random.Random
+    noise: torch.Generator
+
+
+class Task(Protocol):
+    """What is learnt."""
+
+    def batch(self, bucket: Bucket, draws: Randomness) -> Batch:
+        """Tensors for a step, without gradients; made ahead, in another thread."""
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Randomness) -> Tensor:
+        """The loss of a batch, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +87,85 @@ class _Window:
 
     loss: Tensor
     norm: Tensor
+    steps: int = 0
     samples: int = 0
     since: float = 0.0
+
+
+def _fresh(device: torch.device) -> _Window:
+    loss, norm = torch.zeros(2, device=device)
+    return _Window(loss, norm, since=time.monotonic())
+
+
+@dataclass
+class _Progress:
+    """How far a run is: it began at step `first` and is at `step`."""
+
+    plan: Plan
+    first: int
+    step: int
+    window: _Window
+    samples: int = 0
+    last: float | None = None
+    next: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        return self.step - self.first
+
+    def rate(self) -> float:
+        return self.plan.lr * self.plan.clock.rate(self.done)
+
+    def add(self, loss: Tensor, norm: Tensor, processes: int) -> None:
+        count = pick(self.plan.buckets, self.plan.seed, self.step).batch * processes
+        self.step += 1
+        self.samples += count
+        self.window.loss += loss
+        self.window.norm += norm
+        self.window.steps += 1
+        self.window.samples += count
+
+    def due(self, event: str) -> bool:
+        every = {"save": self.plan.save_every, "sample": self.plan.sample_every}[event]
+        now = self.plan.clock.elapsed()
+        if now < self.next.setdefault(event, now + every):
+            return False
+        self.next[event] = now + every
+        return True
+
+    def line(self) -> dict[str, Any]:
+        """A line of the history; waits for the device."""
+        window, self.window = self.window, _fresh(self.window.loss.device)
+        loss, norm = (float(total) / window.steps for total in (window.loss, window.norm))
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"Expected a finite loss, got {loss} before step {self.step}. The last checkpoint "
+                "is kept: resume from it with a lower --lr or another --seed."
+            )
+        self.last = loss
+        return {
+            "step": self.step,
+            "loss": loss,
+            "gradient": norm,
+            "lr": self.rate(),
+            "samples_per_second": window.samples / (time.monotonic() - window.since),
+            "minutes": self.plan.clock.elapsed(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "steps": self.done,
+            "samples": self.samples,
+            "minutes": round(self.plan.clock.elapsed(), 2),
+            "loss": self.last,
+        }
 
 
 def train(
     accelerator: Any,
     model: nn.Module,
     trained: Trained,
-    loss: Loss,
+    task: Task,
     plan: Plan,
     hooks: Hooks,
     step: int,
@@ -90,46 +178,57 @@ def train(
         accelerator: an `accelerate.Accelerator`.
         model: the prepared model, over `trained.model`.
         trained: what changes.
+        task: what is learnt.
+        plan: how.
+        hooks: what happens beside it.
         step: steps done by earlier runs.
 
     Raises:
         RuntimeError: the loss is no longer finite.
     """
-    first, samples, line = step, 0, {}
-    window = _fresh(accelerator.device)
-    due = {"save": plan.save_every, "sample": plan.sample_every}
-    while not _over(accelerator, plan.clock, step - first):
-        bucket = pick(plan.buckets, plan.seed, step)
-        for group in trained.optimizer.param_groups:
-            group["lr"] = plan.lr * plan.clock.rate(step - first)
-        generator, chance = _randomness(accelerator, plan.seed, step)
-        value = loss(model, bucket, generator, chance)
-        accelerator.backward(value)
-        norm = accelerator.clip_grad_norm_(trained.model.parameters(), 1.0)
-        trained.optimizer.step()
-        trained.optimizer.zero_grad(set_to_none=True)
-        trained.average.update(trained.model)
-        step += 1
-        window.loss += value.detach()
-        window.norm += norm.detach()
-        window.samples += bucket.batch * accelerator.num_processes
-        samples += bucket.batch * accelerator.num_processes
-        if (step - first) % plan.log_every == 0 or plan.clock.steps == step - first:
-            line = _line(window, plan, trained, step, first)
-            hooks.log(line)
-            window = _fresh(accelerator.device)
-        for event, hook in (("save", hooks.save), ("sample", hooks.sample)):
-            if plan.clock.elapsed() > due[event]:
-                hook(step)
-                due[event] = plan.clock.elapsed() + getattr(plan, f"{event}_every")
-    hooks.save(step)
-    hooks.sample(step)
-    return {
-        "steps": step - first,
-        "samples": samples,
-        "minutes": round(plan.clock.elapsed(), 2),
-        "loss": line.get("loss"),
-    }
+    seed, rank, device = plan.seed, accelerator.process_index, accelerator.device
+
+    def batch_of(step: int) -> Batch:
+        return task.batch(pick(plan.buckets, seed, step), _randomness(seed, step, rank, device))
+
+    batches = Prefetch(batch_of, step, device)
+    try:
+        progress = _Progress(plan, first=step, step=step, window=_fresh(device))
+        while not _over(accelerator, plan.clock, progress.done):
+            draws = _randomness(seed, progress.step, rank, device)
+            loss, norm = _update(accelerator, model, trained, task, batches.next(), draws, progress)
+            progress.add(loss, norm, accelerator.num_processes)
+            if progress.done % plan.log_every == 0 or plan.clock.steps == progress.done:
+                hooks.log(progress.line())
+            for event, hook in (("save", hooks.save), ("sample", hooks.sample)):
+                if progress.due(event):
+                    hook(progress.step)
+    finally:
+        batches.close()
+    hooks.save(progress.step)
+    hooks.sample(progress.step)
+    return progress.record()
+
+
+def _update(
+    accelerator: Any,
+    model: nn.Module,
+    trained: Trained,
+    task: Task,
+    batch: Batch,
+    draws: Randomness,
+    progress: _Progress,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; returns loss and gradient norm, on the device."""
+    for group in trained.optimizer.param_groups:
+        group["lr"] = progress.rate()
+    loss = task.loss(model, batch, draws)
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(trained.model.parameters(), 1.0)
+    trained.optimizer.step()
+    trained.optimizer.zero_grad(set_to_none=True)
+    trained.average.update(trained.model)
+    return loss.detach(), norm.detach()
 
 
 def _over(accelerator: Any, clock: Clock, step: int) -> bool:
@@ -143,30 +242,10 @@ def _over(accelerator: Any, clock: Clock, step: int) -> bool:
     return broadcast_object_list([clock.progress(step) >= 1])[0]
 
 
-def _randomness(accelerator: Any, seed: int, step: int) -> tuple[torch.Generator, random.Random]:
-    """Sources of randomness of a step: they depend on nothing that a resume would lose."""
-    key = random.Random(f"{seed} {step} {accelerator.process_index}").getrandbits(62)
-    return torch.Generator(accelerator.device).manual_seed(key), random.Random(key)
-
-
-def _fresh(device: torch.device) -> _Window:
-    loss, norm = torch.zeros(2, device=device)
-    return _Window(loss, norm, since=time.monotonic())
-
-
-def _line(window: _Window, plan: Plan, trained: Trained, step: int, first: int) -> dict[str, Any]:
-    count = (step - first - 1) % plan.log_every + 1
-    loss, norm = float(window.loss) / count, float(window.norm) / count
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"Expected a finite loss, got {loss} before step {step}. The last checkpoint is kept: "
-            "resume from it with a lower --lr or another --seed."
-        )
-    return {
-        "step": step,
-        "loss": loss,
-        "gradient": norm,
-        "lr": trained.optimizer.param_groups[0]["lr"],
-        "samples_per_second": window.samples / (time.monotonic() - window.since),
-        "minutes": plan.clock.elapsed(),
-    }
+def _randomness(seed: int, step: int, rank: int, device: torch.device) -> Randomness:
+    key = random.Random(f"{seed} {step} {rank}").getrandbits(62)
+    return Randomness(
+        torch.Generator().manual_seed(key),
+        random.Random(key),
+        torch.Generator(device).manual_seed(key),
+    )

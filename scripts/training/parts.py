@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,12 @@ from scripts.training.pipeline import build_pipeline, draw_samples, load_vae
 from scripts.training.run import CACHE, Request, Run, begin
 from scripts.training.sheet import contact_sheet, to_clips
 from scripts.training.source import Data, Source, open_data
-from scripts.training.stages import FlowLoss, VaeLoss, draw_clips
+from scripts.training.stages import FlowMatching, Reconstructing, draw_clips
 from scripts.training.tokenizer import check_prompts, from_json, to_json, train_tokenizer
 
 #: Batches for latent statistics, and captions for the tokenizer.
 _STATISTICS = 16
-_CAPTIONS = 4096
+_CAPTIONS = 8192
 
 
 def train_part(request: Request) -> None:
@@ -57,7 +58,7 @@ def _train_vae(run: Run, data: Data) -> None:
         statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
         run.checkpoint = replace(run.checkpoint, latents=statistics)
     device = run.accelerator.device
-    test = _fixed_clips(data.held_out, run.request.shown, 8, device)
+    test = _fixed_clips(data.held_out(), run.request.shown, 8)
 
     def sample(average: Any, path: Path) -> None:
         with torch.no_grad(), _autocast(device):
@@ -67,7 +68,7 @@ def _train_vae(run: Run, data: Data) -> None:
         contact_sheet(rows[:8], names[:8], 5).save(path)
 
     model = Reconstruction(run.checkpoint.models.build_vae())
-    average, record = run.train(model, VaeLoss(data.train), sample, lambda _: None)
+    average, record = run.train(model, Reconstructing(data.train), sample, lambda _: None)
     record |= _measure(run, average, data, test)
     run.finish(record)
 
@@ -77,7 +78,7 @@ def _measure(run: Run, average: Any, data: Data, test: Tensor) -> dict[str, Any]
     device = run.accelerator.device
     with _autocast(device):
         latents = [
-            raw_latents(average.vae, _fixed_clips(data.train, run.request.shown, 8, device, seed))
+            raw_latents(average.vae, _fixed_clips(data.train, run.request.shown, 8, seed))
             for seed in range(1, _STATISTICS + 1)
         ]
         psnr = reconstruction_psnr(average.vae, test)
@@ -99,7 +100,7 @@ def _train_denoiser(run: Run, data: Data) -> None:
     if "denoiser" in run.checkpoint.parts:
         tokenizer = from_json(run.checkpoint.read(folder, "denoiser").texts["tokenizer.json"])
     else:
-        tokenizer = train_tokenizer(_texts(data, device), recipe.vocabulary)
+        tokenizer = train_tokenizer(_texts(data), recipe.vocabulary)
     run.texts["tokenizer.json"] = to_json(tokenizer)
     prompts = list(run.request.prompts)
     check_prompts(tokenizer, prompts)
@@ -114,25 +115,23 @@ def _train_denoiser(run: Run, data: Data) -> None:
             compilation.read_cache(folder / CACHE)
             compilation.compile_blocks(model.transformer)
 
-    loss = FlowLoss(data.train, Encoder(vae), tokenizer, recipe)
-    _, record = run.train(build_denoiser(recipe), loss, sample, ready)
+    patch = math.prod(recipe.transformer["patch_size"])
+    task = FlowMatching(data.train, Encoder(vae), tokenizer, patch)
+    _, record = run.train(build_denoiser(recipe), task, sample, ready)
     run.finish(record)
 
 
-def _texts(data: Data, device: torch.device) -> Iterator[str]:
+def _texts(data: Data) -> Iterator[str]:
     """Captions of stills and clips, and the words of all sprites, held-out ones too."""
-    generator = torch.Generator(device).manual_seed(0)
-    for frames in (1, 5):
-        for _ in range(_CAPTIONS // 128):
-            yield from data.train.batch(64, frames, 32, 32, generator)[1]
+    generator = torch.Generator().manual_seed(0)
+    for frames in (1, 25):
+        yield from data.train.captions(_CAPTIONS // 2, frames, generator)
     yield from data.words
 
 
-def _fixed_clips(
-    source: Source, size: tuple[int, int, int], batch: int, device: torch.device, seed: int = 0
-) -> Tensor:
+def _fixed_clips(source: Source, size: tuple[int, int, int], batch: int, seed: int = 0) -> Tensor:
     """The same clips in every run, of `size` (frames, height, width)."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return draw_clips(source, Bucket(*size, batch), generator)[0]
 
 

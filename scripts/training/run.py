@@ -21,7 +21,7 @@ from scripts.training.checkpoint import (
 )
 from scripts.training.ema import Average
 from scripts.training.history import History
-from scripts.training.loop import Hooks, Loss, Plan, train
+from scripts.training.loop import Hooks, Plan, Task, train
 from scripts.training.pipeline import PROMPTS
 from scripts.training.recipe import TINY_VIDEO
 from scripts.training.stages import STAGES, Stage
@@ -109,13 +109,13 @@ class Run:
         return self.checkpoint.parts[self.part][0]["sha256"]
 
     def train(
-        self, model: Any, loss: Loss, sample: Sample, ready: Callable[[Any], None]
+        self, model: Any, task: Task, sample: Sample, ready: Callable[[Any], None]
     ) -> tuple[Any, dict[str, Any]]:
         """Trains a fresh model, or goes on from the checkpoint, and returns its average.
 
         Args:
             model: of the recipe's shapes; its weights are replaced if the checkpoint has some.
-            loss: of a batch.
+            task: what it learns.
             sample: draws a picture.
             ready: changes how the model computes, not what its average computes.
         """
@@ -141,7 +141,7 @@ class Run:
         prepared, _ = self.accelerator.prepare(model, optimizer)
         logger.info("%s: from step %d", self.request.stage, step)
         hooks = self._hooks(trained, sample)
-        record = train(self.accelerator, prepared, trained, loss, plan, hooks, step)
+        record = train(self.accelerator, prepared, trained, task, plan, hooks, step)
         return average.model, record
 
     def _hooks(self, trained: Trained, sample: Sample) -> Hooks:

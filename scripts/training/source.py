@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,13 +24,22 @@ class Source(Protocol):
     ) -> tuple[Tensor, list[str]]:
         """Float `[batch, 3, frames, height, width]` from -1 to 1, and a caption for each."""
 
+    def captions(self, batch: int, frames: int, generator: torch.Generator) -> list[str]:
+        """Captions alone."""
+
 
 @dataclass(frozen=True)
 class Data:
-    """Sources of seen and of held-out designs, and the words that prompts may use."""
+    """Where clips come from.
+
+    Args:
+        train: clips to train on.
+        held_out: opens clips of designs that training never shows.
+        words: that prompts may use.
+    """
 
     train: Source
-    held_out: Source
+    held_out: Callable[[], Source]
     words: Sequence[str]
 
 
@@ -46,7 +56,7 @@ def open_data(data: str, kinds: Sequence[str], device: torch.device) -> Data:
     """
     if data == SHAPES:
         shapes = Shapes(device)
-        return Data(shapes, shapes, [*COLOURS, *FORMS, *_DIRECTIONS])
+        return Data(shapes, lambda: shapes, [*COLOURS, *FORMS, *_DIRECTIONS])
     if not Path(data).is_dir():
         raise ValueError(
             f"Expected {SHAPES!r} or a folder of built training data, got {data!r}. "
@@ -57,15 +67,18 @@ def open_data(data: str, kinds: Sequence[str], device: torch.device) -> Data:
 
 def _sprites(folder: Path, kinds: Sequence[str], device: torch.device) -> Data:
     from scripts.data.compose import Composer
-
     from scripts.data.sprites import load_sprites
 
     sets = [load_sprites(folder, kind) for kind in kinds]
-    train, held_out = (
-        Mixture(tuple(Composer(sprites, split, device) for sprites in sets))
-        for split in ("train", "held_out")
+
+    def source(split: str) -> Source:
+        return Mixture(tuple(Composer(sprites, split, device) for sprites in sets))
+
+    return Data(
+        source("train"),
+        partial(source, "designs"),
+        [word for sprites in sets for word in sprites.words],
     )
-    return Data(train, held_out, [word for sprites in sets for word in sprites.words])
 
 
 @dataclass(frozen=True)
@@ -77,9 +90,15 @@ class Mixture:
     def batch(
         self, batch: int, frames: int, height: int, width: int, generator: torch.Generator
     ) -> tuple[Tensor, list[str]]:
-        # The seed is known on the host; drawing from the generator could wait for a GPU.
-        source = self.sources[generator.initial_seed() % len(self.sources)]
-        return source.batch(batch, frames, height, width, generator)
+        return self._any(generator).batch(batch, frames, height, width, generator)
+
+    def captions(self, batch: int, frames: int, generator: torch.Generator) -> list[str]:
+        share = batch // len(self.sources)
+        lists = (source.captions(share, frames, generator) for source in self.sources)
+        return [caption for captions in lists for caption in captions]
+
+    def _any(self, generator: torch.Generator) -> Source:
+        return self.sources[int(torch.randint(len(self.sources), (), generator=generator))]
 
 
 COLOURS = {
@@ -103,7 +122,7 @@ class Shapes:
     def batch(
         self, batch: int, frames: int, height: int, width: int, generator: torch.Generator
     ) -> tuple[Tensor, list[str]]:
-        draw = torch.rand(batch, 6, generator=generator, device=generator.device).cpu()
+        draw = torch.rand(batch, 6, generator=generator)
         picks = (draw[:, :4] * torch.tensor([6, 5, 3, 4])).long().tolist()
         colours, captions = list(COLOURS), []
         fore, back = torch.empty(batch, 3), torch.empty(batch, 3)
@@ -118,6 +137,9 @@ class Shapes:
         inside = _inside(draw, torch.tensor(picks), (frames, height, width)).to(self.device)
         fore, back = (c.to(self.device)[:, :, None, None, None] for c in (fore, back))
         return back + (fore - back) * inside[:, None], captions
+
+    def captions(self, batch: int, frames: int, generator: torch.Generator) -> list[str]:
+        return self.batch(batch, frames, 16, 16, generator)[1]
 
 
 def _inside(draw: Tensor, picks: Tensor, size: tuple[int, int, int]) -> Tensor:

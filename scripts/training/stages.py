@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from scripts.training.autoencoder import Encoder
 from scripts.training.buckets import Bucket
 from scripts.training.denoiser import draw_times
-from scripts.training.recipe import TEXT_LENGTH, Recipe
+from scripts.training.loop import Randomness
+from scripts.training.prefetch import Batch
+from scripts.training.recipe import TEXT_LENGTH
 from scripts.training.source import Source
 from scripts.training.tokenizer import encode
 
@@ -81,43 +82,45 @@ STAGES = {
 
 
 @dataclass(frozen=True, eq=False)
-class VaeLoss:
-    """Reconstruction of clips."""
+class Reconstructing:
+    """Clips through the VAE; see `autoencoder.Reconstruction`."""
 
     source: Source
 
-    def __call__(
-        self, model: nn.Module, bucket: Bucket, generator: torch.Generator, chance: random.Random
-    ) -> Tensor:
-        video, _ = draw_clips(self.source, bucket, generator)
-        return model(video, generator)
+    def batch(self, bucket: Bucket, draws: Randomness) -> Batch:
+        return (draw_clips(self.source, bucket, draws.data)[0],)
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Randomness) -> Tensor:
+        return model(batch[0], draws.noise)
 
 
 @dataclass(frozen=True, eq=False)
-class FlowLoss:
-    """Flow matching in the latents of a frozen VAE (Lipman et al., arXiv 2210.02747).
+class FlowMatching:
+    """The flow from latents to noise (Lipman et al., arXiv 2210.02747).
 
     Args:
         encoder: makes latents.
+        patch: latents of a token.
         dropped: share of captions that are replaced by an empty one, for guidance.
     """
 
     source: Source
     encoder: Encoder
     tokenizer: PreTrainedTokenizerFast
-    recipe: Recipe
+    patch: int
     dropped: float = DROPPED
 
-    def __call__(
-        self, model: nn.Module, bucket: Bucket, generator: torch.Generator, chance: random.Random
-    ) -> Tensor:
-        video, captions = draw_clips(self.source, bucket, generator)
-        latents = self.encoder(video)
-        kept = ["" if chance.random() < self.dropped else caption for caption in captions]
+    def batch(self, bucket: Bucket, draws: Randomness) -> Batch:
+        video, captions = draw_clips(self.source, bucket, draws.data)
+        kept = ["" if draws.chance.random() < self.dropped else text for text in captions]
         ids, mask = encode(self.tokenizer, kept, TEXT_LENGTH, video.device)
-        noise = torch.randn(latents.shape, generator=generator, device=video.device)
-        tokens = self.recipe.tokens(bucket.frames, bucket.height, bucket.width)
-        times = draw_times(len(latents), tokens, generator)
+        return self.encoder(video), ids, mask
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Randomness) -> Tensor:
+        latents, ids, mask = batch
+        noise = torch.randn(latents.shape, generator=draws.noise, device=latents.device)
+        tokens = latents[0, 0].numel() // self.patch
+        times = draw_times(len(latents), tokens, draws.noise)
         noisy = torch.lerp(latents, noise, times.view(-1, 1, 1, 1, 1))
         flow = model(noisy, times, ids, mask)
         return F.mse_loss(flow.float(), noise - latents)

@@ -27,11 +27,7 @@ BOX = ("--minutes", "1e6", "--log-every", "2")
 
 def run(*arguments: object) -> None:
     """What the script does with these arguments, in this process."""
-    parsed = parser().parse_args([str(argument) for argument in arguments])
-    if parsed.command == "export":
-        export(parsed.out, parsed.to, parsed.recipe)
-    else:
-        train_part(request_of(parsed))
+    train_part(request_of(parser().parse_args([str(argument) for argument in arguments])))
 
 
 def images(out: Path, steps: int, *more: object) -> None:
@@ -107,9 +103,7 @@ def test_a_resume_from_shards_starts_at_the_average(straight, prompts, tmp_path)
 
 def test_an_export_is_a_stock_pipeline(straight, tmp_path):
     target = tmp_path / "pipe"
-    assert "loads and samples" in run(
-        "export", "--recipe", "toy", "--out", straight, "--to", target
-    )
+    assert "loads and samples" in export(straight, target, "toy")
     card = (target / "README.md").read_text()
     assert "MIT" in card
     assert "| images |" in card
@@ -147,15 +141,7 @@ def test_stages_out_of_order_are_a_sentence(straight, prompts, tmp_path):
     with pytest.raises(ValueError, match="start in a new folder"):
         run("vae", *SMALL, *BOX, "--out", straight, "--steps", 1)
     with pytest.raises(ValueError, match="Train the denoiser first"):
-        run(
-            "export",
-            "--recipe",
-            "toy",
-            "--out",
-            vae_only(straight, tmp_path),
-            "--to",
-            tmp_path / "p",
-        )
+        export(vae_only(straight, tmp_path), tmp_path / "pipe", "toy")
 
 
 def vae_only(straight: Path, target: Path) -> Path:

@@ -9,6 +9,8 @@ pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from scripts.data.names import Design
+from scripts.data.sprites import Sprites
 from scripts.training.archive import Archive, read_shards, write_shards
 from scripts.training.autoencoder import Encoder, latent_statistics
 from scripts.training.buckets import Bucket, parse_buckets, pick
@@ -18,6 +20,7 @@ from scripts.training.denoiser import Denoiser, build_denoiser, draw_times, shor
 from scripts.training.ema import Average
 from scripts.training.history import History
 from scripts.training.pipeline import build_pipeline
+from scripts.training.prefetch import Prefetch
 from scripts.training.recipe import TEXT_LENGTH, TINY_VIDEO, TOY
 from scripts.training.source import Shapes, open_data
 from scripts.training.tokenizer import check_prompts, encode, from_json, to_json, train_tokenizer
@@ -250,3 +253,50 @@ def test_history_leaves_out_a_line_that_was_cut_off(tmp_path):
     with history.path.open("a") as file:
         file.write('{"part": "va')
     assert [json.dumps(line["loss"]) for line in history.lines()] == ["0.12346"]
+
+
+def test_prefetch_keeps_the_order_and_ends():
+    batches = Prefetch(lambda step: (torch.tensor(step),), 5, CPU)
+    assert [int(batches.next()[0]) for _ in range(4)] == [5, 6, 7, 8]
+    batches.close()
+
+
+def test_prefetch_passes_errors_on():
+    def make(step: int) -> tuple[torch.Tensor]:
+        if step == 1:
+            raise ValueError("no such clip")
+        return (torch.tensor(step),)
+
+    batches = Prefetch(make, 0, CPU)
+    batches.next()
+    with pytest.raises(ValueError, match="no such clip"):
+        batches.next()
+    batches.close()
+
+
+def test_mixtures_draw_from_all_sources(monkeypatch):
+    """Real sprites go through the composer, for training and for held-out clips."""
+    designs = tuple(
+        Design(name, name, f"a {name}", False, "objects", "", (), True, name == "pear")
+        for name in ("cow", "hat", "cup", "pear")
+    )
+    loaded = []
+
+    def load(folder, kind):
+        loaded.append(kind)
+        pixels = torch.full((4, 2, 4, 16, 16), 255, dtype=torch.uint8)
+        return Sprites(pixels, designs, torch.arange(4), ("",) * 4)
+
+    monkeypatch.setattr("scripts.data.sprites.load_sprites", load)
+    data = open_data(".", ("clips", "images"), CPU)
+    assert loaded == ["clips", "images"]
+    generator = torch.Generator().manual_seed(0)
+    video, captions = data.train.batch(3, 5, 32, 32, generator)
+    assert video.shape == (3, 3, 5, 32, 32)
+    assert len(captions) == 3
+    assert len(data.train.captions(8, 1, generator)) == 8
+    seen = data.train.captions(60, 1, generator)
+    unseen = data.held_out().captions(60, 1, generator)
+    assert not any("pear" in caption for caption in seen)
+    assert any("pear" in caption for caption in unseen)
+    assert {"cow", "pear"} <= set(data.words)
