@@ -76,7 +76,7 @@ def _sprites(folder: Path, kinds: Sequence[str], device: torch.device) -> Data:
 
     return Data(
         source("train"),
-        partial(source, "designs"),
+        partial(source, "held_out"),
         [word for sprites in sets for word in sprites.words],
     )
 
