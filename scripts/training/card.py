@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from scripts.training.checkpoint import Checkpoint
+from scripts.training.pipeline import Pipeline
 from scripts.training.recipe import TEXT_LENGTH
-
-if TYPE_CHECKING:
-    from diffusers import WanPipeline
 
 _CARD = """\
 ---
@@ -56,7 +52,7 @@ average of the weights; the VAE on L1, edges and a small KL term.
 _ROW = "| {stage} | {device} | {steps} | {samples} | {minutes} | {loss} | {sizes} |"
 
 
-def model_card(checkpoint: Checkpoint, pipe: WanPipeline) -> str:
+def model_card(checkpoint: Checkpoint, pipe: Pipeline) -> str:
     """Markdown: what it is, data and licences, the record of every run, limits."""
     return _CARD.format(
         name=checkpoint.recipe,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from scripts.training.tokenizer import from_json
 from scripts.training.weights import load_weights
 
 if TYPE_CHECKING:
-    from diffusers import WanPipeline
     from transformers import PreTrainedTokenizerFast
+
+# To a type checker, diffusers' own class is the stand-in for a missing torch.
+Pipeline: TypeAlias = Any
 
 PROMPTS = (
     "a cow",
@@ -34,7 +36,7 @@ PROMPTS = (
 
 def build_pipeline(
     recipe: Recipe, vae: Any, denoiser: Denoiser, tokenizer: PreTrainedTokenizerFast
-) -> WanPipeline:
+) -> Pipeline:
     """A `WanPipeline` of these very modules; nothing is copied."""
     from diffusers import WanPipeline
 
@@ -54,7 +56,7 @@ def load_vae(checkpoint: Checkpoint, folder: Path) -> Any:
     return vae.eval().requires_grad_(False)
 
 
-def load_pipeline(checkpoint: Checkpoint, folder: Path) -> WanPipeline:
+def load_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
     """The pipeline of a checkpoint, in float32 with bf16 values.
 
     Raises:
@@ -69,7 +71,7 @@ def load_pipeline(checkpoint: Checkpoint, folder: Path) -> WanPipeline:
 
 
 def draw_samples(
-    pipe: WanPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     size: tuple[int, int, int],
     *,
