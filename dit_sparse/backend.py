@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from dit_sparse.plan import BlockPlan
@@ -51,3 +52,14 @@ class Backend(Protocol):
             scale: factor of the scores before the softmax, above 0.
         """
         ...
+
+
+def refuses_beyond_basics(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+    """Why a kernel for exact entries in 16 or 32 bits cannot run a call."""
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"expected bfloat16, float16 or float32, got {q.dtype}."
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"expected a head dim of at most 256, got {max(q.shape[-1], v.shape[-1])}."
+    if plan.level is not None or plan.tail != "none":
+        return "expected exact entries only, got pooled entries or a tail."
+    return None

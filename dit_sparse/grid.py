@@ -187,6 +187,8 @@ class Permutation:
                 "Expected a permutation index of dtype int64 and shape [N] or [H, N], "
                 f"got {self.index.dtype} {list(self.index.shape)}."
             )
+        index = self.index[0] if self.index.shape[0] == 1 and self.index.ndim == 2 else self.index
+        object.__setattr__(self, "index", index.contiguous())  # kernels read it row by row
 
     @property
     def length(self) -> int:

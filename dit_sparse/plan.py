@@ -108,6 +108,9 @@ class BoxPredicate:
     below: Tensor
     guard: int
 
+    def __post_init__(self) -> None:
+        _make_contiguous(self, ("lower", "upper", "above", "below"))
+
     def mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor:
         """bool `[queries, keys]` for one head and the given positions."""
         head = head % self.lower.shape[0]
@@ -163,6 +166,9 @@ class BlockPlan:
     tail: Tail = "none"
     order: Permutation | None = None
 
+    def __post_init__(self) -> None:
+        _make_contiguous(self, ("indices", "offsets", "full", "partial"))
+
     @classmethod
     def from_mask(
         cls,
@@ -197,17 +203,22 @@ class BlockPlan:
         # parts ascending, unvisited ones last.
         rank = torch.where(whole, 0, torch.where(visited, 1, 2)) * n_k
         rank = rank + torch.arange(n_k, device=visited.device)
+        rank = rank.sort(-1).values
+        indices = (rank[rank < 2 * n_k] % n_k).to(torch.int32)
         count = visited.sum(-1, dtype=torch.int32)
-        longest = max(int(count.max()), 1)
-        indices = (rank.sort(-1).values[..., :longest] % n_k).to(torch.int32)
-        rows = count.numel()
-        offsets = torch.arange(rows, dtype=torch.int32, device=visited.device) * longest
+        ends = count.flatten().cumsum(0, dtype=torch.int64)
+        if indices.numel() > torch.iinfo(torch.int32).max:
+            raise ValueError(
+                f"Expected at most 2**31 - 1 entries in a plan, got {indices.numel()}. Use larger "
+                "blocks or share lists between heads."
+            )
+        offsets = (ends.view(count.shape) - count).to(torch.int32)
         n_full = whole.sum(-1, dtype=torch.int32)
         return cls(
             q_blocks=q_blocks,
             k_blocks=k_blocks,
-            indices=indices.reshape(-1),
-            offsets=offsets.view(count.shape),
+            indices=indices,
+            offsets=offsets,
             full=n_full,
             partial=count - n_full,
             box=box,
@@ -319,6 +330,12 @@ class BlockPlan:
             f"BlockPlan({self.q_blocks} x {self.k_blocks}, {batch} batch x {heads} heads, "
             f"density {self.density:.3f}{', ' if extras else ''}{', '.join(extras)})"
         )
+
+
+def _make_contiguous(record: object, names: tuple[str, ...]) -> None:
+    """Kernels read these tensors row by row; nothing happens to those that are so already."""
+    for name in names:
+        object.__setattr__(record, name, getattr(record, name).contiguous())
 
 
 def _check_masks(visited: Tensor, full: Tensor | None, expected: tuple[int, int]) -> None:

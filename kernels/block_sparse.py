@@ -8,13 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dit_sparse.backend import AttentionOutput
+from dit_sparse.backend import AttentionOutput, refuses_beyond_basics
 from dit_sparse.kernels import hopper, portable
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.plan import BlockPlan
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCKS = (16, 32, 64, 128, 256)
 
 
@@ -42,20 +41,18 @@ class TritonBackend:
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         if not q.is_cuda and not self.interpreted:
             return f"expected tensors on a GPU, got {q.device.type}."
-        if q.dtype not in _DTYPES:
-            return f"expected bfloat16, float16 or float32, got {q.dtype}."
+        if torch.version.hip is not None:
+            return "expected an NVIDIA GPU, got an AMD one."
         if q.is_cuda and _capability(q.device) < (8, 0):
             return f"expected compute capability 8.0 or later, got {_capability(q.device)}."
-        if max(q.shape[-1], v.shape[-1]) > 256:
-            return f"expected a head dim of at most 256, got {max(q.shape[-1], v.shape[-1])}."
         if plan.q_blocks.size not in _BLOCKS[:-1] or plan.k_blocks.size not in _BLOCKS:
             return (
                 f"expected query blocks of 16 to 128 and key blocks of 16 to 256 tokens, powers of "
                 f"two, got {plan.q_blocks.size} and {plan.k_blocks.size}."
             )
-        if plan.level is not None or plan.tail != "none":
-            return "expected exact entries only, got pooled entries or a tail."
-        return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            return "expected inference, got inputs that require gradients."
+        return refuses_beyond_basics(q, k, v, plan)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float

@@ -8,11 +8,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention import flex_attention as _flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dit_sparse.backend import AttentionOutput
+from dit_sparse.backend import AttentionOutput, refuses_beyond_basics
 from dit_sparse.plan import BlockPlan, Blocks
 
 _SIZE = 128  # FlexAttention's blocks are uniform; the plan's blocks may be of any length
@@ -39,11 +40,7 @@ class FlexBackend:
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         if not self.eager and not q.is_cuda:
             return f"expected tensors on a GPU, got {q.device.type}."
-        if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"expected bfloat16, float16 or float32, got {q.dtype}."
-        if plan.level is not None or plan.tail != "none":
-            return "expected exact entries only, got pooled entries or a tail."
-        return None
+        return refuses_beyond_basics(q, k, v, plan)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
@@ -53,7 +50,10 @@ class FlexBackend:
         if key not in masks:
             masks[key] = block_mask(plan, *key)
         attention: Any = flex_attention if self.eager else _compiled()
-        out, aux = attention(q, k, v, block_mask=masks[key], scale=scale, **_LSE)
+        # Every shape and mask compiles anew; past its limit dynamo would run flex uncompiled,
+        # which forms all scores.
+        with torch._dynamo.config.patch(_LIMIT):
+            out, aux = attention(q, k, v, block_mask=masks[key], scale=scale, **_LSE)
         return AttentionOutput(out, (aux if isinstance(aux, Tensor) else aux.lse).float())
 
 
@@ -65,6 +65,11 @@ _LSE: dict[str, Any] = (
     if hasattr(_flex, "AuxRequest")
     else {"return_lse": True}
 )
+_LIMIT = {
+    name: 1024
+    for name in ("recompile_limit", "accumulated_recompile_limit")
+    if hasattr(torch._dynamo.config, name)
+} or {"cache_size_limit": 1024, "accumulated_cache_size_limit": 1024}
 _MASKS: WeakKeyDictionary[BlockPlan, dict[tuple[int, int], BlockMask]] = WeakKeyDictionary()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextvars
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
-from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.kernels.portable import LOG2_E, TensorDescriptor, list_strides, padded
 from dit_sparse.plan import BlockPlan
+
+# Read in SASS to be specialised and free of spills with 3.6 and 3.9, not tried with older ones.
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class _Matrix:
             return None
         return _Matrix(x, (rows, width), stride_n, stride_b // stride_n, 0, stride_h)
 
-    def describe(self, block: list[int]) -> TensorDescriptor:
+    def describe(self, block: list[int]) -> Any:
         return TensorDescriptor(self.base, list(self.shape), [self.row_stride, 1], block)
 
     @property
@@ -76,7 +80,8 @@ class _Matrix:
 def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     """Whether the kernel was built for this problem: Hopper, 16 bit, blocks of 128."""
     return (
-        torch.cuda.get_device_capability(q.device) == (9, 0)
+        _TRITON >= (3, 6)
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
         and q.element_size() == 2
         and 64 <= padded(q.shape[-1]) <= 128
         and q.shape[-1] == v.shape[-1]
@@ -103,17 +108,21 @@ def launch(
     dim, keys = padded(head_dim), plan.k_blocks.size
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
-    triton.set_allocator(_scratch)
-    _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
-        q, km.describe([keys, dim]), vm.describe([keys, dim]), out, lse,
-        plan.offsets, plan.full, starts, lengths, plan.q_blocks.starts, order,
-        *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
-        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-        heads, plan.q_blocks.n, n_queries, scale * LOG2_E,
-        D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
-        RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+
+    def specialised() -> None:
+        triton.set_allocator(_scratch)
+        _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
+            q, km.describe([keys, dim]), vm.describe([keys, dim]), out, lse,
+            plan.offsets, plan.full, starts, lengths, plan.q_blocks.starts, order,
+            *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
+            *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+            heads, plan.q_blocks.n, n_queries, scale * LOG2_E,
+            D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
+            RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+    contextvars.copy_context().run(specialised)  # leaves the allocator that others set alone
     return True
 
 

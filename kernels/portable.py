@@ -6,12 +6,16 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels.tiles import Tile
 from dit_sparse.plan import BlockPlan
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
 
 LOG2_E = 1.4426950408889634
 
@@ -45,7 +49,7 @@ def launch(
     lower, upper, above, below = (
         (box.lower, box.upper, box.above, box.below) if box else (starts,) * 4
     )
-    tma = tile.tma and _describable(k) and _describable(v)
+    tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
     _portable_fwd[(batch * heads * plan.q_blocks.n,)](
         q, k, v,
         TensorDescriptor.from_tensor(k, [1, 1, tile.keys, block_d]) if tma else None,

@@ -143,3 +143,11 @@ class TestPermutation:
     def test_keeps_its_inverse_where_it_is(self):
         order = permutation(5, None, 0)
         assert order.to("cpu") is order
+
+
+def test_a_permutation_of_one_head_is_shared_and_rows_are_contiguous():
+    index = torch.randperm(6)
+    assert torch.equal(Permutation(index[None]).index, index)
+    per_head = torch.stack([torch.randperm(6), torch.randperm(6)], dim=1).mT
+    assert Permutation(per_head).index.is_contiguous()
+    assert torch.equal(Permutation(per_head).index, per_head)

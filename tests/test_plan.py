@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse.grid import Permutation
-from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
 from dit_sparse.plan_check import check
 from tests.problems import Boxes, blocks_one_by_one, problems, runs, sizes
 
@@ -86,6 +86,30 @@ class TestFromMask:
         share = (problem.listed * (q[:, None] * k)).sum((-2, -1)).double() / q.sum() / k.sum()
         assert problem.plan.density == pytest.approx(float(share.mean()), abs=1e-12)
 
+    def test_lists_take_no_more_room_than_they_need(self):
+        visited = torch.eye(64, dtype=torch.bool)[None, None].clone()
+        visited[..., 0, :] = True  # one row of text
+        plan = BlockPlan.from_mask(visited, Blocks.uniform(64, 1), Blocks.uniform(64, 1))
+        assert plan.indices.numel() == 64 + 63
+
+    def test_kernels_find_rows_whatever_the_strides(self):
+        blocks = Blocks.uniform(4, 2)
+        lists = torch.ones(2, 3, 2, dtype=torch.int32)
+        plan = BlockPlan(
+            q_blocks=blocks,
+            k_blocks=blocks,
+            indices=torch.zeros(12, dtype=torch.int32)[::2],
+            offsets=torch.zeros(2, 3, 2, dtype=torch.int32),
+            full=lists.transpose(0, 1).contiguous().transpose(0, 1),
+            partial=torch.zeros(1, 1, 1, dtype=torch.int32).expand(2, 3, 2),
+        )
+        for name in ("indices", "offsets", "full", "partial"):
+            assert getattr(plan, name).is_contiguous()
+        corner = torch.zeros(1, 8, dtype=torch.int32)[:, ::2]
+        box = BoxPredicate(corner, corner, corner[0], corner[0], guard=2)
+        for name in ("lower", "upper", "above", "below"):
+            assert getattr(box, name).is_contiguous()
+
     def test_a_box_and_full_blocks_come_together(self):
         visited = torch.ones(1, 1, 1, 2, dtype=torch.bool)
         with pytest.raises(ValueError, match="or neither, got no box"):
@@ -121,7 +145,7 @@ class TestDensity:
         assert self.plan().density == pytest.approx((4 * 8 + 2 * 4) / 72)
 
     def test_pooled_entries_count_their_rows(self):
-        level = torch.tensor([1, 4, 2, 1], dtype=torch.uint8)
+        level = torch.tensor([1, 4, 2], dtype=torch.uint8)
         plan = check(replace(self.plan(), level=level))
         assert plan.density == pytest.approx((4 * (4 + 1) + 2 * 2) / 72)
 

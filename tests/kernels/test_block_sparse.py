@@ -209,6 +209,19 @@ class TestRefusals:
         reason = block_sparse.TritonBackend().refuses(q, k, v, plan)
         assert reason == "expected tensors on a GPU, got cpu."
 
+    def test_gradients(self):
+        plan = plan_of(self.CASE)
+        q, k, v = tensors_of(self.CASE, plan)
+        k.requires_grad_()
+        assert "got inputs that require gradients" in (self.sentence(plan, q, k, v) or "")
+        with torch.no_grad():
+            assert self.sentence(plan, q, k, v) is None
+
+    def test_an_amd_gpu(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        plan = plan_of(self.CASE)
+        assert "got an AMD one" in (self.sentence(plan, *tensors_of(self.CASE, plan)) or "")
+
     def test_float64(self):
         plan = plan_of(self.CASE)
         q, k, v = (x.double() for x in tensors_of(self.CASE, plan))
