@@ -68,7 +68,9 @@ def build(output: Path, encoding: Encoding, workers: int) -> Index:
     tarballs = {package.name: packages.fetch(package, cache) for package in packages.CLIPS}
     counts: dict[str, int] = {}
     origin: dict[str, str] = {}
-    for package, stem, content in tqdm(_animations(tarballs), desc="inspecting", unit="file"):
+    for package, stem, content in tqdm(
+        _animations(tarballs), desc="inspecting", unit="file", mininterval=1
+    ):
         counts[stem], origin[stem] = frame_count(content), package
     sources = {source.name: source for source in choose(counts, origin, names)}
     encoded = EncodedCache(cache / f"clips-{encoding}", encoding)
@@ -76,7 +78,7 @@ def build(output: Path, encoding: Encoding, workers: int) -> Index:
     jobs = ((stem, content) for _, stem, content in _animations(tarballs) if stem in missing)
     with get_context("spawn").Pool(workers) as pool:
         work = partial(encoded.add, frames=FRAMES)
-        bar = tqdm(total=len(missing), desc="encoding", unit="clip")
+        bar = tqdm(total=len(missing), desc="encoding", unit="clip", mininterval=1)
         for _ in pool.imap_unordered(work, jobs):
             bar.update()
         bar.close()

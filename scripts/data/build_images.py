@@ -28,7 +28,7 @@ from scripts.data.pixels import Encoding, load_frames
 from scripts.data.shards import Index, report, write_set
 
 ICON_SETS = ("fluent-emoji", "fluent-emoji-flat", "noto", "noto-v1", "fxemoji")
-ENCODING = Encoding(size=128, quality=68, speed=4)
+ENCODING = Encoding(size=128, quality=66, speed=6)
 
 
 def draw(drawing: Drawing, encoded: EncodedCache) -> None:
@@ -75,7 +75,7 @@ def build(output: Path, encoding: Encoding, workers: int) -> Index:
     missing = [drawing for drawing in drawings if not encoded.has(drawing.name)]
     with get_context("spawn").Pool(workers) as pool:
         work = pool.imap_unordered(partial(draw, encoded=encoded), missing, chunksize=8)
-        for _ in tqdm(work, total=len(missing), desc="drawing", unit="picture"):
+        for _ in tqdm(work, total=len(missing), desc="drawing", unit="picture", mininterval=1):
             pass
     kept = without_repeats(drawings, encoded)
     pictures = tuple(encoded.picture(d.name, d.design, d.source) for d in kept)

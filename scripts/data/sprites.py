@@ -107,7 +107,13 @@ def load_sprites(folder: Path | str, kind: str, *, workers: int | None = None) -
 
     files = read_files(folder, index)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = tqdm(pool.map(place, files), total=len(row), desc=f"decoding {kind}", unit="file")
+        done = tqdm(
+            pool.map(place, files),
+            total=len(row),
+            desc=f"decoding {kind}",
+            unit="file",
+            mininterval=1,
+        )
         if sum(1 for _ in done) != len(row):
             raise ValueError(
                 f"Expected {len(row)} pictures in the shards of {kind}, got another number. "
