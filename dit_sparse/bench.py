@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import dit_sparse
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -78,7 +80,8 @@ def _host_clock(run: Callable[[], Any]) -> Callable[[], float]:
 def environment(device: torch.device | str) -> dict[str, Any]:
     """What a figure depends on: device, driver-side versions, package versions."""
     record: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "diffusers", "transformers", "dit-sparse"):
+    record["dit-sparse"] = dit_sparse.__version__  # known in a bare checkout too
+    for package in ("triton", "diffusers", "transformers"):
         try:
             record[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

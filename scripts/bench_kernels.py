@@ -30,8 +30,9 @@ from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.tiling import WindowShape
 
-FLEX_TOKENS = 17_000  # it compiles anew for every shape
+FLEX_TOKENS = 33_000  # it compiles anew for every shape
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ def block_mask(case: Case, n: int, device: str) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
 
 
+def window_on(case: Case) -> WindowShape:
+    return WindowMethod(density=case.density).shape_on(TokenGrid.parse(case.grid or ""))
+
+
 def planner(case: Case, device: str, q: Tensor) -> Callable[[], BlockPlan]:
     """A function that makes the case's plan from scratch."""
     if case.grid is not None:
@@ -128,7 +133,11 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     make_plan = planner(case, "cuda", q)
     plan = make_plan()
     variants: dict[str, Callable[[], Any]] = dict(dense_variants(q, k, v))
-    sparse = ("triton", "flex") if with_flex and case.tokens <= FLEX_TOKENS else ("triton",)
+    sparse = (
+        ("triton", "flex")
+        if with_flex and case.tokens <= FLEX_TOKENS and case.density == 0.2
+        else ("triton",)
+    )
     for name in sparse:
         backend, _ = select_backend(q, k, v, plan, name)
         variants[name] = lambda backend=backend: attend(q, k, v, plan, backend=backend)
@@ -150,6 +159,7 @@ def row_of(case: Case, name: str, times: dict[str, Timing], density: float) -> d
     rate = flop * density / milliseconds * 1e-9
     return {
         **asdict(case),
+        "window": None if case.grid is None else str(window_on(case)),
         "variant": name,
         "dtype": "bfloat16",
         "measured_density": round(density, 4),
