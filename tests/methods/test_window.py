@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def axis_keys(extent: int, window: int, stride: int) -> list[set[int]]:
             start = extent - window
         rows.append({start + n for n in range(window)})
     return rows
+
+
+def reached(rows: list[set[int]], start: int) -> set[int]:
+    """The positions whose contents get to `start` through any number of layers."""
+    found, new = {start}, {start}
+    while new:
+        new = set().union(*(rows[position] for position in new)) - found
+        found |= new
+    return found
 
 
 def brute_force(
@@ -221,6 +231,42 @@ class TestDensity:
             assert math.prod(shape.tile) <= 128
             for window, tile, extent in zip(shape.window, shape.tile, grid.shape, strict=True):
                 assert window == extent or (window % tile == 0 and window // tile % 2 == 1)
+
+    @pytest.mark.parametrize("name", [*REAL_GRIDS, "5x9x13", "12x11", "1x37", "3x3x200", "2x4x4"])
+    @pytest.mark.parametrize("block", [64, 128])
+    def test_no_part_of_the_grid_is_cut_off(self, name: str, block: int):
+        """From either end of an axis, reading what is read leads to the other end."""
+        grid = TokenGrid.parse(name)
+        for density in (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+            shape = WindowMethod(density=density, block=block).shape_on(grid)
+            for axis in zip(grid.shape, shape.window, shape.stride, strict=True):
+                rows = axis_keys(*axis)
+                for end in (0, len(rows) - 1):
+                    assert reached(rows, end) == set(range(len(rows))), (density, shape)
+
+    def test_a_density_of_a_given_tile_is_connected(self):
+        shape = WindowMethod(density=0.05, tile=(3, 10, 13)).shape_on(TokenGrid(21, 30, 52))
+        assert shape.window == (9, 30, 39), "three tiles, or all of an axis of three"
+
+    @pytest.mark.parametrize("name", [*REAL_GRIDS, "128x128"])
+    def test_windows_are_even_and_of_whole_blocks(self, name: str):
+        """Only bands of rows meet some densities with three blocks of 128 tokens per axis."""
+        grid = TokenGrid.parse(name)
+        bands = {("64x64", 0.1), ("83x83", 0.1), ("83x83", 0.2)}
+        for density in (0.1, 0.2, 0.3, 0.5):
+            plan = plan_on(WindowMethod(density=density), grid)
+            assert int(plan.partial.sum()) <= 0.05 * int(plan.visited.sum())
+            window = WindowMethod(density=density).shape_on(grid).window
+            cut = [w / n for w, n in zip(window, grid.shape, strict=True) if n > 1]
+            if (name, density) not in bands:
+                assert min(cut) > density ** (1 / len(cut)) / 2.2, (density, window)
+
+    @pytest.mark.parametrize("name", [*REAL_GRIDS, "128x128"])
+    def test_the_search_is_quick(self, name: str):
+        for density in (0.02, 0.1, 0.2, 0.3, 0.5):
+            began = time.process_time()
+            tiling.window_for_density.__wrapped__(TokenGrid.parse(name), density, 128)
+            assert time.process_time() - began < 1.5, "0.05 s on an idle machine"
 
     def test_a_tile_and_a_stride_may_be_given(self):
         method = WindowMethod(density=0.3, tile=(3, 4, 8), stride=1)
