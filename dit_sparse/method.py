@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from dit_sparse.grid import TokenLayout
@@ -24,9 +23,6 @@ class CallContext:
         layers: how many there are.
         step: number of the denoising step, counted from 0; `None` when it cannot be known.
         steps: how many steps the generation takes; `None` when it cannot be known.
-        branch: `"cond"` or `"uncond"` where the pipeline runs guidance in separate calls and says
-            which this is, otherwise `None`.
-        generator: the source of a method's random choices; `None` for methods without any.
     """
 
     layout: TokenLayout
@@ -34,8 +30,6 @@ class CallContext:
     layers: int = 1
     step: int | None = None
     steps: int | None = None
-    branch: str | None = None
-    generator: torch.Generator | None = None
 
 
 @runtime_checkable
@@ -43,7 +37,7 @@ class SparseMethod(Protocol):
     """A method is data: order, selection and correction, put into a plan.
 
     Implementations are frozen dataclasses, one per file of `dit_sparse/methods/`; their fields are
-    the options that `pipe.set_attn_processor(name, **options)` and the CLI offer.
+    the options that `pipe.set_attn_processor(name, options={...})` and the CLI offer.
     """
 
     @property
