@@ -35,11 +35,14 @@ class WindowMethod:
             or (height, width) for images.
         density: instead of a window: the share of blocks to visit, spread evenly over the axes;
             windows are then odd multiples of the tile. 0.3 if neither is given.
-        stride: queries per axis that share one window; one number or one per axis. By default 1
-            for a window and the tile for a density.
+        stride: queries per axis that share one window, at most the window; one number or one per
+            axis. By default 1 for a window and the tile for a density.
         tile: tokens per axis of the tiles that blocks are cut from; by default the shape that
             should take the least time on this grid.
         block: tokens a block holds at most: 64 or 128.
+
+    Raises:
+        ValueError: numbers of another type or range; the sentence names the axis.
     """
 
     window: tuple[int | float, ...] | None = None
@@ -56,18 +59,24 @@ class WindowMethod:
             raise ValueError(
                 f"Expected a window or a density, got both ({self.window} and {self.density})."
             )
-        if self.density is not None and not 0.0 < self.density <= 1.0:  # NaN fails too
-            raise ValueError(f"Expected a density above 0 and at most 1, got {self.density}.")
-        if isinstance(self.stride, int) and self.stride < 1:
-            raise ValueError(f"Expected a stride of at least 1, got {self.stride}.")
-        if self.block not in (64, 128):
-            raise ValueError(f"Expected a block of 64 or 128 tokens, got {self.block}.")
-        for name in ("window", "tile", "stride"):
+        density = self.density
+        if density is not None and not (_number(density) and 0.0 < density <= 1.0):  # NaN fails too
+            raise ValueError(
+                f"Expected a density above 0 and at most 1, got {density!r}. Give a share of the "
+                "blocks, such as 0.3."
+            )
+        if type(self.block) is not int or self.block not in (64, 128):
+            raise ValueError(f"Expected a block of 64 or 128 tokens, got {self.block!r}.")
+        per_axis = isinstance(self.stride, (tuple, list))
+        if self.stride is not None and not per_axis and not _count(self.stride):
+            raise ValueError(
+                "Expected a stride of at least 1, as one integer or one per axis, "
+                f"got {self.stride!r}."
+            )
+        for name in ("window", "tile", *(["stride"] if per_axis else [])):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) not in (2, 3):
-                raise ValueError(
-                    f"Expected {name} as (frames, height, width) or (height, width), got {value}."
-                )
+            if value is not None:  # a list would leave the method without a hash
+                object.__setattr__(self, name, _axes(value, name))
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
@@ -96,8 +105,9 @@ class WindowMethod:
         """Window, stride and tile in tokens on a grid.
 
         Raises:
-            ValueError: a window outside 1 to the extent of its axis, a stride outside 1 to the
-                window, or a tile below 1; the sentence names the axis.
+            ValueError: a window or a tile larger than its axis, a stride larger than its window
+                (one stride for all axes is 1 along an axis of one token), or two numbers on a
+                grid of several frames; the sentence names the axis.
         """
         tile = None if self.tile is None else _tokens(self.tile, "tile", grid, grid.shape)
         if self.window is None:
@@ -109,9 +119,35 @@ class WindowMethod:
             window = _tokens(self.window, "window", grid, grid.shape)
         stride = self.stride or 1
         if isinstance(stride, int):
-            stride = tuple(min(stride, w) for w in window)
+            stride = tuple(stride if extent > 1 else 1 for extent in grid.shape)
         stride = _tokens(stride, "stride", grid, window)
         return WindowShape(window, stride, tile or best_tile(grid, window, stride, self.block))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _axes(value: object, name: str) -> tuple[int | float, ...]:
+    """One number per axis as a tuple; windows may have shares among them."""
+    shares = name == "window"
+    if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
+        raise ValueError(
+            f"Expected {name} as (frames, height, width) or (height, width), got {value!r}. "
+            "Give one number per axis."
+        )
+    for axis, size in zip(_AXES[-len(value) :], value, strict=True):
+        if not _count(size) and not (shares and isinstance(size, float) and 0.0 < size <= 1.0):
+            share = ", or a share of the axis above 0.0 and at most 1.0" if shares else ""
+            raise ValueError(
+                f"Expected a {name} along {axis} of at least 1 token, an integer{share}, "
+                f"got {size!r}."
+            )
+    return tuple(value)
 
 
 def _tokens(
@@ -126,13 +162,15 @@ def _tokens(
         )
     tokens = []
     for axis, extent, limit, size in zip(_AXES, grid.shape, limits, values, strict=True):
-        share = isinstance(size, float)
-        if not (0.0 < size <= 1.0 if share else 1 <= size <= limit):
+        if isinstance(size, float):
+            tokens.append(max(1, round(size * extent)))
+        elif size <= limit:
+            tokens.append(size)
+        else:
             raise ValueError(
-                f"Expected a {name} along {axis} between 1 and {limit} tokens, or a share of the "
-                f"axis above 0.0 and at most 1.0, got {size!r} on the grid {grid}."
+                f"Expected a {name} along {axis} between 1 and {limit} tokens, "
+                f"got {size!r} on the grid {grid}."
             )
-        tokens.append(max(1, min(limit, round(size * extent))) if share else int(size))
     return tokens[0], tokens[1], tokens[2]
 
 

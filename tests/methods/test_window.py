@@ -157,9 +157,11 @@ class TestDefinition:
         method = WindowMethod(window=(1.0, 0.5, 0.01), stride=1)
         assert method.shape_on(TokenGrid(3, 9, 8)).window == (3, 4, 1)
 
-    def test_one_stride_for_all_axes_stays_inside_each_window(self):
-        shape = WindowMethod(window=(1, 3, 8), stride=4).shape_on(TokenGrid(5, 9, 9))
-        assert shape.stride == (1, 3, 4)
+    def test_one_stride_for_all_axes(self):
+        shape = WindowMethod(window=(4, 4, 8), stride=4).shape_on(TokenGrid(5, 9, 9))
+        assert shape.stride == (4, 4, 4)
+        shape = WindowMethod(window=(4, 8), stride=4).shape_on(TokenGrid(1, 9, 9))
+        assert shape.stride == (1, 4, 4), "an axis of one token has no other stride"
 
     def test_images_take_two_numbers(self):
         grid = TokenGrid(1, 9, 8)
@@ -312,15 +314,41 @@ def _time(plan: BlockPlan) -> float:
 class TestRefusals:
     @pytest.mark.parametrize("axis", range(3))
     @pytest.mark.parametrize("name", ["window", "stride", "tile"])
-    @pytest.mark.parametrize("wrong", [0, -1, 99, 0.0, 1.5, float("nan")])
-    def test_the_sentence_names_the_axis(self, axis: int, name: str, wrong: float):
-        options = {"window": (3, 4, 5)} | {name: tuple(wrong if a == axis else 2 for a in range(3))}
-        with pytest.raises(ValueError, match=rf"{name} along {AXES[axis]} .* got {wrong!r} on .*"):
-            WindowMethod(**options).shape_on(TokenGrid(6, 7, 8))
+    @pytest.mark.parametrize("wrong", [0, -1, 0.0, 1.5, float("nan"), "a", True, None])
+    def test_the_sentence_names_the_axis(self, axis: int, name: str, wrong: object):
+        options = {name: tuple(wrong if a == axis else 2 for a in range(3))}
+        with pytest.raises(ValueError, match=rf"{name} along {AXES[axis]} .* got {wrong!r}\."):
+            WindowMethod(**options)
+
+    @pytest.mark.parametrize("name", ["window", "stride", "tile"])
+    def test_two_numbers_are_height_and_width(self, name: str):
+        with pytest.raises(ValueError, match=f"{name} along height .* got 0"):
+            WindowMethod(**{name: (0, 1)})
+
+    @pytest.mark.parametrize("axis", range(3))
+    @pytest.mark.parametrize("name", ["window", "stride", "tile"])
+    def test_too_large_for_the_grid(self, axis: int, name: str):
+        options = {"window": (3, 4, 5)} | {name: tuple(99 if a == axis else 2 for a in range(3))}
+        method = WindowMethod(**options)
+        with pytest.raises(ValueError, match=rf"{name} along {AXES[axis]} .* got 99 on .*"):
+            method.shape_on(TokenGrid(6, 7, 8))
+
+    @pytest.mark.parametrize("options", [{"window": (3, 4, 5)}, {"density": 0.3}])
+    def test_one_stride_larger_than_a_window(self, options: dict[str, object]):
+        with pytest.raises(ValueError, match=r"stride along frames between 1 and .* got 1000 on"):
+            WindowMethod(stride=1000, **options).shape_on(TokenGrid(6, 7, 8))
+        with pytest.raises(ValueError, match=r"stride along height .* got 5 on"):
+            WindowMethod(window=(4, 6), stride=5).shape_on(TokenGrid(1, 7, 8))
 
     def test_two_numbers_for_a_video(self):
         with pytest.raises(ValueError, match=r"window as \(frames, height, width\) for the grid"):
             plan_on(WindowMethod(window=(3, 3)), TokenGrid(2, 6, 6))
+
+    @pytest.mark.parametrize("name", ["window", "stride", "tile"])
+    def test_lists_become_tuples(self, name: str):
+        listed, tupled = WindowMethod(**{name: [2, 3]}), WindowMethod(**{name: (2, 3)})
+        assert listed == tupled
+        assert hash(listed) == hash(tupled)
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -329,9 +357,22 @@ class TestRefusals:
             ({"density": 0.0}, "density above 0 and at most 1, got 0.0"),
             ({"density": 1.01}, "got 1.01"),
             ({"density": float("nan")}, "got nan"),
-            ({"stride": 0}, "stride of at least 1, got 0"),
+            ({"density": "0.3"}, "density above 0 and at most 1, got '0.3'"),
+            ({"density": True}, "got True"),
+            ({"stride": 0}, "stride of at least 1, .* got 0"),
+            ({"stride": 2.5}, "stride of at least 1, .* got 2.5"),
+            ({"stride": float("nan")}, "got nan"),
+            ({"stride": True}, "got True"),
+            ({"stride": "2"}, "got '2'"),
             ({"block": 96}, "block of 64 or 128 tokens, got 96"),
+            ({"block": 128.0}, "block of 64 or 128 tokens, got 128.0"),
+            ({"block": "128"}, "got '128'"),
+            ({"window": 5}, r"Expected window as \(frames, height, width\) .* got 5\. Give"),
+            ({"window": 0.5}, "Expected window as .* got 0.5"),
+            ({"window": "345"}, "Expected window as .* got '345'"),
             ({"window": (3,)}, r"Expected window as .* got \(3,\)"),
+            ({"window": ()}, r"Expected window as .* got \(\)"),
+            ({"tile": 4}, "Expected tile as .* got 4"),
             ({"tile": (1, 2, 3, 4)}, "Expected tile as"),
             ({"stride": (1, 2, 3, 4)}, "Expected stride as"),
         ],
@@ -339,3 +380,6 @@ class TestRefusals:
     def test_options(self, options: dict[str, object], sentence: str):
         with pytest.raises(ValueError, match=sentence):
             WindowMethod(**options)
+
+    def test_a_density_of_one_may_be_an_integer(self):
+        assert WindowMethod(density=1) == WindowMethod(density=1.0)
