@@ -53,30 +53,32 @@ class Index:
 
 def index_path(folder: Path, kind: str) -> Path:
     """Where the index of the set `kind` ("clips" or "images") lies."""
-    return folder / f"{kind}.json"
+    return folder / kind / "index.json"
 
 
 def write_set(folder: Path, index: Index, files: Mapping[str, Path]) -> Index:
-    """Packs `files` (by picture name) into shards of at most `SHARD_BYTES` and writes the index.
+    """Packs `files` (by picture name) into shards in `folder/kind`, and writes the index there.
 
-    The bytes depend on the pictures alone: fixed order, fixed dates, no compression of AVIF data.
-    The index is written last and replaced in one step; it is what makes a set complete.
+    A shard has at most `SHARD_BYTES`. The bytes depend on the pictures alone: fixed order, fixed
+    dates, no compression of AVIF data. The index is written last and replaced in one step; it is
+    what makes a set complete.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{index.kind}-*.zip"):
+    path = index_path(folder, index.kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    for stale in path.parent.glob("*.zip"):
         stale.unlink()
     shards = []
     for number, names in enumerate(_parts([(p.file, files[p.file]) for p in index.pictures])):
-        path = folder / f"{index.kind}-{number:02d}.zip"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        shard = path.parent / f"{index.kind}-{number:02d}.zip"
+        with zipfile.ZipFile(shard, "w", zipfile.ZIP_STORED) as archive:
             for name in names:
                 entry = zipfile.ZipInfo(name, date_time=(2000, 1, 1, 0, 0, 0))
                 archive.writestr(entry, files[name].read_bytes())
-        content = path.read_bytes()
+        content = shard.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        shards.append({"file": path.name, "bytes": len(content), "sha256": digest})
+        shards.append({"file": shard.name, "bytes": len(content), "sha256": digest})
     written = Index(**{**_fields(index), "shards": tuple(shards)})
-    path = index_path(folder, index.kind)
     draft = path.with_suffix(".part")
     draft.write_text(_dump(written), encoding="utf-8")
     draft.replace(path)
@@ -104,7 +106,7 @@ def read_index(folder: Path, kind: str) -> Index:
         )
     del raw["format"]
     for shard in raw["shards"]:
-        file = folder / shard["file"]
+        file = path.parent / shard["file"]
         got = file.stat().st_size if file.exists() else 0
         if got != shard["bytes"]:
             raise ValueError(
@@ -122,7 +124,7 @@ def read_index(folder: Path, kind: str) -> Index:
 def read_files(folder: Path, index: Index) -> Iterator[tuple[str, bytes]]:
     """(picture name, AVIF file) of a whole set in the index's order."""
     for shard in index.shards:
-        with zipfile.ZipFile(folder / shard["file"]) as archive:
+        with zipfile.ZipFile(folder / index.kind / shard["file"]) as archive:
             for name in archive.namelist():
                 yield name, archive.read(name)
 

@@ -79,7 +79,7 @@ def load_sprites(folder: Path | str, kind: str, *, workers: int | None = None) -
     """Decodes a built set.
 
     Args:
-        folder: Where the index and its shards lie.
+        folder: Where the sets lie, each in a folder named by its kind.
         kind: "clips" (animated) or "images" (stills).
         workers: Decoding threads (the decoder works outside Python's lock); all cores by default.
 

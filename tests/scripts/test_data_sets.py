@@ -160,14 +160,14 @@ def test_clips_are_built_twice_alike_and_from_the_cache(clip_packages, monkeypat
     build_in_process(monkeypatch)
     index = build_clips.build(clip_packages, SMALL, 1)
     assert {index.designs[p.design].name for p in index.pictures} == {"cow", "red apple"}
-    first = {path.name: path.read_bytes() for path in clip_packages.glob("clips*")}
+    first = {path.name: path.read_bytes() for path in (clip_packages / "clips").iterdir()}
 
     def fail(*arguments):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(EncodedCache, "store", fail)
     build_clips.build(clip_packages, SMALL, 1)
-    assert first == {path.name: path.read_bytes() for path in clip_packages.glob("clips*")}
+    assert first == {path.name: path.read_bytes() for path in (clip_packages / "clips").iterdir()}
 
 
 def test_sprites_load_what_was_built(clip_packages, monkeypatch):
@@ -252,12 +252,13 @@ def test_bad_sets_are_refused(tmp_path):
     with pytest.raises(ValueError, match="kind"):
         load_sprites(tmp_path, "movies")
     small_set(tmp_path)
-    shard = tmp_path / "clips-00.zip"
+    shard = tmp_path / "clips" / "clips-00.zip"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"clips-00\.zip"):
         load_sprites(tmp_path, "clips")
-    index = json.loads((tmp_path / "clips.json").read_text())
-    (tmp_path / "clips.json").write_text(json.dumps({**index, "format": 99}))
+    path = tmp_path / "clips" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "format": 99}))
     with pytest.raises(ValueError, match="format"):
         load_sprites(tmp_path, "clips")
 
