@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -52,7 +52,8 @@ class Diagnosis:
     Args:
         versions: package name to version, `None` when it is not installed.
         device: what the probes ran on.
-        sparse: one check per backend of `dit_sparse.attention.backends()`, in order of preference.
+        sparse: one check per backend of `dit_sparse.attention.backends()`, in order of preference,
+            and one of Triton's portable kernel alone: it may work where a GPU's own does not.
         dense: one check per backend of PyTorch's scaled_dot_product_attention.
     """
 
@@ -87,7 +88,10 @@ class Diagnosis:
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """A small self-attention problem: q, k, v `[1, 2, 256, 64]` and a window plan for it."""
+    """A small self-attention problem: q, k, v `[1, 2, 1056, 128]` and a window plan for it.
+
+    Its blocks are of the default size; some are whole, some masked, some short, some not visited.
+    """
 
     q: Tensor
     k: Tensor
@@ -96,14 +100,15 @@ class _Probe:
 
     @staticmethod
     def on(device: torch.device) -> _Probe:
-        layout = TokenLayout.of(TokenGrid(4, 8, 8))
+        layout = TokenLayout.of(TokenGrid(4, 12, 22))
         generator = torch.Generator().manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         q, k, v = (
-            torch.randn(1, 2, layout.length, 64, generator=generator).to(device, dtype)
+            torch.randn(1, 2, layout.length, 128, generator=generator).to(device, dtype)
             for _ in range(3)
         )
-        plan = WindowMethod(density=0.5, block=64).plan(q, k, CallContext(layout))
+        window = WindowMethod(window=(4, 8, 16), tile=(4, 4, 8))
+        plan = window.plan(q, k, CallContext(layout))
         return _Probe(q, k, v, plan)
 
     def error(self, out: Tensor, *, sparse: bool) -> float:
@@ -126,7 +131,7 @@ def examine(device: torch.device | str | None = None) -> Diagnosis:
     return Diagnosis(
         versions=versions | {package: _version(package) for package in PACKAGES},
         device=_describe(device),
-        sparse=(*_missing(), *(_check_sparse(backend, probe) for backend in backends())),
+        sparse=(*_missing(), *(_check_sparse(*b, probe) for b in _named_backends(probe))),
         dense=tuple(_check_dense(kernel, probe) for kernel in _DENSE),
     )
 
@@ -137,12 +142,31 @@ def _missing() -> tuple[Check, ...]:
     return (Check("triton", False, "Triton is not installed. On Linux: pip install triton."),)
 
 
-def _check_sparse(backend: Backend, probe: _Probe) -> Check:
+def _named_backends(probe: _Probe) -> Iterator[tuple[str, Backend]]:
+    for backend in backends():
+        yield backend.name, backend
+        refused = backend.refuses(probe.q, probe.k, probe.v, probe.plan)
+        if backend.name == "triton" and refused is None:
+            yield "triton, portable", _portable(probe)
+
+
+def _portable(probe: _Probe) -> Backend:
+    """The backend with the tile that it would choose itself, which keeps it from other kernels."""
+    from dit_sparse.kernels.block_sparse import TritonBackend
+    from dit_sparse.kernels.tiles import choose_tile
+
+    q, plan = probe.q, probe.plan
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    sizes = (q.shape[-1], q.element_size(), plan.q_blocks.size, plan.k_blocks.size)
+    return TritonBackend(tile=choose_tile(capability, *sizes, boxed=plan.box is not None))
+
+
+def _check_sparse(name: str, backend: Backend, probe: _Probe) -> Check:
     refusal = backend.refuses(probe.q, probe.k, probe.v, probe.plan)
     if refusal is not None:
-        return Check(backend.name, False, refusal)
+        return Check(name, False, refusal)
     return _check(
-        backend.name,
+        name,
         lambda: attend(probe.q, probe.k, probe.v, probe.plan, backend=backend).out,
         lambda out: probe.error(out, sparse=True),
     )

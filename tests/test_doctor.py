@@ -66,6 +66,37 @@ def test_a_backend_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
     assert (check.ok, check.detail) == (False, "RuntimeError: no driver")
 
 
+def test_the_probe_is_what_users_run() -> None:
+    """Blocks of 128, which the Hopper kernel takes, whole, masked, skipped and short ones."""
+    plan = doctor._Probe.on(torch.device("cpu")).plan
+    assert plan.q_blocks.size == plan.k_blocks.size == 128
+    assert plan.q_blocks.ragged
+    assert bool(plan.full.all()), "every row has entries for the kernel of whole blocks"
+    assert bool(plan.partial.any()), "and some have entries for the one with masks"
+    assert not plan.visited.all()
+    assert plan.order is not None
+    assert not torch.equal(plan.order.index, torch.arange(plan.order.length))
+
+
+def test_the_portable_kernel_is_examined_beside_the_chosen_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+    tiles = []
+
+    def run(self: Any, q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> Any:
+        tiles.append(self.tile)
+        return AttentionOutput(torch.zeros_like(q) if self.tile else q, q[..., 0].float())
+
+    monkeypatch.setattr(block_sparse.TritonBackend, "run", run)
+    monkeypatch.setattr(block_sparse.TritonBackend, "refuses", lambda *_: None)
+    checks = {check.name: check for check in doctor.examine("cpu").sparse}
+    assert list(checks)[:2] == ["triton", "triton, portable"]
+    assert tiles[0] is None
+    assert tiles[1].keys == 32, "what choose_tile says of float32"
+    assert checks["triton"].detail != checks["triton, portable"].detail
+
+
 def test_missing_packages_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda p: None if p == "triton" else real(p))
@@ -89,4 +120,23 @@ def test_command_exit_code_is_1_when_nothing_runs(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_triton_runs_on_a_gpu() -> None:
     found = doctor.examine("cuda")
-    assert next(check for check in found.sparse if check.name == "triton").ok, str(found)
+    for name in ("triton", "triton, portable"):
+        assert next(check for check in found.sparse if check.name == name).ok, str(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+def test_the_hopper_kernel_runs_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = pytest.importorskip("dit_sparse.kernels.hopper")
+    launch, launched = hopper.launch, []
+
+    def watch(*args: Any) -> bool:
+        launched.append(launch(*args))
+        return launched[-1]
+
+    monkeypatch.setattr(hopper, "launch", watch)
+    doctor.examine("cuda")
+    assert launched == [True], "once, for the probe without a tile"
