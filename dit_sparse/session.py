@@ -13,6 +13,7 @@ from dit_sparse.attention import attend, dense_attention
 from dit_sparse.forward import Forward, StockCall, hides_only_padding, is_key_mask, place
 from dit_sparse.grid import TokenLayout
 from dit_sparse.method import CallContext, SparseMethod
+from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan_cache import PlanCache
 from dit_sparse.record import LayerRecord
 
@@ -29,11 +30,16 @@ class Session:
         method: decides which calls are sparse, and plans them.
         layers: names of the attention modules, in order.
         backend: name of the only backend to use; `None` for the best one per call.
+
+    Raises:
+        ValueError: a schedule that does not fit this many layers.
     """
 
     def __init__(
         self, method: SparseMethod, layers: Sequence[str], backend: str | None = None
     ) -> None:
+        if isinstance(method, Schedule):
+            method.check_layers(len(layers))
         self.method = method
         self.backend = backend
         self.layers = tuple(LayerRecord(name) for name in layers)

@@ -45,7 +45,8 @@ def apply(
         `target`.
 
     Raises:
-        ValueError: an unknown transformer, processor, method, option or backend.
+        ValueError: an unknown transformer, processor, method, option, layer or backend, or `steps`
+            that are no count.
         NotImplementedError: a transformer with context parallelism.
     """
     _check_backend(backend)
@@ -54,11 +55,15 @@ def apply(
     pipeline = None if isinstance(target, nn.Module) else target
     # Everything that can be refused is refused before anything is changed.
     prepared = [
-        (transformers[name], prepare(transformers[name], parse(spec, options), backend))
+        (
+            transformers[name],
+            prepare(transformers[name], parse(spec, options), backend),
+            StepClock(pipeline, steps),
+        )
         for name, spec in specs.items()
     ]
-    for transformer, attachments in prepared:
-        attach(transformer, attachments, StepClock(pipeline, steps))
+    for transformer, attachments, clock in prepared:
+        attach(transformer, attachments, clock)
     return target
 
 

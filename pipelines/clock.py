@@ -30,9 +30,14 @@ class StepClock:
     Args:
         pipeline: the pipeline that runs the transformer; only a weak reference is kept.
         steps: the number of steps, where the user states it.
+
+    Raises:
+        ValueError: `steps` is not an integer of at least 1.
     """
 
     def __init__(self, pipeline: object | None = None, steps: int | None = None) -> None:
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise ValueError(f"Expected steps to be an integer of at least 1, got {steps!r}.")
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._steps = steps
         self._generation = 0

@@ -29,7 +29,8 @@ class SparseAttnProcessor(dict[str, Any]):
         steps: number of denoising steps, for schedules that count from the end or in fractions.
 
     Raises:
-        ValueError: an unknown transformer, processor, method, option or backend.
+        ValueError: an unknown transformer, processor, method, option, layer or backend, or `steps`
+            that are no count.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from dit_sparse.method import CallContext
 from dit_sparse.methods import create
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.plan_cache import PlanCache
 from dit_sparse.session import Session
 
 LAYOUT = TokenLayout.of(TokenGrid(2, 4, 4), text_last=5)
@@ -86,6 +87,46 @@ def test_plans_are_made_as_often_as_the_scope_says(scope: str, plans: int) -> No
             session.attend(*qkv(), call(layer))
     assert len(PLANS) == plans
     assert (PLANS[-1].layers, PLANS[-1].steps) == (len(NAMES), 3)
+
+
+def test_layers_share_the_plans_of_the_method_that_serves_them() -> None:
+    names = tuple("abcdef")
+    for layers, plans in [
+        (((0, create("dense")),), 1),
+        (((0, Half("layer")), (1, Half("layer"))), 3),
+        (((0, Half("call")),), 1 + 2),
+    ]:
+        PLANS.clear()
+        session = Session(Schedule(Half(), layers=layers), names)
+        for step in range(2):
+            session.begin(Forward(LAYOUT, step=step, steps=2))
+            for layer in range(len(names)):
+                session.attend(*qkv(), call(layer))
+        assert len(PLANS) == plans
+
+
+def test_layers_are_checked_before_any_call() -> None:
+    with pytest.raises(ValueError, match="layer numbers from -2 to 1, got 2"):
+        Session(Schedule(Half(), dense_layers=(2,)), NAMES)
+
+
+def test_plans_made_in_inference_mode_serve_training() -> None:
+    session = Session(create("window", {"density": 0.5}), NAMES)
+    with torch.inference_mode():
+        session.begin(Forward(LAYOUT))
+        session.attend(*qkv(), call())
+    q, k, v = (t.requires_grad_() for t in qkv())
+    session.begin(Forward(LAYOUT))
+    session.attend(q, k, v, call()).sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v))
+    assert session.layers[0].sparse == 2
+
+
+def test_what_a_method_makes_in_inference_mode_it_may_remember() -> None:
+    with torch.inference_mode():
+        q, k, _ = qkv()
+        plan = PlanCache(Half()).get(q, k, CallContext(LAYOUT)).plan
+    assert not plan.indices.is_inference()
 
 
 def test_plans_of_eight_layouts_are_kept() -> None:

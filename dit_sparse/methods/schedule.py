@@ -38,16 +38,19 @@ class Schedule:
     name: ClassVar[str] = "schedule"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, SparseMethod):
+            raise ValueError(
+                f"Expected a method, got {self.method!r}. Make one of a name with "
+                "dit_sparse.methods.create()."
+            )
         for field in ("dense_first", "dense_last"):
-            value = getattr(self, field)
-            fraction = isinstance(value, float)
-            if not (0.0 <= value <= 1.0 if fraction else value >= 0):
-                raise ValueError(
-                    f"Expected {field} to be a count of steps (an integer of at least 0) or a "
-                    f"fraction between 0.0 and 1.0, got {value!r}."
-                )
-        if self.min_tokens < 0:
-            raise ValueError(f"Expected min_tokens of at least 0, got {self.min_tokens}.")
+            _check_steps(field, getattr(self, field))
+        if not _is_integer(self.min_tokens) or self.min_tokens < 0:
+            raise ValueError(
+                f"Expected an integer min_tokens of at least 0, got {self.min_tokens!r}."
+            )
+        object.__setattr__(self, "dense_layers", _layer_numbers(self.dense_layers))
+        object.__setattr__(self, "layers", _layer_methods(self.layers))
 
     @property
     def scope(self) -> PlanScope:
@@ -57,29 +60,49 @@ class Schedule:
             return "call"
         return "layer" if self.layers or "layer" in scopes else "layout"
 
+    def at(self, ctx: CallContext) -> SparseMethod:
+        """The method that plans the calls of a layer: never a schedule."""
+        method = self._at(ctx)
+        return method.at(ctx) if isinstance(method, Schedule) else method
+
+    def check_layers(self, count: int) -> None:
+        """Refuses settings that do not fit a transformer with this many attention layers.
+
+        Raises:
+            ValueError: a layer that it does not have, or two methods for one layer.
+        """
+        for layer in (*self.dense_layers, *(n for n, _ in self.layers)):
+            if not -count <= layer < count:
+                raise ValueError(
+                    f"Expected layer numbers from {-count} to {count - 1}, got {layer}."
+                )
+        seen: dict[int, int] = {}
+        for layer, _ in self.layers:
+            if layer % count in seen:
+                raise ValueError(
+                    f"Expected one method per layer, got {seen[layer % count]} and {layer} for "
+                    f"the same of {count} layers."
+                )
+            seen[layer % count] = layer
+        for method in (self.method, *(m for _, m in self.layers)):
+            if isinstance(method, Schedule):
+                method.check_layers(count)
+
     def dense_reason(self, ctx: CallContext) -> str | None:
         if ctx.layout.length < self.min_tokens:
             return f"{ctx.layout.length} tokens are fewer than min_tokens={self.min_tokens}"
-        if ctx.layer in {n % ctx.layers for n in self._layers_of(ctx)}:
+        if any(n % ctx.layers == ctx.layer for n in self.dense_layers):
             return "dense_layers"
         return self._dense_step(ctx) or self._at(ctx).dense_reason(ctx)
 
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
-        return self._at(ctx).plan(q, k, ctx)
+        return self.at(ctx).plan(q, k, ctx)
 
     def _at(self, ctx: CallContext) -> SparseMethod:
         for layer, method in self.layers:
             if layer % ctx.layers == ctx.layer:
                 return method
         return self.method
-
-    def _layers_of(self, ctx: CallContext) -> tuple[int, ...]:
-        for layer in (*self.dense_layers, *(n for n, _ in self.layers)):
-            if not -ctx.layers <= layer < ctx.layers:
-                raise ValueError(
-                    f"Expected layer numbers from {-ctx.layers} to {ctx.layers - 1}, got {layer}."
-                )
-        return self.dense_layers
 
     def _dense_step(self, ctx: CallContext) -> str | None:
         if not self.dense_first and not self.dense_last:
@@ -111,3 +134,37 @@ class Schedule:
             f"Expected to know the number of denoising steps for {field}, got a forward outside a "
             "pipeline. Apply the method to the pipeline, or pass steps=."
         )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_steps(field: str, value: object) -> None:
+    count = _is_integer(value) and value >= 0  # type: ignore[operator]
+    if not count and not (isinstance(value, float) and 0.0 <= value <= 1.0):
+        raise ValueError(
+            f"Expected {field} to be a count of steps (an integer of at least 0) or a "
+            f"fraction between 0.0 and 1.0, got {value!r}."
+        )
+
+
+def _layer_numbers(value: object) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list, range)) or not all(map(_is_integer, value)):
+        raise ValueError(
+            f"Expected dense_layers to be layer numbers, such as (0, 1, -1), got {value!r}."
+        )
+    return tuple(value)
+
+
+def _layer_methods(value: object) -> tuple[tuple[int, SparseMethod], ...]:
+    if not isinstance(value, (tuple, list)) or not all(map(_is_layer_method, value)):
+        raise ValueError(
+            f"Expected layers to be pairs of a layer number and a method, got {value!r}."
+        )
+    return tuple((layer, method) for layer, method in value)
+
+
+def _is_layer_method(pair: object) -> bool:
+    shaped = isinstance(pair, (tuple, list)) and len(pair) == 2
+    return shaped and _is_integer(pair[0]) and isinstance(pair[1], SparseMethod)  # type: ignore[index]

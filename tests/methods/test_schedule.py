@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -110,9 +111,13 @@ class TestSteps:
         assert Schedule(WINDOW).dense_reason(replace(unknown, step=None)) is None
 
     @pytest.mark.parametrize("name", ["dense_first", "dense_last"])
-    @pytest.mark.parametrize("wrong", [-1, -0.1, 1.1, float("nan"), float("inf")])
-    def test_refuses(self, name: str, wrong: float):
-        with pytest.raises(ValueError, match=rf"Expected {name} to be a count .* got {wrong!r}\."):
+    @pytest.mark.parametrize(
+        "wrong", [-1, -0.1, 1.1, float("nan"), float("inf"), "1", True, None, [1]]
+    )
+    def test_refuses(self, name: str, wrong: object):
+        with pytest.raises(
+            ValueError, match=rf"Expected {name} to be a count .* got {re.escape(repr(wrong))}\."
+        ):
             Schedule(WINDOW, **{name: wrong})
 
 
@@ -127,8 +132,44 @@ class TestLayers:
     @pytest.mark.parametrize("layer", [4, -5, 99])
     def test_layers_that_do_not_exist(self, layer: int):
         for options in ({"dense_layers": (layer,)}, {"layers": ((layer, WINDOW),)}):
-            with pytest.raises(ValueError, match=f"layer numbers from -4 to 3, got {layer}"):
-                Schedule(WINDOW, **options).dense_reason(CONTEXT)
+            schedule = Schedule(WINDOW, **options)
+            for nested in (schedule, Schedule(schedule), Schedule(WINDOW, layers=((0, schedule),))):
+                with pytest.raises(ValueError, match=f"layer numbers from -4 to 3, got {layer}"):
+                    nested.check_layers(4)
+            schedule.check_layers(100)
+
+    def test_one_layer_named_twice(self):
+        schedule = Schedule(WINDOW, layers=((0, DenseMethod()), (-4, WINDOW)))
+        with pytest.raises(
+            ValueError, match="one method per layer, got 0 and -4 for the same of 4"
+        ):
+            schedule.check_layers(4)
+        schedule.check_layers(5)
+
+    @pytest.mark.parametrize("wrong", [0, "01", (0.5,), (True,), ("0",), None])
+    def test_refuses_what_are_no_layers(self, wrong: object):
+        with pytest.raises(ValueError, match=r"dense_layers to be layer numbers, .* got"):
+            Schedule(WINDOW, dense_layers=wrong)
+
+    @pytest.mark.parametrize("wrong", [0, (0,), ((0, "window"),), ((True, WINDOW),), ((0, 1, 2),)])
+    def test_refuses_what_are_no_methods_of_layers(self, wrong: object):
+        with pytest.raises(ValueError, match=r"pairs of a layer number and a method, got"):
+            Schedule(WINDOW, layers=wrong)
+
+    def test_refuses_a_name_for_the_method(self):
+        with pytest.raises(ValueError, match=r"Expected a method, got 'window'.*create"):
+            Schedule("window")
+
+    def test_lists_become_tuples(self):
+        schedule = Schedule(WINDOW, dense_layers=[0, 1], layers=[[2, DenseMethod()]])
+        assert schedule == Schedule(WINDOW, dense_layers=(0, 1), layers=((2, DenseMethod()),))
+        assert hash(schedule) == hash(replace(schedule))
+        assert Schedule(WINDOW, dense_layers=range(2)).dense_layers == (0, 1)
+
+    def test_the_method_that_serves_a_layer(self):
+        inner = Schedule(Probe(1), layers=((1, Probe(2)),))
+        for schedule in (inner, Schedule(inner), Schedule(Probe(3), layers=((1, inner),))):
+            assert schedule.at(replace(CONTEXT, layer=1)) == Probe(2)
 
     def test_another_method_for_some_layers(self):
         schedule = Schedule(Probe(1), layers=((1, Probe(2)), (-1, Probe(3))))
@@ -157,9 +198,10 @@ class TestTokens:
         schedule = Schedule(WINDOW, min_tokens=17, dense_first=0.5)
         assert schedule.dense_reason(replace(CONTEXT, step=None, steps=None)) is not None
 
-    def test_refuses(self):
-        with pytest.raises(ValueError, match="min_tokens of at least 0, got -1"):
-            Schedule(WINDOW, min_tokens=-1)
+    @pytest.mark.parametrize("wrong", [-1, "3", True, float("nan"), 1.5, None])
+    def test_refuses(self, wrong: object):
+        with pytest.raises(ValueError, match=f"integer min_tokens of at least 0, got {wrong!r}"):
+            Schedule(WINDOW, min_tokens=wrong)
 
 
 class TestScope:

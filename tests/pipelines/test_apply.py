@@ -340,6 +340,9 @@ def test_refusals_change_nothing(tiny: Any) -> None:
         (({"transformer": "window", "transformer_3": "window"},), "transformer_3"),
         (({"transformer": "window", 0: "window"},), "keys"),
         (({"transformer": "window", "transformer_2": "nothing"},), "nothing"),
+        (({99: "window"},), "layer numbers from -2 to 1, got 99"),
+        (({0: "dense", -2: "window"},), "one method per layer, got 0 and -2"),
+        ((Schedule(ALL, dense_layers=(2,)),), "layer numbers from -2 to 1, got 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             dit_sparse.apply(pipe, *bad)
@@ -347,6 +350,13 @@ def test_refusals_change_nothing(tiny: Any) -> None:
         dit_sparse.apply(pipe, ALL, backend="fast")
     with pytest.raises(ValueError, match="options"):
         dit_sparse.apply(pipe, ALL, options={"density": 0.5})
+    for steps in (0, -1, "a", 2.0, True):
+        with pytest.raises(
+            ValueError, match=f"steps to be an integer of at least 1, got {steps!r}"
+        ):
+            dit_sparse.apply(pipe, ALL, steps=steps)
+        with pytest.raises(ValueError, match="steps to be an integer of at least 1"):
+            SparseAttnProcessor(pipe.transformer, ALL, steps=steps)
     assert processors(pipe.transformer) == before
     for target, message in [
         (object(), "pipeline or transformer, got object"),
