@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_sparse.grid import TokenLayout
+from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.pipelines.family import family_of
 from dit_sparse.pipelines.tiny import tiny_pipeline
 
@@ -42,7 +43,8 @@ class Probe:
         self._inside: str | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[list[Forward]]:
+    def watching(self, method: SparseMethod | None = None) -> Iterator[list[Forward]]:
+        """Records; with a method, self-attention gets the mask of its plan in place of its own."""
         self.forwards = []
         stock = torch.nn.functional.scaled_dot_product_attention
         handles = [self.transformer.register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -55,6 +57,12 @@ class Probe:
             if self._inside is not None:
                 mask = more.get("attn_mask")
                 self.forwards[-1].calls.append((self._inside, query.clone(), mask))
+                if method is not None:
+                    layout = self.forwards[-1].layout
+                    if query.shape[2] != layout.length:  # the image-only attention of SD 3.5
+                        layout = layout.without_text()
+                    plan = method.plan(query, key, CallContext(layout))
+                    more = more | {"attn_mask": plan.to_mask()}
             return stock(query, key, value, *rest, **more)
 
         torch.nn.functional.scaled_dot_product_attention = core

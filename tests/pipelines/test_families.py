@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import ExitStack
 from typing import Any
 
 import diffusers
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.method import CallContext
+from dit_sparse.methods.window import WindowMethod
 from dit_sparse.pipelines.apply import apply, remove, summary
 from dit_sparse.pipelines.family import families, family_of
 from dit_sparse.pipelines.tiny import tiny_call, tiny_names
@@ -73,12 +76,15 @@ def run(name: str, pipe: Any) -> Tensor:
     return torch.as_tensor(pipe(**tiny_call(name, pipe), return_dict=False)[0])
 
 
+def transformers(pipe: Any) -> list[torch.nn.Module]:
+    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [transformer for transformer in found if transformer is not None]
+
+
 def attention_modules(pipe: Any) -> list[str]:
-    transformers = (getattr(pipe, n, None) for n in ("transformer", "transformer_2"))
     return [
         name
-        for transformer in transformers
-        if transformer is not None
+        for transformer in transformers(pipe)
         for name, _ in transformer.named_modules()
         if family_of(transformer).attends(name)
     ]
@@ -121,6 +127,27 @@ def test_half_density_differs_and_remove_restores(name: str, tiny: Any) -> None:
     assert all(row.dense == 0 for row in summary(pipe).rows)
     remove(pipe)
     assert torch.equal(run(name, pipe), stock)
+
+
+@pytest.mark.parametrize("name", tiny_names())
+def test_half_density_is_the_stock_pipeline_with_a_mask(name: str, tiny: Any, probe: Any) -> None:
+    """Tokens are reordered and put back: a mask in the model's own order gives the same."""
+    method = WindowMethod(window=HALF["window"], tile=(1, 2, 2), block=64)
+    pipe = tiny(name)
+    probes = [probe(transformer) for transformer in transformers(pipe)]
+    with ExitStack() as stack:
+        watched = [stack.enter_context(p.watching(method)) for p in probes]
+        masked = run(name, pipe)
+    apply(pipe, method)
+    difference = (run(name, pipe) - masked).abs().max()
+    assert difference <= ATOL * masked.abs().max()
+    assert all(row.dense == 0 and row.sparse for row in summary(pipe).rows)
+    for forward in (forward for forwards in watched for forward in forwards):
+        plan = method.plan(forward.q, forward.q, CallContext(forward.layout))
+        assert plan.order is not None
+        assert not torch.equal(plan.order.index, torch.arange(plan.order.length))
+        assert all(n == 1 or n > 2 for n in forward.layout.grid.shape), "several tiles per axis"
+        assert not plan.to_mask().all()
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "qwen_image"])
