@@ -22,6 +22,8 @@ class Forward:
         obstacle: why it cannot be read.
         step, steps: number of the denoising step and how many there are, where known.
         generation: a number that changes from one generation to the next.
+        makes_masks: whether the transformer makes the masks of its attention itself, from the text
+            lengths in `layout`; otherwise a mask comes from the caller and may say anything.
     """
 
     layout: TokenLayout | None
@@ -29,6 +31,7 @@ class Forward:
     step: int | None = None
     steps: int | None = None
     generation: int = 0
+    makes_masks: bool = False
 
     @cached_property
     def image_only(self) -> TokenLayout | None:

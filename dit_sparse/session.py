@@ -49,7 +49,7 @@ class Session:
         self._forward: Forward | None = None
         self._plans = PlanCache(self.method)
         self._masks: dict[TokenLayout, bool] = {}
-        self._places: dict[Any, TokenLayout | str] = {}  # of the running forward
+        self._places: dict[Any, tuple[TokenLayout | str, Tensor | None]] = {}  # of this forward
         self._generation_calls = Counter[str]()
         self._said: set[str] = set()
 
@@ -101,26 +101,39 @@ class Session:
         self._count_dense(layer, reason)
 
     def _place(self, q: Tensor, k: Tensor, call: StockCall) -> TokenLayout | str:
-        """The layout of a call or why it has none; the same for all layers of a forward."""
-        key = (q.shape, k.shape, call.obstacle, None if call.mask is None else call.mask.shape)
+        """The layout of a call or why it has none; found once per forward for calls alike."""
+        mask, seen = call.mask, None
+        if mask is not None:
+            seen = mask.shape if self._makes_masks else id(mask)
+        key = (q.shape, k.shape, call.obstacle, seen)
         if key not in self._places:
-            self._places[key] = self._find_place(q, k, call)
-        return self._places[key]
+            self._places[key] = (self._find_place(q, k, call), mask)  # an id lasts with its mask
+        return self._places[key][0]
 
     def _find_place(self, q: Tensor, k: Tensor, call: StockCall) -> TokenLayout | str:
         layout = place(q, k, call, self._forward)
-        if call.mask is None or isinstance(layout, str):
-            return layout
-        # The layout stands for the mask only if both say the same; reading the mask waits for the
-        # device, so its values are compared once per layout and generation, its shape always.
-        if layout not in self._masks:
-            self._masks[layout] = hides_only_padding(call.mask, layout)
-        if self._masks[layout] and is_key_mask(call.mask):
+        if call.mask is None or isinstance(layout, str) or self._is_padding(call.mask, layout):
             return layout
         return (
             f"Expected an attention mask that only hides text padding ({layout}), got another "
             f"mask {list(call.mask.shape)}."
         )
+
+    def _is_padding(self, mask: Tensor, layout: TokenLayout) -> bool:
+        """Whether a mask says nothing but a layout; waits for the device to read it.
+
+        A mask that the transformer makes from the lengths in the layout says the same in every
+        forward: its values are read once per layout and generation, to see that it is so.
+        """
+        if not self._makes_masks:
+            return hides_only_padding(mask, layout)
+        if layout not in self._masks:
+            self._masks[layout] = hides_only_padding(mask, layout)
+        return self._masks[layout] and is_key_mask(mask)
+
+    @property
+    def _makes_masks(self) -> bool:
+        return self._forward is not None and self._forward.makes_masks
 
     def _count_dense(self, layer: int, reason: str) -> None:
         self.layers[layer].dense[reason] += 1

@@ -31,6 +31,8 @@ class Family:
             through `text_lengths`, which remembers what it read.
         pipelines: names of the diffusers pipeline classes this was tested with.
         model: a published model id for examples.
+        makes_masks: whether the transformer itself makes the masks of this attention, from the
+            lengths that `layout` reads, so that they say nothing else in any forward.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Family:
     layout: Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
     pipelines: tuple[str, ...]
     model: str
+    makes_masks: bool = False
 
     def attends(self, module_name: str) -> bool:
         """Whether the module of this name is the family's self-attention."""

@@ -38,4 +38,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("HunyuanVideoPipeline",),
     model="hunyuanvideo-community/HunyuanVideo",
+    makes_masks=True,
 )

@@ -171,7 +171,14 @@ def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     except NotALength as error:
         layout, obstacle = None, str(error)
     installation.session.begin(
-        Forward(layout, obstacle, moment.step, moment.steps, moment.generation)
+        Forward(
+            layout=layout,
+            obstacle=obstacle,
+            step=moment.step,
+            steps=moment.steps,
+            generation=moment.generation,
+            makes_masks=installation.family.makes_masks,
+        )
     )
 
 

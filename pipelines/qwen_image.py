@@ -46,4 +46,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("QwenImagePipeline",),
     model="Qwen/Qwen-Image",
+    makes_masks=True,
 )

@@ -206,12 +206,26 @@ def test_key_mask_that_is_the_text_length_is_dropped_and_read_once_per_generatio
     q, k, v = qkv(batch=2)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     for generation in (0, 0, 0, 1):
-        session.begin(Forward(TokenLayout(layout.segments), generation=generation))
+        forward = Forward(TokenLayout(layout.segments), generation=generation, makes_masks=True)
+        session.begin(forward)
         for layer in range(len(NAMES)):
             out = session.attend(q, k, v, call(layer, mask=mask))
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
     assert len(reads) == 2
     assert session.layers[0].sparse == 4
+
+
+def test_mask_that_a_caller_gives_is_read_in_every_forward(caplog: Any) -> None:
+    session = Session(Half(), NAMES)
+    mask = torch.ones(1, 1, 1, LAYOUT.length, dtype=torch.bool)
+    for step, hidden in enumerate((0, 3, 0)):
+        session.begin(Forward(LAYOUT))
+        mask[..., :hidden] = False  # the same tensor
+        for layer in range(len(NAMES)):
+            session.attend(*qkv(), call(layer, mask=mask))
+            session.attend(*qkv(), call(layer, mask=torch.ones_like(mask)))  # in one forward
+        sparse, dense = session.layers[1].sparse, session.layers[1].dense.total()
+        assert (sparse, dense) == [(2, 0), (3, 1), (4, 2)][step]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -18,6 +18,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 import dit_sparse
+from dit_sparse.forward import hides_only_padding
+from dit_sparse.grid import TokenLayout
 from dit_sparse.methods import create
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.pipelines.mapping import SparseAttnProcessor
@@ -280,6 +282,55 @@ def test_mask_that_is_no_length_runs_dense_and_says_so(tiny: Any, caplog: Any) -
     summary = dit_sparse.summary(pipe)
     assert summary.sparse == 0
     assert any("ran no sparse attention" in message for message in caplog.messages)
+
+
+def test_mask_of_the_caller_may_change_between_forwards(tiny: Any) -> None:
+    transformer = tiny("flux").transformer
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    config = transformer.config
+    inputs = {
+        "hidden_states": torch.randn(1, 16, config.in_channels),
+        "encoder_hidden_states": torch.randn(1, 5, config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(5, 3),
+    }
+    masks = [torch.ones(1, 1, 1, 21, dtype=torch.bool) for _ in range(2)]
+    masks[1][..., :3] = False
+
+    def forwards() -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                transformer(**inputs, joint_attention_kwargs={"attention_mask": mask})[0]
+                for mask in masks
+            ]
+
+    stock = forwards()
+    differs(*stock)
+    dit_sparse.apply(transformer, ALL)
+    for out, expected in zip(forwards(), stock, strict=True):
+        same(out, expected)
+    summary = dit_sparse.summary(transformer)
+    assert summary.sparse == summary.dense > 0
+    assert "another mask" in next(iter(summary.reasons))
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "qwen_image"])
+def test_masks_that_the_transformer_makes_are_read_once(
+    family: str, tiny: Any, monkeypatch: Any
+) -> None:
+    read = []
+
+    def counted(mask: Tensor, layout: TokenLayout) -> bool:
+        read.append(layout)
+        return hides_only_padding(mask, layout)
+
+    monkeypatch.setattr("dit_sparse.session.hides_only_padding", counted)
+    pipe = dit_sparse.apply(tiny(family), ALL)
+    run(pipe, family, num_inference_steps=3)
+    assert len(read) == len(set(read)) == 1
+    assert dit_sparse.summary(pipe).dense == 0
 
 
 def test_fused_projections(tiny: Any) -> None:
