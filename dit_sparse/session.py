@@ -59,6 +59,9 @@ class Session:
             self._warn_if_all_dense()
             self._generation_calls.clear()
             self._masks.clear()
+        elif self._generation_calls["forwards"] >= _longest(forward.steps):
+            self._warn_if_all_dense()
+        self._generation_calls["forwards"] += 1
         self._places.clear()
         self._forward = forward
 
@@ -149,14 +152,17 @@ class Session:
         calls = self._generation_calls
         if self.method.name == "dense" or calls["sparse"] or not calls["dense"]:
             return
-        sentence = f"Method {self.method.name} ran no sparse attention in a whole generation"
+        sentence = f"Method {self.method.name} ran no sparse attention"
         if sentence in self._said:
             return
         self._said.add(sentence)
         reasons = Counter[str]()
         for record in self.layers:
             reasons.update(record.dense)
-        logger.warning("%s. Most frequent reason: %s", sentence, reasons.most_common(1)[0][0])
+        logger.warning(
+            "%s in %d forwards of a generation. Most frequent reason: %s",
+            *(sentence, calls["forwards"], reasons.most_common(1)[0][0]),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"method": self.method, "backend": self.backend, "layers": self.layers}
@@ -164,3 +170,12 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+
+def _longest(steps: int | None) -> int:
+    """Forwards after which a generation that is still dense is worth a warning.
+
+    A loop that nobody counts may never end, as far as a session can see. Guidance takes up to four
+    forwards per step; few schedules keep more than 32 forwards dense at the start.
+    """
+    return 32 if steps is None else 4 * steps

@@ -23,9 +23,11 @@ class Moment(NamedTuple):
 class StepClock:
     """Counts denoising steps for one transformer.
 
-    With a pipeline whose scheduler counts (`step_index`), the scheduler is asked. Otherwise the
-    `timestep` argument is read, which waits for the device once per forward: it falls from step to
-    step, stays for the calls within one, and a rise begins a generation.
+    With a pipeline whose scheduler counts (`step_index`), the scheduler is asked. Where it does
+    not count, has not made its first step or has finished, the `timestep` argument is read, which
+    waits for the device once per forward: it falls from step to step, stays for the calls within
+    one, and a rise begins a generation. So a loop of one's own over a pipeline's transformer, or
+    another pipeline with a scheduler of its own, is counted by its timesteps.
 
     Args:
         pipeline: the pipeline that runs the transformer; only a weak reference is kept.
@@ -43,33 +45,46 @@ class StepClock:
         self._generation = 0
         self._step = 0
         self._timesteps: Any = None
+        self._finished = False
         self._last: float | None = None
 
     def read(self, timestep: Tensor | float | None) -> Moment:
         """The moment of a forward that was given this `timestep`."""
         scheduler = getattr(self._pipeline and self._pipeline(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        steps = self._steps
-        if steps is None and timesteps is not None:
-            steps = len(timesteps)
-        if scheduler is not None and hasattr(scheduler, "step_index"):
-            step = scheduler.step_index
-            if step is None:  # before the first scheduler.step(); image-to-image starts late
-                step = getattr(scheduler, "begin_index", None) or 0
-            # set_timesteps() makes a new tensor, so identity tells a restart at the same step.
-            self._advance(step, timesteps is not self._timesteps or step < self._step)
-            self._timesteps = timesteps
-        elif timestep is None:
-            return Moment(None, steps, self._generation)
+        total = None if timesteps is None else len(timesteps)
+        index = getattr(scheduler, "step_index", None)
+        finished = index is not None and total is not None and index >= total
+        # set_timesteps() makes a new tensor.
+        begins = timesteps is not self._timesteps or finished is not self._finished
+        if begins:
+            self._timesteps, self._finished, self._last = timesteps, finished, None
+        if index is not None and not finished:
+            self._advance(index, begins or index < self._step)
+            return self._moment(total)
+        # Before the first scheduler.step() there is no index; image-to-image starts late.
+        start = 0 if finished else getattr(scheduler, "begin_index", None) or 0
+        counts = hasattr(scheduler, "step_index")
+        if timestep is not None:
+            value = float(timestep.max()) if isinstance(timestep, Tensor) else timestep
+            self._read_value(value, start)
+        elif counts and not finished:
+            self._advance(start, begins)
         else:
-            self._read_value(float(timestep.max()) if isinstance(timestep, Tensor) else timestep)
+            return Moment(None, self._steps, self._generation)
+        # A scheduler that stands still while the timestep moves does not drive these forwards.
+        drives = not counts or (self._step == start and not finished)
+        return self._moment(total if drives else None)
+
+    def _moment(self, total: int | None) -> Moment:
+        steps = total if self._steps is None else self._steps
         return Moment(self._step, steps, self._generation)
 
-    def _read_value(self, value: float) -> None:
+    def _read_value(self, value: float, start: int) -> None:
         begins = self._last is None or value > self._last
         same = value == self._last
         self._last = value
-        self._advance(0 if begins else self._step + (not same), begins)
+        self._advance(start if begins else self._step + (not same), begins)
 
     def _advance(self, step: int, begins: bool) -> None:
         self._step = step

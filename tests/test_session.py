@@ -276,6 +276,19 @@ def test_warns_once_when_a_whole_generation_was_dense(
             assert "dense_layers" in said[0]
 
 
+@pytest.mark.parametrize(("steps", "forwards"), [(None, 32), (3, 12)])
+def test_warns_when_a_generation_does_not_end(
+    steps: int | None, forwards: int, caplog: Any
+) -> None:
+    session = Session(Schedule(Half(), dense_first=2), NAMES)
+    for number in range(2 * forwards):
+        session.begin(Forward(LAYOUT, step=0, steps=steps))
+        said = [m for m in caplog.messages if f"no sparse attention in {forwards} forwards" in m]
+        assert len(said) == (number >= forwards)
+        session.attend(*qkv(), call())
+    assert "dense_first=2" in said[0]
+
+
 def test_no_warning_for_dense_or_when_one_call_was_sparse(caplog: Any) -> None:
     for method in (create("dense"), Schedule(Half(), dense_layers=(1,))):
         session = Session(method, NAMES)

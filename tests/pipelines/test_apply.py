@@ -115,6 +115,25 @@ def test_schedule_knows_the_steps_of_the_pipeline(family: str, tiny: Any) -> Non
         assert set(summary.reasons) == {"dense_first=0.25", "dense_last=1"}
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_schedule_in_a_loop_of_ones_own(finished: bool, tiny: Any) -> None:
+    pipe = tiny("wan")
+    dit_sparse.apply(pipe, Schedule(HALF, dense_first=1, dense_last=1), steps=3)
+    latents = torch.randn(1, pipe.transformer.config.in_channels, 2, 8, 8)
+    text = torch.randn(1, 4, pipe.transformer.config.text_dim)
+    if finished:
+        run(pipe, "wan", num_inference_steps=3)
+    before = dit_sparse.summary(pipe)
+    for _ in range(2):
+        for timestep in (900, 500, 100):
+            with torch.no_grad():
+                pipe.transformer(latents, torch.tensor([timestep]), text)
+    summary = dit_sparse.summary(pipe)
+    layers = len(summary.rows)
+    assert summary.sparse - before.sparse == 2 * layers
+    assert summary.dense - before.dense == 2 * 2 * layers
+
+
 def test_two_transformers_together_and_apart(tiny: Any) -> None:
     pipe = tiny("wan2.2")
     stock = run(pipe, "wan2.2")

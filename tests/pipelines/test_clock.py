@@ -41,12 +41,13 @@ def no_timestep() -> Any:
     return Untouchable()
 
 
-def test_scheduler_is_asked_and_the_timestep_is_not_read() -> None:
+def test_scheduler_is_asked_and_the_timestep_is_read_in_the_first_step_only() -> None:
     pipe = Pipeline(Scheduler(3))
     clock = StepClock(pipe)
     seen = []
-    for _ in range(3):
-        seen += [clock.read(no_timestep()) for _ in ("cond", "uncond")]
+    for step in range(3):
+        timestep = no_timestep() if step else torch.tensor(1000.0)
+        seen += [clock.read(timestep) for _ in ("cond", "uncond")]
         pipe.scheduler.step()
     assert [m.step for m in seen] == [0, 0, 1, 1, 2, 2]
     assert {(m.steps, m.generation) for m in seen} == {(3, seen[0].generation)}
@@ -67,9 +68,55 @@ def test_new_and_interrupted_generations_are_noticed() -> None:
     assert (same.step, same.generation) == (1, second.generation)
 
 
+def loop(clock: StepClock, values: tuple[float, ...] = (900.0, 500.0, 100.0)) -> list[Moment]:
+    """A user's own loop over the transformer, with two forwards per step."""
+    return [clock.read(torch.tensor([value])) for value in values for _ in ("cond", "uncond")]
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_scheduler_that_stands_still_does_not_drive(steps: int | None) -> None:
+    clock = StepClock(pipe := Pipeline(Scheduler(1000)), steps=steps)
+    seen = [loop(clock) for _ in range(2)]
+    assert [[m.step for m in moments] for moments in seen] == [[0, 0, 1, 1, 2, 2]] * 2
+    assert {m.steps for moments in seen for m in moments[2:]} == {steps}
+    assert seen[0][-1].generation == seen[0][0].generation != seen[1][0].generation
+    pipe.scheduler.set_timesteps(4)  # and now it does
+    clock.read(torch.tensor(1000.0))
+    pipe.scheduler.step()
+    last = clock.read(no_timestep())
+    assert (last.step, last.steps) == (1, steps or 4)
+    assert last.generation != seen[1][-1].generation
+
+
+def test_scheduler_that_has_finished_does_not_drive() -> None:
+    clock = StepClock(pipe := Pipeline(Scheduler(2)))
+    first = clock.read(torch.tensor(1000.0))
+    for _ in range(2):
+        pipe.scheduler.step()
+    moments = loop(clock)
+    assert [m.step for m in moments] == [0, 0, 1, 1, 2, 2]
+    assert {m.steps for m in moments} == {None}
+    assert {m.generation for m in moments} == {first.generation + 1}
+    assert clock.read(None).step is None
+
+
+def test_second_pipeline_that_shares_the_transformer() -> None:
+    one, other = Pipeline(Scheduler(2)), Pipeline(Scheduler(3))
+    clock = StepClock(one)
+    for turn in range(2):
+        seen = []
+        for timestep in other.scheduler.timesteps:
+            seen.append(clock.read(timestep).step)
+            other.scheduler.step()
+        assert seen == [0, 1, 2]
+        for _ in range(2 * (1 - turn)):
+            one.scheduler.step()
+
+
 def test_image_to_image_begins_late() -> None:
     pipe = Pipeline(Scheduler(4, begin_index=2))
-    assert StepClock(pipe).read(None).step == 2
+    assert StepClock(pipe).read(None) == Moment(2, 4, 1)
+    assert StepClock(pipe).read(torch.tensor(500.0)) == Moment(2, 4, 1)
 
 
 def test_timestep_values_count_where_nothing_else_does() -> None:
