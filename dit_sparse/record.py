@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dit_sparse.plan import BlockPlan
+from torch import Tensor
+
+from dit_sparse.plan_cache import PlannedCall
 
 
 @dataclass
@@ -20,8 +22,10 @@ class LayerRecord:
         dense: calls that did not, by reason.
         backend: the backend of the latest sparse call.
         refusals: why the backends preferred to that one did not run.
-        plan: the latest plan; its density is computed when somebody asks, since that waits for
-            the device.
+        planned: the latest plan; a copy of the record goes without.
+        repeats: calls of that plan whose density is not in `area` yet.
+        area: the densities of all other sparse calls, added up where the plans are, since reading
+            one waits for the device.
     """
 
     name: str
@@ -29,22 +33,51 @@ class LayerRecord:
     dense: Counter[str] = field(default_factory=Counter)
     backend: str | None = None
     refusals: tuple[str, ...] = ()
-    plan: BlockPlan | None = None
+    planned: PlannedCall | None = None
+    repeats: int = 0
+    area: Tensor | float = 0.0
+
+    def ran(self, planned: PlannedCall, backend: str, refusals: tuple[str, ...]) -> None:
+        """Counts a sparse call; does not wait for the device."""
+        if planned is not self.planned:
+            self._settle()
+            self.planned = planned
+        self.sparse += 1
+        self.repeats += 1
+        self.backend, self.refusals = backend, refusals
+
+    @property
+    def density(self) -> float | None:
+        """Mean measured density of the sparse calls, `None` without any; waits for the device."""
+        self._settle()
+        return float(self.area) / self.sparse if self.sparse else None
 
     def summarise(self, transformer: str, layer: int, method: str) -> LayerSummary:
-        """A snapshot; computes the density of the latest plan."""
+        """A snapshot; waits for the device."""
         return LayerSummary(
             transformer=transformer,
             layer=layer,
             name=self.name,
             method=method,
             backend=self.backend,
-            density=None if self.plan is None else self.plan.density,
+            density=self.density,
             sparse=self.sparse,
             dense=self.dense.total(),
             reasons=dict(self.dense),
             refusals=self.refusals,
         )
+
+    def _settle(self) -> None:
+        if self.planned is None or not self.repeats:
+            return
+        added = self.repeats * self.planned.density
+        if isinstance(self.area, Tensor):
+            self.area = self.area.to(added.device)  # the model may have moved
+        self.area, self.repeats = self.area + added, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**vars(self), "planned": None, "area": float(self.area)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +90,7 @@ class LayerSummary:
         name: module name in the transformer.
         method: name of the method.
         backend: backend of the latest sparse call, `None` when there was none.
-        density: measured share of the score matrix that the latest sparse call computed.
+        density: measured share of the score matrix that was computed, mean of the sparse calls.
         sparse, dense: numbers of calls.
         reasons: why calls were dense, with counts.
         refusals: why backends preferred to `backend` did not run.

@@ -24,7 +24,7 @@ class Session:
     """Turns the attention calls of one transformer into sparse or dense ones and counts them.
 
     Not thread-safe, as a transformer is not. A copy or pickle carries the configuration and the
-    record, and plans anew.
+    numbers of the record, and plans anew.
 
     Args:
         method: decides which calls are sparse, and plans them.
@@ -91,9 +91,7 @@ class Session:
         backend, refusals = planned.backend(q, k, v, self.backend)
         out = attend(q, k, v, planned.plan, scale=call.scale, backend=backend).out
         self._generation_calls["sparse"] += 1
-        record = self.layers[call.layer]
-        record.sparse += 1
-        record.plan, record.backend, record.refusals = planned.plan, backend.name, refusals
+        self.layers[call.layer].ran(planned, backend.name, refusals)
         return out
 
     def pass_through(self, layer: int, reason: str) -> None:

@@ -25,12 +25,11 @@ LAYERS = (
         "method",
         "backend",
         "forward",
-        "record",
         "kernels",
     ),
     ("methods",),
     ("attention",),
-    ("ops", "plan_cache", "session"),
+    ("ops", "plan_cache", "record", "session"),
     ("pipelines",),
     ("bench", "doctor", "media", "metrics", "commands", "cli", "__main__"),
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from dit_sparse.forward import Forward, StockCall, hides_only_padding
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
@@ -18,7 +20,8 @@ from dit_sparse.method import CallContext
 from dit_sparse.methods import create
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan, Blocks
-from dit_sparse.plan_cache import PlanCache
+from dit_sparse.plan_cache import PlanCache, PlannedCall
+from dit_sparse.record import Summary
 from dit_sparse.session import Session
 
 LAYOUT = TokenLayout.of(TokenGrid(2, 4, 4), text_last=5)
@@ -74,6 +77,55 @@ def test_sparse_call_runs_the_plan_and_is_recorded() -> None:
     assert (record.sparse, record.dense.total(), record.backend) == (1, 0, "reference")
     summary = record.summarise("transformer", 1, "half")
     assert summary.density == pytest.approx(16 / LAYOUT.length)
+
+
+def test_density_is_the_mean_of_all_calls() -> None:
+    session = Session(Half(), NAMES)
+    layouts = [TokenLayout.of(TokenGrid(1, 4, width)) for width in (4, 6, 4, 8)]
+    expected = []
+    for layout in layouts:
+        session.begin(Forward(layout))
+        for _ in range(3 if layout is layouts[0] else 1):
+            q, k, v = qkv(layout.length)
+            session.attend(q, k, v, call())
+            expected.append(Half().plan(q, k, CallContext(layout)).density)
+    summary = Summary((session.layers[0].summarise("transformer", 0, "half"),))
+    assert len(set(expected)) > 1
+    assert summary.density == pytest.approx(sum(expected) / len(expected))
+
+
+def test_densities_are_added_up_without_keeping_plans(monkeypatch: Any) -> None:
+    plans = []
+
+    def planned(plan: BlockPlan) -> PlannedCall:
+        plans.append(weakref.ref(plan))
+        return PlannedCall(plan)
+
+    monkeypatch.setattr("dit_sparse.plan_cache.PlannedCall", planned)
+    session = Session(Half("call"), NAMES)
+    for _ in range(5):
+        session.begin(Forward(LAYOUT))
+        session.attend(*qkv(), call())
+    assert len(plans) == 5
+    assert sum(plan() is not None for plan in plans) == 1
+    assert session.layers[0].density == pytest.approx(16 / LAYOUT.length)
+
+
+@pytest.mark.parametrize("tail", ["none", "zeroth"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_density_is_measured_without_waiting_for_the_device(tail: Any, pooled: bool) -> None:
+    source = torch.Generator().manual_seed(0)
+    visited = torch.rand(2, 3, 6, 6, generator=source) < 0.4
+    blocks = Blocks.of_runs([8, 3, 8, 17], 8)
+    plan = BlockPlan.from_mask(visited, blocks, blocks, tail=tail)
+    if pooled:
+        levels = torch.randint(1, 5, plan.indices.shape, generator=source, dtype=torch.uint8)
+        plan = replace(plan, level=levels)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # knows no values
+        PlannedCall(plan).density  # noqa: B018
+        with pytest.raises(DynamicOutputShapeException):
+            plan.density  # noqa: B018
+    assert float(PlannedCall(plan).density) == pytest.approx(plan.density)
 
 
 @pytest.mark.parametrize(
@@ -305,10 +357,13 @@ def test_copies_have_their_own_state(clone: Any) -> None:
     session.begin(Forward(LAYOUT))
     session.attend(*qkv(), call())
     other = clone(session)
-    assert other.layers[0].sparse == 1
+    assert (other.layers[0].sparse, other.layers[0].density) == (1, 1.0)
+    assert "Tensor" not in repr(other.layers)
+    assert len(pickle.dumps(session)) < 2000
     other.begin(Forward(LAYOUT))
     other.attend(*qkv(), call())
     assert (session.layers[0].sparse, other.layers[0].sparse) == (1, 2)
+    assert session.layers[0].density == other.layers[0].density == 1.0
     assert other.backend == "reference"
 
 
