@@ -66,10 +66,8 @@ class StockCall(NamedTuple):
     chosen: bool = False
 
 
-def place(q: Tensor, k: Tensor, call: StockCall, forward: Forward | None) -> TokenLayout | str:
+def place(q: Tensor, k: Tensor, call: StockCall, forward: Forward) -> TokenLayout | str:
     """The layout of a call on q, k `[B, H, N, D]`, its mask apart, or why it has none."""
-    if forward is None:
-        return "The attention was called before any forward of the transformer."
     if call.obstacle is not None:
         return call.obstacle
     if forward.layout is None:

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Keywords(NamedTuple):
+    """What a stock attention call says besides query, key and value, as an operator can take it.
+
+    The first five are those of `torch.nn.functional.scaled_dot_product_attention`; `backend` names
+    the function that runs where ours does not.
+    """
+
+    mask: Tensor | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    enable_gqa: bool = False
+    backend: str = ""
+
+
 class Core(Protocol):
     """What runs behind the operator; every tensor is `[B, N, H, D]`."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dropout_p: float,
-        is_causal: bool,
-        enable_gqa: bool,
-        backend: str,
-    ) -> Tensor: ...
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keywords: Keywords) -> Tensor: ...
 
 
 _numbers = itertools.count()
@@ -61,28 +65,20 @@ def attend(
     enable_gqa: bool,
     backend: str,
 ) -> Tensor:
-    """Runs the core that `ticket` names on `[B, N, H, D]` tensors; contiguous result."""
+    """Runs the core that `ticket` names on `[B, N, H, D]` tensors; contiguous result.
+
+    The rest are `Keywords`, one by one, as the schema of an operator wants them.
+    """
     core = _cores.get(int(ticket))
     if core is None:
         raise RuntimeError(
             "Expected the attention processor that this graph was compiled with to be alive, got "
             "one that was removed. Compile the transformer again."
         )
-    out = core.attend(query, key, value, mask, scale, dropout_p, is_causal, enable_gqa, backend)
-    return out.contiguous()
+    keywords = Keywords(mask, scale, dropout_p, is_causal, enable_gqa, backend)
+    return core.attend(query, key, value, keywords).contiguous()
 
 
 @attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ticket: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

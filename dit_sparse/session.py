@@ -74,11 +74,20 @@ class Session:
 
         Returns:
             `[B, H, N, D]` in the dtype of `q`.
+
+        Raises:
+            RuntimeError: no forward of the transformer has begun.
         """
-        layout = self._place(q, k, call)
         forward = self._forward
-        if isinstance(layout, str) or forward is None:
-            self.pass_through(call.layer, str(layout))
+        if forward is None:
+            raise RuntimeError(
+                "Expected an attention call in a forward of the transformer that the method was "
+                "applied to, got one before any. Call the transformer itself, not its parts or its "
+                "forward method, and make a SparseAttnProcessor for each transformer."
+            )
+        layout = self._place(q, k, call, forward)
+        if isinstance(layout, str):
+            self.pass_through(call.layer, layout)
             return call.run(q, k, v)
         context = CallContext(layout, call.layer, len(self.layers), forward.step, forward.steps)
         reason = self.method.dense_reason(context)
@@ -101,40 +110,39 @@ class Session:
             logger.warning("Dense attention in %s: %s", self.layers[layer].name, reason)
         self._count_dense(layer, reason)
 
-    def _place(self, q: Tensor, k: Tensor, call: StockCall) -> TokenLayout | str:
+    def _place(self, q: Tensor, k: Tensor, call: StockCall, forward: Forward) -> TokenLayout | str:
         """The layout of a call or why it has none; found once per forward for calls alike."""
         mask, seen = call.mask, None
         if mask is not None:
-            seen = mask.shape if self._makes_masks else id(mask)
+            seen = mask.shape if forward.makes_masks else id(mask)
         key = (q.shape, k.shape, call.obstacle, seen)
         if key not in self._places:
-            self._places[key] = (self._find_place(q, k, call), mask)  # an id lasts with its mask
+            layout = place(q, k, call, forward)
+            if mask is not None and not isinstance(layout, str):
+                layout = self._unless_masked(layout, mask, forward)
+            self._places[key] = (layout, mask)  # an id lasts with its mask
         return self._places[key][0]
 
-    def _find_place(self, q: Tensor, k: Tensor, call: StockCall) -> TokenLayout | str:
-        layout = place(q, k, call, self._forward)
-        if call.mask is None or isinstance(layout, str) or self._is_padding(call.mask, layout):
-            return layout
-        return (
-            f"Expected an attention mask that only hides text padding ({layout}), got another "
-            f"mask {list(call.mask.shape)}."
-        )
-
-    def _is_padding(self, mask: Tensor, layout: TokenLayout) -> bool:
-        """Whether a mask says nothing but a layout; waits for the device to read it.
+    def _unless_masked(
+        self, layout: TokenLayout, mask: Tensor, forward: Forward
+    ) -> TokenLayout | str:
+        """The layout if the mask says nothing else; reading the mask waits for the device.
 
         A mask that the transformer makes from the lengths in the layout says the same in every
         forward: its values are read once per layout and generation, to see that it is so.
         """
-        if not self._makes_masks:
-            return hides_only_padding(mask, layout)
-        if layout not in self._masks:
-            self._masks[layout] = hides_only_padding(mask, layout)
-        return self._masks[layout] and is_key_mask(mask)
-
-    @property
-    def _makes_masks(self) -> bool:
-        return self._forward is not None and self._forward.makes_masks
+        if forward.makes_masks:
+            if layout not in self._masks:
+                self._masks[layout] = hides_only_padding(mask, layout)
+            same = self._masks[layout] and is_key_mask(mask)
+        else:
+            same = hides_only_padding(mask, layout)
+        if same:
+            return layout
+        return (
+            f"Expected an attention mask that only hides text padding ({layout}), got another "
+            f"mask {list(mask.shape)}."
+        )
 
     def _count_dense(self, layer: int, reason: str) -> None:
         self.layers[layer].dense[reason] += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,13 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from dit_sparse import ops
 from dit_sparse.forward import StockCall
 from dit_sparse.session import Session
-
-#: mask, scale, dropout_p, is_causal, enable_gqa, backend
-_Stock: TypeAlias = tuple[Tensor | None, float | None, float, bool, bool, str]
 
 CONTEXT_PARALLEL = (
     "Expected a transformer without context parallelism, got one with it: each rank would attend "
@@ -38,12 +36,29 @@ class AttentionCore:
     Args:
         session: the state of the transformer.
         layer: number of the attention module.
+        module: the attention module, the only one that is served; a copy serves any.
     """
 
-    def __init__(self, session: Session, layer: int) -> None:
+    def __init__(self, session: Session, layer: int, module: nn.Module | None = None) -> None:
         self.session = session
         self.layer = layer
+        self._module = None if module is None else weakref.ref(module)
         self._ticket = ops.enrol(self)
+
+    def serving(self, module: object) -> AttentionCore:
+        """This core, for the attention module that asks for it.
+
+        Compiled code is not asked, since its graph serves all layers.
+
+        Raises:
+            RuntimeError: the module is not the one that this core was made for.
+        """
+        if torch.compiler.is_compiling() or self._module is None or self._module() is module:
+            return self
+        raise RuntimeError(
+            "Expected the attention module that this processor was made for, got one of another "
+            "transformer. Make a SparseAttnProcessor for each transformer."
+        )
 
     def dispatch(
         self,
@@ -75,10 +90,10 @@ class AttentionCore:
                 f"{attention_kwargs}. Remove the sparse method from this transformer."
             )
         name = "" if backend is None else str(getattr(backend, "value", backend))
-        stock: _Stock = (attn_mask, scale, dropout_p, is_causal, enable_gqa, name)
+        keywords = ops.Keywords(attn_mask, scale, dropout_p, is_causal, enable_gqa, name)
         if torch.compiler.is_compiling():
-            return ops.attend(query, key, value, self._ticket, *stock)
-        return self.attend(query, key, value, *stock)
+            return ops.attend(query, key, value, self._ticket, *keywords)
+        return self.attend(query, key, value, keywords)
 
     def sdpa(
         self,
@@ -93,38 +108,20 @@ class AttentionCore:
     ) -> Tensor:
         """Stands for `F.scaled_dot_product_attention`: q, k, v `[B, H, N, D]`."""
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        stock: _Stock = (attn_mask, scale, dropout_p, is_causal, enable_gqa, _SDPA)
+        keywords = ops.Keywords(attn_mask, scale, dropout_p, is_causal, enable_gqa, _SDPA)
         if torch.compiler.is_compiling():
-            return ops.attend(q, k, v, self._ticket, *stock).transpose(1, 2)
-        return self.attend(q, k, v, *stock).transpose(1, 2)
+            return ops.attend(q, k, v, self._ticket, *keywords).transpose(1, 2)
+        return self.attend(q, k, v, keywords).transpose(1, 2)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dropout_p: float,
-        is_causal: bool,
-        enable_gqa: bool,
-        backend: str,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keywords: ops.Keywords) -> Tensor:
         """The call itself, on `[B, N, H, D]`; see `dit_sparse.ops.Core`."""
-        keywords = {
-            "attn_mask": mask,
-            "dropout_p": dropout_p,
-            "is_causal": is_causal,
-            "scale": scale,
-            "enable_gqa": enable_gqa,
-        }
         call = StockCall(
             layer=self.layer,
-            mask=mask,
-            scale=scale,
-            run=_stock(keywords, backend),
-            obstacle=_obstacle(dropout_p, is_causal, enable_gqa),
-            chosen=_is_chosen(backend),
+            mask=keywords.mask,
+            scale=keywords.scale,
+            run=_stock(keywords),
+            obstacle=_obstacle(keywords),
+            chosen=_is_chosen(keywords.backend),
         )
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return self.session.attend(q, k, v, call).transpose(1, 2)
@@ -133,29 +130,37 @@ class AttentionCore:
         return {"session": self.session, "layer": self.layer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._ticket = ops.enrol(self)  # a copy answers to its own ticket
+        self.__init__(**state)  # type: ignore[misc]  # a copy answers to its own ticket
 
 
-def _stock(keywords: dict[str, Any], backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _stock(keywords: ops.Keywords) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The stock attention function on q, k, v `[B, H, N, D]`."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask, scale, dropout_p, is_causal, enable_gqa, backend = keywords
+        stock: dict[str, Any] = {
+            "attn_mask": mask,
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+        }
         if backend == _SDPA:
-            return F.scaled_dot_product_attention(q, k, v, **keywords)
+            return F.scaled_dot_product_attention(q, k, v, **stock)
         tokens_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         name = AttentionBackendName(backend) if backend else None
-        return dispatch_attention_fn(*tokens_first, **keywords, backend=name).transpose(1, 2)
+        return dispatch_attention_fn(*tokens_first, **stock, backend=name).transpose(1, 2)
 
     return run
 
 
-def _obstacle(dropout_p: float, is_causal: bool, enable_gqa: bool) -> str | None:
+def _obstacle(keywords: ops.Keywords) -> str | None:
     """Why only the stock function can run a call."""
-    if dropout_p or is_causal or enable_gqa:
+    if keywords.dropout_p or keywords.is_causal or keywords.enable_gqa:
         return (
             "Expected attention without dropout, causal mask and grouped queries, got "
-            f"dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}."
+            f"dropout_p={keywords.dropout_p}, is_causal={keywords.is_causal}, "
+            f"enable_gqa={keywords.enable_gqa}."
         )
     for mode in _get_current_function_mode_stack():
         if not isinstance(mode, DeviceContext):

@@ -116,7 +116,7 @@ def prepare(
                 f"{type(stock).__name__}. Undo what put it there (fused projections, an adapter, "
                 "another acceleration library) first."
             )
-        sparse = sparse_processor(stock, AttentionCore(session, layer))
+        sparse = sparse_processor(stock, AttentionCore(session, layer, module))
         _carry_backend(module.processor, sparse)
         attachments[name] = Attachment(module, stock, sparse)
     return attachments

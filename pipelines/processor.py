@@ -74,19 +74,26 @@ def _init(self: Any, stock: object, core: AttentionCore) -> None:
 
 
 class _Rebinder(ast.NodeTransformer):
-    """Replaces the calls of attention functions by calls of `self.core`."""
+    """Replaces the calls of attention functions by calls of `self.core.serving(attn)`.
 
-    def __init__(self, this: str) -> None:
+    Args:
+        this, module: names of the first two parameters.
+    """
+
+    def __init__(self, this: str, module: str) -> None:
         self.this = this
+        self.module = module
         self.found = 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
         if name in _CORES:
-            core = ast.Attribute(ast.Name(self.this, ast.Load()), "core", ast.Load())
-            function = ast.Attribute(core, _CORES[name], ast.Load())
-            node.func = ast.copy_location(function, node.func)
+            core = f"{self.this}.core.serving({self.module}).{_CORES[name]}"
+            function = ast.parse(core, mode="eval").body
+            for part in ast.walk(function):
+                ast.copy_location(part, node.func)
+            node.func = function
             self.found += 1
         return node
 
@@ -103,7 +110,8 @@ def _rebound(function: FunctionType, stock: type) -> Callable[..., Any]:
     tree = ast.parse(textwrap.dedent("".join(lines)))
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
-    rebinder = _Rebinder(definition.args.args[0].arg)
+    this, module = (argument.arg for argument in definition.args.args[:2])
+    rebinder = _Rebinder(this, module)
     rebinder.visit(tree)
     if not rebinder.found or function.__closure__:
         raise ValueError(

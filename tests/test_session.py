@@ -205,7 +205,6 @@ def test_image_only_attention_has_the_layout_without_text() -> None:
 @pytest.mark.parametrize(
     ("forward", "tokens", "change", "reason"),
     [
-        (None, 37, {}, "before any forward"),
         (Forward(None, "The mask is odd."), 37, {}, "The mask is odd."),
         (Forward(LAYOUT), 36, {}, "got 36 tokens"),
         (Forward(LAYOUT), 37, {"obstacle": "dropout"}, "dropout"),
@@ -219,11 +218,10 @@ def test_image_only_attention_has_the_layout_without_text() -> None:
     ],
 )
 def test_what_has_no_place_runs_the_stock_core_and_says_why(
-    forward: Forward | None, tokens: int, change: dict[str, Any], reason: str, caplog: Any
+    forward: Forward, tokens: int, change: dict[str, Any], reason: str, caplog: Any
 ) -> None:
     session = Session(Half(), NAMES)
-    if forward is not None:
-        session.begin(forward)
+    session.begin(forward)
     with caplog.at_level(logging.WARNING, "dit_sparse"):
         for _ in range(2):
             assert session.attend(*qkv(tokens), call(**change)).eq(7).all()
@@ -232,6 +230,11 @@ def test_what_has_no_place_runs_the_stock_core_and_says_why(
     assert reason in said
     assert count == 2
     assert sum(reason in message for message in caplog.messages) == 1  # logged once
+
+
+def test_call_without_a_forward_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"in a forward of .* for each transformer"):
+        Session(Half(), NAMES).attend(*qkv(), call())
 
 
 def test_cross_attention_runs_the_stock_core() -> None:

@@ -174,6 +174,23 @@ def test_dictionary_for_the_stock_set_attn_processor(tiny: Any) -> None:
     assert processors(pipe.transformer) == before
 
 
+@pytest.mark.parametrize(("ran", "compiled"), [(False, False), (True, False), (False, True)])
+def test_processors_of_another_transformer_are_refused(
+    ran: bool, compiled: bool, tiny: Any
+) -> None:
+    one, other = tiny("wan"), tiny("wan")
+    ours = SparseAttnProcessor(one.transformer, ALL)
+    other.transformer.set_attn_processor(ours)
+    if ran:
+        run(one, "wan")
+    if compiled:
+        other.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match=r"SparseAttnProcessor.* for each transformer"):
+        run(other, "wan")
+    run(one, "wan")
+    assert dit_sparse.summary(one).sparse == 8 * (1 + ran)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_deep_copies_are_independent(family: str, tiny: Any) -> None:
     pipe = tiny(family)

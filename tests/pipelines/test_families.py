@@ -20,8 +20,8 @@ from dit_sparse.pipelines.tiny import tiny_call, tiny_names
 ATOL = 3e-5
 #: About half of the keys of every query, in video and, where it has but one frame, in images.
 HALF = {"window": (0.67, 0.7, 0.7), "block": 64}
-#: Two of HunyuanVideo's seven words are padding, which no plan reads.
-REAL_KEYS = {"hunyuan_video": (72 + 5) / (72 + 7)}
+#: Two of seven words are padding, which no plan reads; of Qwen-Image's two prompts in one only.
+REAL_KEYS = {"hunyuan_video": (72 + 5) / (72 + 7), "qwen_image": (96 + (5 + 7) / 2) / (96 + 7)}
 
 
 @pytest.mark.parametrize("name", families())

@@ -112,6 +112,23 @@ def test_tracebacks_point_at_the_stock_source() -> None:
     assert frames[0].line == 'raise KeyError("stop here")'
 
 
+def test_serves_the_module_that_it_was_made_for() -> None:
+    own, other = torch.nn.Identity(), torch.nn.Identity()
+    session = core().session
+    ours = processor.sparse_processor(Attention(), AttentionCore(session, 0, own))
+    x = qkv()[0].transpose(1, 2)
+    ours(own, x)
+    with pytest.raises(RuntimeError, match="got one of another transformer") as caught:
+        ours(other, x)
+    line = traceback.extract_tb(caught.value.__traceback__)[-2].line
+    assert str(line).startswith("return F.scaled_dot_product_attention")
+    del own
+    with pytest.raises(RuntimeError, match="got one of another transformer"):
+        ours(other, x)
+    assert counts(ours.core) == (1, 0)
+    copy.deepcopy(ours).core.serving(other)  # nobody knows which module a copy is for
+
+
 def test_attributes_of_the_stock_instance_are_kept() -> None:
     stock = WanAttnProcessor()
     stock._attention_backend = "native"
