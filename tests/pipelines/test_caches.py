@@ -46,6 +46,7 @@ def cache(name: str, pipe: Any) -> Any:
         return TaylorSeerCacheConfig(
             cache_interval=2,
             disable_cache_before_step=2,
+            taylor_factors_dtype=torch.float32,  # bfloat16 turns 1e-6 into 3e-4
             cache_identifiers=[r"blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.attn"],
         )
     return PyramidAttentionBroadcastConfig(
