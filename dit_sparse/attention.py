@@ -9,7 +9,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_sparse.backend import AttentionOutput, Backend
 from dit_sparse.grid import TokenLayout
@@ -109,7 +108,7 @@ def dense_attention(
     layout: TokenLayout | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Dense attention through the fastest SDPA backend that PyTorch has for the call.
+    """Dense attention through the SDPA backend that PyTorch prefers for the call.
 
     Args:
         q, k, v: `[B, H, N, D]`.
@@ -150,21 +149,9 @@ def _keep(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    if q.is_cuda and mask is None and _cudnn_is_fastest(q.device):
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
-        with sdpa_kernel(order, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # The choice is left to PyTorch, which takes cuDNN on Hopper: asking for an order of preference
+    # (sdpa_kernel with set_priority) before its first own choice leaves flash in front for good.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-@cache
-def _cudnn_is_fastest(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:

@@ -13,38 +13,69 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- kernels: from benchmarks/kernels.jsonl -->", "<!-- kernels: end -->"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def environment_of(rows: list[dict[str, Any]]) -> str:
+    environment = rows[0]["environment"]
+    names = [f"{n} {environment[n]}" for n in ("torch", "triton", "diffusers", "cudnn")]
+    return f"One {environment['device']}, {', '.join(n for n in names if 'None' not in n)}, bf16"
+
+
 def kernel_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of the sparse kernel against the fastest dense one, and its environment."""
-    environment = rows[0]["environment"]
     lines = [
-        f"One {environment['device']}, torch {environment['torch']}, Triton "
-        f"{environment['triton']}, cuDNN {environment['cudnn']}, bf16, batch 1, random inputs, "
-        "interleaved medians. Density is measured; the rate counts visited blocks only. The time "
-        "is that of one call with the permutation and its undoing; the last speedup adds a plan "
-        "made from scratch for every call, where a pipeline makes one per resolution.",
+        f"{environment_of(rows)}, batch 1, random inputs, interleaved medians. Density is "
+        "measured; the rate counts visited blocks only. The time is that of one call with the "
+        "permutation and its undoing; the last speedup adds a plan made from scratch for every "
+        "call, where a pipeline makes one per resolution.",
         "",
-        "| blocks | tokens x heads x dim | density | dense cuDNN | sparse | of cuDNN's rate | "
-        "speedup | with plan |",
-        "|---|---|---|---|---|---|---|---|",
+        "| blocks | tokens x heads x dim | density | dense cuDNN | flex | sparse | of cuDNN's rate "
+        "| speedup | with plan |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    dense = {_case(row): row for row in rows if row["variant"] == "cudnn"}
+    variants = {(_case(row), row["variant"]): row for row in rows}
     for row in rows:
         if row["variant"] != "triton":
             continue
+        flex = variants.get((_case(row), "flex"))
         grid = f" {row['grid']}" if row["grid"] else ""
+        flex_ms = f"{flex['ms']:.2f} ms" if flex else ""
         lines.append(
             f"| {row['pattern']}{grid} | {row['tokens']:,} x {row['heads']} x {row['head_dim']} | "
-            f"{row['measured_density']:.3f} | {dense[_case(row)]['ms']:.2f} ms | "
-            f"{row['ms']:.2f} ms | "
-            f"{row['of_cudnn']:.2f} | {row['speedup']:.2f}x | {row['speedup_with_plan']:.2f}x |"
+            f"{row['measured_density']:.3f} | {variants[_case(row), 'cudnn']['ms']:.2f} ms | "
+            f"{flex_ms} | {row['ms']:.2f} ms | {row['of_cudnn']:.2f} | {row['speedup']:.2f}x | "
+            f"{row['speedup_with_plan']:.2f}x |"
         )
+    return "\n".join(lines)
+
+
+def steps_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of whole denoising steps, dense and with the window method."""
+    lines = [
+        f"{environment_of(rows)}, random weights of the full size, one forward without guidance, "
+        "variants in turn, medians. The baseline is the fastest dense one of the run; *ideal* is a sparse kernel with the rate of dense cuDNN and "
+        "free planning at the measured density.",
+        "",
+        "| model, tokens | mode | dense | attention | density | sparse | speedup | ideal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_mode: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_mode.setdefault((row["model"], row["compiled"]), []).append(row)
+    for (model, compiled), group in by_mode.items():
+        dense = min(row["ms"] for row in group if row["variant"] in ("stock", "dense"))
+        lines += [
+            f"| {model}, {row['tokens']:,} | {'compiled' if compiled else 'eager'} | "
+            f"{dense:.0f} ms | {row['attention_share']:.0%} | {row['measured_density']:.3f} | "
+            f"{row['ms']:.0f} ms | {row['speedup']:.2f}x | {row['ideal']:.2f}x |"
+            for row in group
+            if row["variant"].startswith("window")
+        ]
     return "\n".join(lines)
 
 
@@ -52,17 +83,41 @@ def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("pattern", "tokens", "heads", "head_dim", "density", "grid"))
 
 
-def with_table(text: str, table: str) -> str:
-    """README text with the table between its markers.
+def overhead_table(rows: list[dict[str, Any]]) -> str:
+    """What the processor adds to a call on the host."""
+    lines = [
+        f"{environment_of(rows)}, eager, a Wan transformer so small that the device waits for the "
+        "host: median host time per layer. What is added disappears behind the device's work in "
+        "long sequences, and under `torch.compile` of the blocks most of it too.",
+        "",
+        "| attention | host time per layer | added |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['variant']} | {row['host_us']:.0f} µs | {row['added_us']:+.0f} µs |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"kernels": kernel_table, "steps": steps_table, "overhead": overhead_table}
+
+
+def with_tables(text: str) -> str:
+    """README text with every table between its markers.
 
     Raises:
-        ValueError: the markers are not there.
+        ValueError: markers are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"Expected {BEGIN} and {END} in README.md, got a text without them.")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: from benchmarks/{name}.jsonl -->", f"<!-- {name}: end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"Expected {begin} and {end} in README.md, got a text without them.")
+        before, _, rest = text.partition(begin)
+        after = rest.partition(end)[2]
+        rows = rows_of(BENCHMARKS / f"{name}.jsonl")
+        text = f"{before}{begin}\n{table(rows)}\n{end}{after}"
+    return text
 
 
 def main() -> None:
@@ -71,10 +126,9 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    table = kernel_table(rows_of(ROOT / "benchmarks" / "kernels.jsonl"))
-    wanted = with_table(text, table)
+    wanted = with_tables(text)
     if arguments.check:
-        sys.exit(0 if text == wanted else "README.md differs from benchmarks/kernels.jsonl.")
+        sys.exit(0 if text == wanted else "README.md differs from benchmarks/*.jsonl.")
     readme.write_text(wanted, encoding="utf-8")
 
 
