@@ -58,8 +58,8 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of whole denoising steps, dense and with the window method."""
     lines = [
         f"{environment_of(rows)}, random weights of the full size, one forward without guidance, "
-        "variants in turn, medians. The baseline is the fastest dense one of the run; *ideal* is a sparse kernel with the rate of dense cuDNN and "
-        "free planning at the measured density.",
+        "variants in turn, medians. The baseline is the fastest dense one of the run; *ideal* is a "
+        "sparse kernel with the rate of dense cuDNN and free planning at the measured density.",
         "",
         "| model, tokens | mode | dense | attention | density | sparse | speedup | ideal |",
         "|---|---|---|---|---|---|---|---|",
@@ -87,8 +87,7 @@ def overhead_table(rows: list[dict[str, Any]]) -> str:
     """What the processor adds to a call on the host."""
     lines = [
         f"{environment_of(rows)}, eager, a Wan transformer so small that the device waits for the "
-        "host: median host time per layer. What is added disappears behind the device's work in "
-        "long sequences, and under `torch.compile` of the blocks most of it too.",
+        "host: median host time per layer. In long sequences the device's work hides it.",
         "",
         "| attention | host time per layer | added |",
         "|---|---|---|",
