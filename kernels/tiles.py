@@ -1,4 +1,8 @@
-"""Which tile a block-sparse launch uses: a table, measured offline, never tuned at run time."""
+"""Which tile a portable launch uses: a table made offline, never tuned at run time.
+
+Hopper's entries were measured on an H200; those of older GPUs are the ones that compile without
+spills (`scripts/compile_kernels.py`).
+"""
 
 from __future__ import annotations
 
@@ -40,12 +44,12 @@ def choose_tile(
         q_block, k_block: block sizes of the plan.
         boxed: whether entries are masked by coordinates, which takes registers.
     """
-    keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    warps = 4
+    hopper = capability[0] >= 9
+    keys = 64 if head_dim <= 128 else 32
     if itemsize == 4:
         keys = 32
-    elif boxed:
-        keys = min(keys, 64)
-    if q_block >= 128 and head_dim > (64 if boxed else 128):
-        warps = 8
-    return Tile(min(keys, k_block), warps, 2, tma=capability[0] >= 9)
+    elif hopper and head_dim <= 64 and not boxed:
+        keys = 128
+    # 128 rows in four warps spill registers where masks, or loads without descriptors, take some.
+    wide = head_dim > 128 or (head_dim > 64 and (boxed or not hopper))
+    return Tile(min(keys, k_block), 8 if wide and q_block >= 128 else 4, 2, tma=hopper)

@@ -1,0 +1,171 @@
+"""Compiles every kernel variant for a GPU that need not be there, and reads the machine code.
+
+    python scripts/compile_kernels.py --format json
+
+Small changes of a kernel's source make Triton drop warp specialisation, serialise the matrix
+instructions or spill registers without a word. Registers, spills and the counts of the
+instructions that matter show it. Needs Triton with its bundled tools, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
+
+from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels._portable import _portable_fwd
+from dit_sparse.kernels.tiles import choose_tile
+
+Q_BLOCK = K_BLOCK = 128
+COUNTED = {
+    "hgmma": r"HGMMA",
+    "mma": r"\b[HI]MMA",
+    "waits": r"WARPGROUP\.DEPBAR",
+    "tma": r"UTMALDG",
+    "setmaxreg": r"USETMAXREG",
+    "spills": r"\b(?:STL|LDL)\b",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: the kernel, its target and its compile-time arguments."""
+
+    kernel: str
+    capability: int
+    head_dim: int
+    ragged: bool
+    box: bool = False
+    full: bool = True
+    order: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a variant."""
+
+    variant: Variant
+    registers: int
+    shared: int
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def variants() -> Iterator[Variant]:
+    """Every combination that a launch can ask for in bf16, for Ampere and Hopper."""
+    for head_dim in (64, 128):
+        for ragged in (False, True):
+            yield Variant("hopper", 90, head_dim, ragged)
+        yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
+        for capability in (80, 90):
+            yield Variant("portable", capability, head_dim, ragged=True)
+            yield Variant("portable", capability, head_dim, ragged=True, box=True)
+
+
+def compiled(variant: Variant) -> Report:
+    """Compiles a variant as its launcher would."""
+    if variant.kernel == "hopper":
+        function, warps, stages = _block_sparse_fwd_hopper, 4, 2
+        tile, keys, tma = [K_BLOCK, variant.head_dim], K_BLOCK, True
+    else:
+        function = _portable_fwd
+        chosen = choose_tile(
+            divmod(variant.capability, 10), variant.head_dim, 2, Q_BLOCK, K_BLOCK, boxed=variant.box
+        )
+        warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
+        tile = [1, 1, keys, variant.head_dim]
+    constants = {
+        "D": variant.head_dim,
+        "DV": variant.head_dim,
+        "BLOCK_D": variant.head_dim,
+        "BLOCK_DV": variant.head_dim,
+        "BLOCK_M": Q_BLOCK,
+        "BLOCK_N": keys,
+        "SUB": K_BLOCK // keys,
+        "FULL": variant.full,
+        "RAGGED": variant.ragged,
+        "HAS_BOX": variant.box,
+        "HAS_ORDER": variant.order,
+        "TMA": tma,
+    }
+    source = _source(function, constants, f"tensordesc<bf16{tile}>" if tma else None)
+    kernel = triton.compile(
+        source,
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    return _read(variant, kernel)
+
+
+def _source(function: Any, constants: dict[str, Any], descriptor: str | None) -> ASTSource:
+    names = [parameter.name for parameter in function.params]
+    constants = {name: value for name, value in constants.items() if name in names}
+    if descriptor is None:
+        constants |= {"k_desc": None, "v_desc": None}
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    pointers |= {"order_ptr": "*i64", "lse_ptr": "*fp32"}
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_desc"):
+            return str(descriptor)
+        if name.endswith("_ptr"):
+            return pointers.get(name, "*i32")
+        return "fp32" if name == "scale_log2" else "i32"
+
+    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
+    return ASTSource(
+        function,
+        {name: kind(name) for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+
+
+def _read(variant: Variant, kernel: Any) -> Report:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage, code = (
+            subprocess.run([tool, flag, cubin.name], capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None or not code:
+        raise RuntimeError(f"Expected cuobjdump to read the code of {variant}, got {usage!r}.")
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
+    return Report(variant, int(registers[1]), kernel.metadata.shared, counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    arguments = parser.parse_args()
+    reports = [compiled(variant) for variant in variants()]
+    if arguments.format == "json":
+        print(json.dumps([asdict(report) for report in reports]))
+        return
+    for report in reports:
+        print(report.variant, report.registers, "registers", report.shared, "B", report.counts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What the compiler makes of the kernels, read in machine code: no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    """Compiled in a process of its own: this one runs Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), "--format", "json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def chosen(reports: list[dict[str, Any]], kernel: str, capability: int) -> list[dict[str, Any]]:
+    found = [
+        r
+        for r in reports
+        if (r["variant"]["kernel"], r["variant"]["capability"]) == (kernel, capability)
+    ]
+    assert found
+    return found
+
+
+def test_the_hopper_kernel_is_specialised_asynchronous_and_free_of_spills(reports):
+    for report in chosen(reports, "hopper", 90):
+        counts = report["counts"]
+        assert counts["spills"] == 0, report
+        assert counts["tma"] > 0, report
+        assert counts["setmaxreg"] > 0, report  # warp specialisation
+        assert counts["hgmma"] >= 6 * counts["waits"] > 0, report  # products are not serialised
+        assert report["shared"] <= 232_448, report
+
+
+def test_the_portable_kernel_uses_the_matrix_units_and_descriptors_of_hopper(reports):
+    for report in chosen(reports, "portable", 90):
+        counts = report["counts"]
+        assert counts["hgmma"] > 0, report
+        assert counts["tma"] > 0, report
+        assert counts["spills"] <= 80, report  # measured: still the fastest of its tiles
+
+
+def test_the_portable_kernel_fits_ampere(reports):
+    for report in chosen(reports, "portable", 80):
+        counts = report["counts"]
+        assert counts["mma"] > 0, report
+        assert counts["spills"] <= 2, report
+        assert report["shared"] <= 101_376, report  # also sm_86 and sm_89
