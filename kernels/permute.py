@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
@@ -31,11 +30,12 @@ def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
     )
     index = order.index
     x0, x1, x2 = (tensors[min(i, len(tensors) - 1)] for i in range(3))
-    rows = max(1, 8192 // triton.next_power_of_2(dim))
-    _permute_rows[(triton.cdiv(tokens, rows), batch * heads, len(tensors))](
+    width = 1 << (dim - 1).bit_length()
+    rows = max(1, 8192 // width)
+    _permute_rows[(-(-tokens // rows), batch * heads, len(tensors))](
         x0, x1, x2, out, index,
         *x0.stride()[:3], *x1.stride()[:3], *x2.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0, heads, tokens,
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=rows,
+        D=dim, BLOCK_D=width, BLOCK_N=rows,
     )  # fmt: skip
     return list(out.unbind())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
@@ -71,8 +70,8 @@ def launch(
 
 
 def padded(dim: int) -> int:
-    """A head dim as the kernels hold it."""
-    return max(16, triton.next_power_of_2(dim))
+    """A head dim as the kernels hold it: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def list_strides(plan: BlockPlan) -> tuple[Any, Any]:
