@@ -79,6 +79,9 @@ def sample(
         list[str] | None, typer.Option(help="Option of the method as key=value; repeatable.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Short for --option density=.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A saved plan for this size, in place of a method.")
+    ] = None,
     dense_first: Annotated[str, typer.Option(help="First steps kept dense: 3, or 0.2.")] = "0",
     dense_last: Annotated[str, typer.Option(help="Last steps kept dense: 3, or 0.2.")] = "0",
     dense_layers: Annotated[
@@ -111,20 +114,20 @@ def sample(
 ) -> None:
     """Make pictures with a sparse method and print what they cost."""
     with _sentences(output_format):
+        from dit_sparse.commands import sample as sampling
         from dit_sparse.commands.methods import method_of
-        from dit_sparse.commands.sample import Request
-        from dit_sparse.commands.sample import sample as run
         from dit_sparse.commands.words import device_of, dtype_of, prompts_of
 
         target = device_of(device)
-        report = run(
-            Request(
+        report = sampling.sample(
+            sampling.Request(
                 model=model,
                 prompts=prompts_of(prompt or [], prompt_file, DEFAULT_PROMPT),
                 method=method_of(
                     method,
                     option or [],
                     density=density,
+                    plan=plan,
                     dense_first=dense_first,
                     dense_last=dense_last,
                     dense_layers=dense_layers,

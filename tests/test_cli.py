@@ -21,8 +21,12 @@ from dit_sparse.cli import app
 from dit_sparse.commands import sample as sampling
 from dit_sparse.commands.methods import method_of
 from dit_sparse.commands.report import describe
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_io import save_plan
 
 SMALL = ["sample", "--steps", "2", "--height", "64", "--width", "96", "--frames", "9", "--warmup"]
 SMALL += ["0", "--device", "cpu", "--option", "block=64"]
@@ -271,6 +275,10 @@ BAD = {
     "corrupt index": (["--model", "corrupt"], "'corrupt', but it cannot be loaded"),
     "no index": (["--model", "folder.mp4"], "model_index.json"),
     "cut weights": (["--model", "cut", "--prompt", "1"], "'cut', but it cannot be loaded"),
+    "plan and density": (["--plan", "other.plan", "--density", "0.5"], "got both"),
+    "no plan": (["--plan", "none.plan"], "Expected to read a plan, got 'No such file"),
+    "corrupt plan": (["--plan", "binary.txt"], "Expected a plan in binary.txt"),
+    "plan for another grid": (["--plan", "other.plan"], "got 72 and 72: the plan is for another"),
 }
 
 
@@ -284,9 +292,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case: str) -> None:
     Path("corrupt/model_index.json").write_text("{not json")
     if case == "cut weights":
         _save_with_cut_weights("cut")
-    sized = [] if "--model" in arguments else SMALL[1:]
+    save_plan(plan_of(TokenGrid(2, 5, 7)), "other.plan")
+    sized = [] if "--model" in arguments else SMALL[1 : -2 if "--plan" in arguments else None]
     words = ["--device", "cpu", *sized, "--output", "sample.png", *arguments]
     assert sentence in refused("sample", *words)
+
+
+def plan_of(grid: TokenGrid) -> BlockPlan:
+    method = WindowMethod(density=0.5)
+    return method.plan(torch.zeros(1), torch.zeros(1), CallContext(TokenLayout.of(grid)))
+
+
+def test_sample_runs_a_saved_plan() -> None:
+    plan = plan_of(TokenGrid(3, 4, 6))
+    save_plan(plan, "small.plan")
+    result = run(*SMALL[:-2], "--format", "json", "--plan", "small.plan", "--output", "sample.png")
+    assert result.exit_code == 0, result.stderr
+    attention = json.loads(result.stdout)["results"][0]["attention"]
+    assert attention["density"] == pytest.approx(plan.density)
+    assert attention["sparse"] == 8
 
 
 def _save_with_cut_weights(folder: str) -> None:

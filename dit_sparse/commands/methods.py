@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dit_sparse import methods
 from dit_sparse.commands.words import layers_of, steps_of, value_of
 from dit_sparse.method import SparseMethod
+from dit_sparse.methods.saved import SavedPlan
 from dit_sparse.methods.schedule import Schedule
+from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_io import load_plan
 
 
 def method_of(
@@ -16,6 +20,7 @@ def method_of(
     options: Sequence[str] = (),
     *,
     density: float | None = None,
+    plan: Path | None = None,
     dense_first: str = "0",
     dense_last: str = "0",
     dense_layers: str | None = None,
@@ -27,13 +32,40 @@ def method_of(
         name: one of `dit_sparse.methods.names()`.
         options: `key=value` texts, read by the types that the method declares.
         density: short for the option of this name.
+        plan: a file that `save_plan` wrote, in place of a method.
         dense_first, dense_last: a count of steps or a fraction of them.
         dense_layers: layer numbers such as `0,1,30-39`.
         min_tokens: dense below this sequence length.
 
     Raises:
-        ValueError: an unknown name or option, or a bad value.
+        ValueError: an unknown name or option, a bad value, or a file that is no plan.
     """
+    if plan is None:
+        method = _by_name(name, options, density)
+    elif options or density is not None:
+        raise ValueError(
+            f"Expected --plan or a method's options, got both ({plan}). Drop one: a plan is final."
+        )
+    else:
+        method = SavedPlan(_read(plan))
+    schedule = Schedule(
+        method,
+        dense_first=steps_of(dense_first, "--dense-first"),
+        dense_last=steps_of(dense_last, "--dense-last"),
+        dense_layers=() if dense_layers is None else layers_of(dense_layers),
+        min_tokens=min_tokens,
+    )
+    return method if schedule == Schedule(method) else schedule
+
+
+def _read(path: Path) -> BlockPlan:
+    try:
+        return load_plan(path)
+    except OSError as error:
+        raise ValueError(f"{error.strerror}, not {str(path)!r}.") from error
+
+
+def _by_name(name: str, options: Sequence[str], density: float | None) -> SparseMethod:
     chosen = _options(name, options)
     if density is not None:
         if "density" not in {option.name for option in _describe(name)}:
@@ -43,15 +75,7 @@ def method_of(
         if "density" in chosen:
             raise ValueError("Expected one density, got --density and --option density=. Drop one.")
         chosen["density"] = density
-    method = methods.create(name, chosen)
-    schedule = Schedule(
-        method,
-        dense_first=steps_of(dense_first, "--dense-first"),
-        dense_last=steps_of(dense_last, "--dense-last"),
-        dense_layers=() if dense_layers is None else layers_of(dense_layers),
-        min_tokens=min_tokens,
-    )
-    return method if schedule == Schedule(method) else schedule
+    return methods.create(name, chosen)
 
 
 def _options(name: str, texts: Sequence[str]) -> dict[str, Any]:

@@ -40,8 +40,12 @@ def _classes() -> Mapping[str, type]:
 
 
 def names() -> list[str]:
-    """The methods that `create` knows."""
-    return sorted(name for name in _classes() if name != "schedule")
+    """The methods that `create` knows: those that need nothing but options to be made."""
+    return sorted(
+        name
+        for name, cls in _classes().items()
+        if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(cls))
+    )
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> SparseMethod:
