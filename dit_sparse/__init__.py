@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dit_sparse.pipelines.load import load
     from dit_sparse.pipelines.mapping import SparseAttnProcessor
     from dit_sparse.plan import BlockPlan
+    from dit_sparse.plan_io import load_plan, save_plan
 
 _HOMES = {
     "AttentionOutput": "dit_sparse.backend",
@@ -40,7 +41,9 @@ _HOMES = {
     "attend": "dit_sparse.attention",
     "dense_attention": "dit_sparse.attention",
     "load": "dit_sparse.pipelines.load",
+    "load_plan": "dit_sparse.plan_io",
     "remove": "dit_sparse.pipelines.apply",
+    "save_plan": "dit_sparse.plan_io",
     "summary": "dit_sparse.pipelines.apply",
 }
 
@@ -60,8 +63,10 @@ __all__ = [
     "attend",
     "dense_attention",
     "load",
+    "load_plan",
     "methods",
     "remove",
+    "save_plan",
     "summary",
 ]
 
