@@ -56,7 +56,7 @@ def _block_sparse_fwd_hopper(
 
     for it in tl.range(0, steps, warp_specialize=True):
         k = k_desc.load([k_row + tl.load(starts_ptr + it), k_col])
-        scores = tl.dot(q, k.T)
+        scores = tl.dot(q, tl.trans(k))
         v = v_desc.load([v_row + tl.load(starts_ptr + tl.maximum(it - 1, 0)), v_col])
         acc = acc * alpha[:, None]
         acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)

@@ -96,7 +96,7 @@ def _portable_fwd(
                            n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
             v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
-            scores = tl.dot(q, k.T, input_precision="ieee")
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if RAGGED:
                 # A column bias rides on the scaling, a select would not. `start` has no part in it,
                 # so that the load pipeline may run ahead. The first tile of a block is never empty:
@@ -134,7 +134,7 @@ def _portable_fwd(
             bias = tl.where(within < length, 0.0, float("-inf"))
             above = tl.load(above_ptr + start + within, mask=within < length, other=0) | guard
             below = tl.load(below_ptr + start + within, mask=within < length, other=0)
-            scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
             inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
             scores = tl.where((inside & guard) == guard, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))

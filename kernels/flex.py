@@ -40,6 +40,8 @@ class FlexBackend:
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         if not self.eager and not q.is_cuda:
             return f"expected tensors on a GPU, got {q.device.type}."
+        if _POWERS_ONLY and any(d & (d - 1) for d in (q.shape[-1], v.shape[-1])):
+            return f"expected head dims that are powers of two with torch {torch.__version__}."
         return refuses_beyond_basics(q, k, v, plan)
 
     def run(
@@ -59,6 +61,7 @@ class FlexBackend:
 
 BACKEND = FlexBackend()
 
+_POWERS_ONLY = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
 # torch 2.9 replaced return_lse by return_aux.
 _LSE: dict[str, Any] = (
     {"return_aux": _flex.AuxRequest(lse=True)}
