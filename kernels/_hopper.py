@@ -1,7 +1,7 @@
 """Block-sparse attention forward for Hopper: warp-specialised. Launched by `block_sparse.py`.
 
 The shape of the loop is what lets Triton split it into a producer and two consumer warpgroups and
-keep both matrix products asynchronous (seen in SASS for Triton 3.6 to 3.9): one loop, no branch in
+keep both matrix products asynchronous (seen in SASS for Triton 3.6 and 3.9): one loop, no branch in
 it, scalar loads only, queries through a descriptor made in the kernel, and the product with the
 values one block behind, so that it runs under the next block's softmax.
 """
