@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
@@ -262,17 +263,22 @@ class BlockPlan:
         Whole entries count, masked elements included, since a kernel computes them; an entry of
         pool level g counts 1/g of its block, and a tail one row per unlisted block.
         """
-        count = (self.full + self.partial).reshape(-1)
-        n_q = self.q_blocks.lengths.repeat(self.offsets.shape[0] * self.offsets.shape[1])
-        queries = n_q.repeat_interleave(count).double()
-        keys = self.k_blocks.lengths[self.indices[self.entries].long()].double()
+        return float(self.density_tensor)
+
+    @cached_property
+    def density_tensor(self) -> Tensor:
+        """`density` as a float64 scalar on the plan's device, without waiting for it."""
+        keys = self.k_blocks.lengths[self.indices.long()].long()
         if self.level is not None:
-            keys = (keys / self.level[self.entries]).ceil()
-        area = (queries * keys).sum()
+            keys = (keys / self.level.clamp(min=1)).ceil().long()  # unused entries may say 0
+        before = F.pad(keys.cumsum(0), (1, 0))  # keys in all entries before this one
+        first, count = self.offsets.long(), (self.full + self.partial).long()
+        read = before[first + count] - before[first]
         if self.tail != "none":
-            area += (n_q * (self.k_blocks.n - count)).double().sum()
-        total = self.offsets[..., 0].numel() * self.q_blocks.total * self.k_blocks.total
-        return float(area) / total
+            read = read + self.k_blocks.n - count
+        area = (self.q_blocks.lengths * read).sum()
+        rows = count[..., 0].numel() * self.q_blocks.starts[-1].double()
+        return area / (rows * self.k_blocks.starts[-1])
 
     def element_mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor | None:
         """bool mask of a partial entry between the given plan positions; `None`: all visible."""

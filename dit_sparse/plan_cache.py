@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.attention import select_backend
@@ -33,22 +31,6 @@ class PlannedCall:
 
     plan: BlockPlan
     choices: dict[Any, tuple[Backend, tuple[str, ...]]] = field(default_factory=dict)
-
-    @cached_property
-    def density(self) -> Tensor:
-        """`BlockPlan.density` as a float64 scalar on the plan's device, without waiting for it."""
-        plan = self.plan
-        keys = plan.k_blocks.lengths[plan.indices.long()].long()
-        if plan.level is not None:
-            keys = (keys / plan.level).ceil().long()
-        before = F.pad(keys.cumsum(0), (1, 0))  # keys in all entries before this one
-        first, count = plan.offsets.long(), (plan.full + plan.partial).long()
-        read = before[first + count] - before[first]
-        if plan.tail != "none":
-            read = read + plan.k_blocks.n - count
-        area = (plan.q_blocks.lengths * read).sum()
-        rows = count[..., 0].numel() * plan.q_blocks.starts[-1].double()
-        return area / (rows * plan.k_blocks.starts[-1])
 
     def backend(
         self, q: Tensor, k: Tensor, v: Tensor, name: str | None

@@ -70,7 +70,7 @@ class LayerRecord:
     def _settle(self) -> None:
         if self.planned is None or not self.repeats:
             return
-        added = self.repeats * self.planned.density
+        added = self.repeats * self.planned.plan.density_tensor
         if isinstance(self.area, Tensor):
             self.area = self.area.to(added.device)  # the model may have moved
         self.area, self.repeats = self.area + added, 0
