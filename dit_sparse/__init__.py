@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dit_sparse import methods
+    from dit_sparse import methods, models
     from dit_sparse.attention import attend, dense_attention
     from dit_sparse.backend import AttentionOutput, Backend
     from dit_sparse.grid import Permutation, TextSpan, TokenGrid, TokenLayout
@@ -65,6 +65,7 @@ __all__ = [
     "load",
     "load_plan",
     "methods",
+    "models",
     "remove",
     "save_plan",
     "summary",
@@ -72,8 +73,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return importlib.import_module("dit_sparse.methods")
+    if name in ("methods", "models"):
+        return importlib.import_module(f"dit_sparse.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

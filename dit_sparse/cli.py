@@ -16,8 +16,11 @@ from typing import Annotated, Any
 import typer
 
 import dit_sparse
+from dit_sparse import models
 
-DEFAULT_MODEL = "tiny:wan"
+_EMBEDDED = models.get(models.DEFAULT)
+# A missing folder of a model that ships is an error, not a reason to show noise.
+DEFAULT_MODEL = _EMBEDDED.name if _EMBEDDED.ships or _EMBEDDED.present else "tiny:wan"
 DEFAULT_PROMPT = "a red balloon rises over a quiet harbour"
 
 logger = logging.getLogger("dit_sparse")
@@ -69,7 +72,11 @@ def _main(
 @app.command()
 def sample(
     model: Annotated[
-        str, typer.Option(help="Folder, hub id, or tiny:<family> (random weights, no download).")
+        str,
+        typer.Option(
+            help=f"{', '.join(models.names())}, a folder, a hub id, or tiny:<family> "
+            "(random weights)."
+        ),
     ] = DEFAULT_MODEL,
     prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeatable.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,

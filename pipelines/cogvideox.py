@@ -28,4 +28,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("CogVideoXPipeline",),
     model="zai-org/CogVideoX-2b",
+    side=8,
 )

@@ -33,6 +33,8 @@ class Family:
         model: a published model id for examples.
         makes_masks: whether the transformer itself makes the masks of this attention, from the
             lengths that `layout` reads, so that they say nothing else in any forward.
+        side: what the pipelines want height and width in pixels to be a multiple of, whatever
+            their VAE and patches are.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Family:
     pipelines: tuple[str, ...]
     model: str
     makes_masks: bool = False
+    side: int = 1
 
     def attends(self, module_name: str) -> bool:
         """Whether the module of this name is the family's self-attention."""

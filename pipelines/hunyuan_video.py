@@ -39,4 +39,5 @@ FAMILY = Family(
     pipelines=("HunyuanVideoPipeline",),
     model="hunyuanvideo-community/HunyuanVideo",
     makes_masks=True,
+    side=16,
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from dit_sparse import models
 from dit_sparse.methods import MethodSpec
 from dit_sparse.pipelines import apply as apply_module
 
@@ -31,7 +32,8 @@ def load(
         pipe.set_attn_processor("window", options={"density": 0.3})
 
     Args:
-        path_or_id: folder of a saved pipeline, or its id on the Hub.
+        path_or_id: one of `dit_sparse.models.names()`, folder of a saved pipeline (`./name` if a
+            model of this package has that name), or an id on the Hub.
         dtype: of the weights; that of the files by default.
         device: where to put the pipeline; the CPU by default.
         components: parts to use instead of those in the folder, `None` to leave one out.
@@ -39,10 +41,12 @@ def load(
 
     Raises:
         OSError: there is no such pipeline.
+        ValueError: a file of a model of this package is missing or has another size.
     """
+    source = os.fspath(path_or_id)
     kept = {"revision": revision, "variant": variant, "dtype": dtype}
     pipe = DiffusionPipeline.from_pretrained(
-        os.fspath(path_or_id),
+        str(models.path(source)) if source in models.names() else source,
         local_files_only=local_files_only,
         **{key: value for key, value in kept.items() if value is not None},
         **(components or {}),

@@ -41,4 +41,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("LTXPipeline",),
     model="Lightricks/LTX-Video",
+    side=32,
 )

@@ -36,4 +36,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("PixArtSigmaPipeline",),
     model="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    side=8,
 )

@@ -32,4 +32,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    side=16,
 )

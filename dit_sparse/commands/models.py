@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from dit_sparse.commands.words import among
+from dit_sparse import models
+from dit_sparse.commands.limits import check_size, check_text
+from dit_sparse.commands.words import among, nearest
 from dit_sparse.pipelines.tiny import prompt_embeddings, tiny_call, tiny_names, tiny_pipeline
 
 # To a type checker, diffusers.DiffusionPipeline is the stand-in for a missing torch.
@@ -39,12 +41,14 @@ class Model:
         pipeline: a diffusers pipeline.
         conditions: the call arguments that say what to make, from a prompt and a negative prompt.
         defaults: further call arguments, unless the user gives others.
+        full: those of the defaults that would be others on a GPU, as they would be there.
     """
 
     name: str
     pipeline: Pipeline
     conditions: Conditions
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    full: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -67,17 +71,17 @@ class Model:
         """Call arguments: the model's defaults under those given that are not `None`.
 
         Raises:
-            ValueError: the pipeline does not take one of them or needs others, or the VAE cannot
-                make the size.
+            ValueError: the pipeline does not take one of them or needs others, cannot make the
+                size, or would cut the prompt.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
         arguments = {**self.defaults, **chosen, **self.conditions(prompt, negative)}
         title = type(self.pipeline).__name__
         for name in arguments:
             if name not in self.parameters:
-                flag = FLAGS.get(name, f"--{name}").replace("_", "-")
                 raise ValueError(
-                    f"Expected options that {title} takes, got {flag}. Leave it out for this model."
+                    f"Expected options that {title} takes, got {_flag(name)}. Leave it out for "
+                    "this model."
                 )
         needed = {
             n
@@ -90,13 +94,32 @@ class Model:
                 f"{', '.join(sorted(needed - arguments.keys()))}. Call it from Python instead."
             )
         check_size(self.pipeline, arguments)
+        for name in ("prompt", "negative_prompt"):
+            if name in arguments:
+                check_text(self.pipeline, arguments[name], _flag(name))
         return arguments
+
+    def reduction(self, given: Mapping[str, Any]) -> str | None:
+        """A sentence that says which defaults are lower than on a GPU; `None` if none is used."""
+        lower = [name for name in self.full if given.get(name) is None]
+        if not lower:
+            return None
+        flags = [_flag(name) for name in lower]
+        here = [f"{self.defaults[n]} {f.lstrip('-')}" for n, f in zip(lower, flags, strict=True)]
+        there = [str(self.full[name]) for name in lower]
+        change = "changes" if len(flags) == 1 else "change"
+        return (
+            f"No GPU: {' and '.join(here)} instead of {' and '.join(there)}; "
+            f"{' and '.join(flags)} {change} that."
+        )
 
 
 def open_model(
     name: str, *, device: torch.device, dtype: torch.dtype, offload: str = "none"
 ) -> Model:
-    """Opens `tiny:<family>`, a folder that `save_pretrained` wrote, or a hub model id.
+    """Opens an embedded model, `tiny:<family>`, a `save_pretrained` folder, or a hub model id.
+
+    The name of an embedded model means that model; `./name` is a folder of the same name.
 
     Args:
         name: which model.
@@ -113,52 +136,14 @@ def open_model(
         raise ValueError(
             f"Expected a GPU to offload from, got --offload {offload} on a CPU. Leave it out."
         )
-    tiny = name.startswith(TINY)
-    model = _tiny(name, device, dtype) if tiny else _published(name, dtype)
+    if name in models.names():
+        model = _embedded(models.get(name), device, dtype)
+    elif name.startswith(TINY):
+        model = _tiny(name, device, dtype)
+    else:
+        model = _published(name, dtype)
     _place(model.pipeline, device, offload)
     return model
-
-
-def check_size(pipe: Pipeline, arguments: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a height, width or frame count that the VAE cannot make.
-
-    diffusers rounds some of these with a warning; a picture of another size than asked for is a
-    wrong result here.
-    """
-    unit = _pixels_per_token(pipe)
-    for axis in ("height", "width"):
-        size = arguments.get(axis)
-        if size is not None and (size < unit or size % unit):
-            raise ValueError(
-                f"Expected --{axis} to be a multiple of {unit} for {type(pipe).__name__}, "
-                f"got {size}. The nearest is {max(unit, round(size / unit) * unit)}."
-            )
-    frames, step = arguments.get("num_frames"), _frames_per_latent(pipe)
-    if frames is not None and (frames < 1 or (frames - 1) % step):
-        raise ValueError(
-            f"Expected --frames to be a multiple of {step} plus 1 for {type(pipe).__name__}, "
-            f"got {frames}. The nearest is {max(0, round((frames - 1) / step)) * step + 1}."
-        )
-
-
-def _pixels_per_token(pipe: Pipeline) -> int:
-    ratio = _first(
-        pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"
-    )
-    patch = getattr(pipe.transformer.config, "patch_size", 1)
-    patch = patch[-1] if isinstance(patch, (tuple, list)) else patch
-    pack = getattr(pipe, "_pack_latents", None)
-    if pack is not None and "patch_size" not in inspect.signature(pack).parameters:
-        patch = max(patch, 2)  # Flux and Qwen-Image fold 2x2 latents outside the transformer
-    return ratio * patch
-
-
-def _frames_per_latent(pipe: Pipeline) -> int:
-    return _first(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-
-
-def _first(pipe: Pipeline, *names: str) -> int:
-    return next((int(getattr(pipe, name)) for name in names if getattr(pipe, name, None)), 1)
 
 
 def _tiny(name: str, device: torch.device, dtype: torch.dtype) -> Model:
@@ -202,22 +187,33 @@ def _embedding(key: str, text: str, like: torch.Tensor) -> torch.Tensor:
     return embedding.reshape(like.shape)
 
 
-def _published(name: str, dtype: torch.dtype) -> Model:
-    from dit_sparse.pipelines.load import load
+def _embedded(model: models.EmbeddedModel, device: torch.device, dtype: torch.dtype) -> Model:
+    opened = _load(model.name, str(models.path(model.name)), dtype)
+    reduced = {} if device.type == "cuda" else model.without_gpu
+    full = {name: model.call[name] for name in reduced}
+    return replace(opened, defaults=model.arguments(device.type), full=full)
 
+
+def _published(name: str, dtype: torch.dtype) -> Model:
     path = Path(name)
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"Expected a diffusers pipeline folder with a model_index.json, got {name!r}."
         )
     if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        families = ", ".join(TINY + family for family in tiny_names())
+        known = [*models.names(), *(TINY + family for family in tiny_names())]
         raise ValueError(
-            f"Expected an existing folder, a model id such as owner/name, or one of {families}, "
-            f"got {name!r}."
+            f"Expected an existing folder, a model id such as owner/name, or one of "
+            f"{', '.join(known)}, got {name!r}.{nearest(name, known)}"
         )
+    return _load(name, name, dtype)
+
+
+def _load(name: str, source: str, dtype: torch.dtype) -> Model:
+    from dit_sparse.pipelines.load import load
+
     try:
-        pipe = load(name, dtype=dtype, device="cpu")
+        pipe = load(source, dtype=dtype, device="cpu")
     except Exception as error:  # a damaged folder can raise anything, and the folder is the input
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
@@ -251,3 +247,8 @@ def _place(pipe: Pipeline, device: torch.device, offload: str) -> None:
             pipe.enable_sequential_cpu_offload(device=device)
         case "group":
             pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
+
+
+def _flag(name: str) -> str:
+    """The option that becomes a call argument."""
+    return FLAGS.get(name, f"--{name}").replace("_", "-")

@@ -118,6 +118,9 @@ def sample(request: Request) -> Report:
         model.arguments(prompt, request.negative_prompt, request.arguments)
         for prompt in request.prompts
     ]
+    reduction = model.reduction(request.arguments)
+    if reduction is not None:
+        logger.warning(reduction)
     paths = media.numbered(output, len(calls))
     for path in paths:
         media.check_output(path)

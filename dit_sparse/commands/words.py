@@ -32,9 +32,15 @@ def among(value: str, known: Collection[str], what: str) -> str:
     """The value, if it is known; else a sentence with the nearest known one."""
     if value in known:
         return value
+    raise ValueError(
+        f"Expected {what} among {', '.join(known)}, got {value!r}.{nearest(value, known)}"
+    )
+
+
+def nearest(value: str, known: Collection[str]) -> str:
+    """` Did you mean ...?` with the known value nearest to this one, or nothing."""
     near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Expected {what} among {', '.join(known)}, got {value!r}.{hint}")
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def at_least(value: int | None, low: int, flag: str) -> None:
