@@ -14,9 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 Frames = NDArray[np.uint8]
+# A thread for every core and file makes small files slow; whole files are decoded in parallel.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
 VISIBLE = 8  # alpha from which a pixel counts as content
 MARGIN = 1.02  # side of the stored square over that of the content
 

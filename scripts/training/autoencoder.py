@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scripts.training import whole
+
 EDGE_WEIGHT = 0.5
 KL_WEIGHT = 1e-4
 
@@ -27,10 +29,9 @@ class Reconstruction(nn.Module):
             video: `[B, 3, F, H, W]` from -1 to 1, 4n + 1 frames.
             generator: of the noise in the latents.
         """
-        vae: Any = self.vae
-        posterior = vae.encode(video).latent_dist
+        posterior = whole.encode(self.vae, video)
         noise = torch.randn(posterior.mean.shape, generator=generator, device=video.device)
-        made = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        made = whole.decode(self.vae, posterior.mean + posterior.std * noise).float()
         divergence = posterior.mean.square() + posterior.var - 1 - posterior.logvar
         kl = 0.5 * divergence.float().mean()
         edges = sum(_edge_error(made, video, dim) for dim in (2, 3, 4) if video.shape[dim] > 1)
@@ -44,7 +45,7 @@ def _edge_error(made: Tensor, video: Tensor, dim: int) -> Tensor:
 @torch.no_grad()
 def raw_latents(vae: Any, video: Tensor) -> Tensor:
     """Means of the latents of clips, `[B, C, F', H', W']` float32, not normalised."""
-    return vae.encode(video).latent_dist.mean.float()
+    return whole.encode(vae, video).mean.float()
 
 
 class Encoder:

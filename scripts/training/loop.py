@@ -16,6 +16,7 @@ from scripts.training.buckets import Bucket, pick
 from scripts.training.clock import Clock
 from scripts.training.prefetch import Batch, Prefetch
 from scripts.training.state import Trained
+from scripts.training.step import Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,11 +193,13 @@ def train(
         return task.batch(pick(plan.buckets, seed, step), _randomness(seed, step, rank, device))
 
     batches = Prefetch(batch_of, step, device)
+    learn = Step(accelerator, model, trained, task, batches)
+    draws = _randomness(seed, step, rank, device)
     try:
         progress = _Progress(plan, first=step, step=step, window=_fresh(device))
         while not _over(accelerator, plan.clock, progress.done):
-            draws = _randomness(seed, progress.step, rank, device)
-            loss, norm = _update(accelerator, model, trained, task, batches.next(), draws, progress)
+            _reseed(draws, seed, progress.step, rank)
+            loss, norm = learn(batches.next(), draws, progress.rate())
             progress.add(loss, norm, accelerator.num_processes)
             if progress.done % plan.log_every == 0 or plan.clock.steps == progress.done:
                 hooks.log(progress.line())
@@ -208,27 +211,6 @@ def train(
     hooks.save(progress.step)
     hooks.sample(progress.step)
     return progress.record()
-
-
-def _update(
-    accelerator: Any,
-    model: nn.Module,
-    trained: Trained,
-    task: Task,
-    batch: Batch,
-    draws: Randomness,
-    progress: _Progress,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns loss and gradient norm, on the device."""
-    for group in trained.optimizer.param_groups:
-        group["lr"] = progress.rate()
-    loss = task.loss(model, batch, draws)
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(trained.model.parameters(), 1.0)
-    trained.optimizer.step()
-    trained.optimizer.zero_grad(set_to_none=True)
-    trained.average.update(trained.model)
-    return loss.detach(), norm.detach()
 
 
 def _over(accelerator: Any, clock: Clock, step: int) -> bool:
@@ -243,9 +225,13 @@ def _over(accelerator: Any, clock: Clock, step: int) -> bool:
 
 
 def _randomness(seed: int, step: int, rank: int, device: torch.device) -> Randomness:
+    draws = Randomness(torch.Generator(), random.Random(), torch.Generator(device))
+    _reseed(draws, seed, step, rank)
+    return draws
+
+
+def _reseed(draws: Randomness, seed: int, step: int, rank: int) -> None:
     key = random.Random(f"{seed} {step} {rank}").getrandbits(62)
-    return Randomness(
-        torch.Generator().manual_seed(key),
-        random.Random(key),
-        torch.Generator(device).manual_seed(key),
-    )
+    draws.data.manual_seed(key)
+    draws.chance.seed(key)
+    draws.noise.manual_seed(key)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Prefetch:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: queue.Queue[Any] = queue.Queue(_AHEAD)
         self._closed = threading.Event()
+        self._working = threading.Lock()
         self._thread = threading.Thread(target=self._work, args=(first,), daemon=True)
         self._thread.start()
 
@@ -54,6 +55,12 @@ class Prefetch:
                 tensor.record_stream(current)  # or its memory could be reused too early
         return batch
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Makes nothing meanwhile, so that the thread does not use the device."""
+        with self._working:
+            yield
+
     def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
@@ -64,8 +71,9 @@ class Prefetch:
         try:
             with stream:
                 while not self._closed.is_set():
-                    batch = self._make(step)
-                    event = None if self._stream is None else self._stream.record_event()
+                    with self._working:
+                        batch = self._make(step)
+                        event = None if self._stream is None else self._stream.record_event()
                     self._put((batch, event))
                     step += 1
         except Exception as error:  # it is raised where the batch is wanted
