@@ -167,7 +167,7 @@ def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
     output_format: Format = "text",
 ) -> None:
-    """Say what is installed and which attention backends run here; exit code 1 if none does."""
+    """Say what is installed, whole, and which attention backends run; exit code 1 if none does."""
     with _sentences(output_format):
         from dit_sparse.commands.words import device_of
         from dit_sparse.doctor import examine

@@ -1,4 +1,4 @@
-"""Looks at a machine: versions, device, and which attention backends really run on it."""
+"""Looks at a machine: versions, device, which attention backends really run, whole models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_sparse import models
 from dit_sparse.attention import attend, backends
 from dit_sparse.backend import Backend
 from dit_sparse.grid import TokenGrid, TokenLayout
@@ -55,12 +56,14 @@ class Diagnosis:
         sparse: one check per backend of `dit_sparse.attention.backends()`, in order of preference,
             and one of Triton's portable kernel alone: it may work where a GPU's own does not.
         dense: one check per backend of PyTorch's scaled_dot_product_attention.
+        models: one check per embedded model: whether all its files are as they were made.
     """
 
     versions: dict[str, str | None]
     device: str
     sparse: tuple[Check, ...]
     dense: tuple[Check, ...]
+    models: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
@@ -82,6 +85,9 @@ class Diagnosis:
                 "",
                 "Dense backends of PyTorch:",
                 *map(str, self.dense),
+                "",
+                "Embedded models, every file against its digest:",
+                *map(str, self.models),
             ]
         )
 
@@ -122,6 +128,8 @@ class _Probe:
 def examine(device: torch.device | str | None = None) -> Diagnosis:
     """Runs a small problem through every backend and compares it with float64 attention.
 
+    The files of the embedded models are read in full.
+
     Args:
         device: by default the GPU if there is one, else the CPU.
     """
@@ -133,6 +141,7 @@ def examine(device: torch.device | str | None = None) -> Diagnosis:
         device=_describe(device),
         sparse=(*_missing(), *(_check_sparse(*b, probe) for b in _named_backends(probe))),
         dense=tuple(_check_dense(kernel, probe) for kernel in _DENSE),
+        models=tuple(_check_model(models.get(name)) for name in models.names()),
     )
 
 
@@ -194,6 +203,11 @@ def _check(name: str, run: Callable[[], Tensor], measure: Callable[[Tensor], flo
     allowed = _TOLERANCE[out.dtype]
     verdict = "" if error <= allowed else f", more than the {allowed:g} that rounding explains"
     return Check(name, error <= allowed, f"largest error {error:.1e} in {out.dtype}{verdict}")
+
+
+def _check_model(model: models.EmbeddedModel) -> Check:
+    fault = model.damage(digests=True)
+    return Check(model.name, fault is None, fault or f"whole, in {model.folder}")
 
 
 def _version(package: str) -> str | None:

@@ -34,7 +34,8 @@ def load(
     Args:
         path_or_id: one of `dit_sparse.models.names()`, folder of a saved pipeline (`./name` if a
             model of this package has that name), or an id on the Hub.
-        dtype: of the weights; that of the files by default.
+        dtype: of the weights. By default float32 for a model of this package; for others what
+            diffusers chooses, which may be one for its own parts and another for text encoders.
         device: where to put the pipeline; the CPU by default.
         components: parts to use instead of those in the folder, `None` to leave one out.
         revision, variant, local_files_only: as in `DiffusionPipeline.from_pretrained`.
@@ -44,9 +45,11 @@ def load(
         ValueError: a file of a model of this package is missing or has another size.
     """
     source = os.fspath(path_or_id)
+    if source in models.names():
+        source, dtype = str(models.path(source)), dtype or torch.float32
     kept = {"revision": revision, "variant": variant, "dtype": dtype}
     pipe = DiffusionPipeline.from_pretrained(
-        str(models.path(source)) if source in models.names() else source,
+        source,
         local_files_only=local_files_only,
         **{key: value for key, value in kept.items() if value is not None},
         **(components or {}),

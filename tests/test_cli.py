@@ -28,8 +28,8 @@ from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_io import save_plan
 
-SMALL = ["sample", "--steps", "2", "--height", "64", "--width", "96", "--frames", "9", "--warmup"]
-SMALL += ["0", "--device", "cpu", "--option", "block=64"]
+SMALL = ["sample", "--model", "tiny:wan", "--device", "cpu", "--steps", "2", "--frames", "9"]
+SMALL += ["--height", "64", "--width", "96", "--warmup", "0", "--option", "block=64"]
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ class TestSample:
 @pytest.mark.parametrize("offload", ["none", "model", "sequential", "group"])
 def test_sample_on_a_gpu(offload: str) -> None:
     options = ["--steps", "2", "--format", "json", "--offload", offload, "--output", "sample.gif"]
-    result = run("sample", *options)
+    result = run("sample", "--model", "tiny:wan", *options)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["dtype"] == "bfloat16"
@@ -241,6 +241,7 @@ BAD = {
     "min tokens": (["--min-tokens", "-1"], "min_tokens"),
     "family": (["--model", "tiny:wam"], "Did you mean 'wan'?"),
     "model word": (["--model", "wan"], "an existing folder, a model id such as owner/name"),
+    "model typo": (["--model", "tiny-vido"], "Did you mean 'tiny-video'?"),
     "missing folder": (["--model", "./nothing/here"], "an existing folder"),
     "dtype": (["--dtype", "bflaot16"], "Did you mean 'bfloat16'?"),
     "fp8": (["--dtype", "fp8"], "what attention computes in, got 'fp8'"),
@@ -252,9 +253,11 @@ BAD = {
     "backend": (["--backend", "refrence"], "Did you mean 'reference'?"),
     "backend refuses": (["--backend", "flex"], "flex"),
     "height": (["--height", "65"], "--height to be a multiple of 16 for WanPipeline, got 65"),
-    "width": (["--width", "8"], "The nearest is 16"),
+    "width": (["--width", "8"], "Use 16."),
     "height 0": (["--height", "0"], "--height of at least 1"),
+    "height of both": (["--height", "65"], "Use 64 or 80."),
     "frames": (["--frames", "10"], "--frames to be a multiple of 4 plus 1"),
+    "frames of both": (["--frames", "10"], "Use 9 or 13."),
     "steps": (["--steps", "0"], "--steps of at least 1"),
     "seed": (["--seed", "-1"], "--seed from 0"),
     "guidance": (["--guidance", "nan"], "finite --guidance"),

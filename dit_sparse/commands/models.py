@@ -109,7 +109,7 @@ class Model:
         there = [str(self.full[name]) for name in lower]
         change = "changes" if len(flags) == 1 else "change"
         return (
-            f"No GPU: {' and '.join(here)} instead of {' and '.join(there)}; "
+            f"On the CPU: {' and '.join(here)} instead of {' and '.join(there)}; "
             f"{' and '.join(flags)} {change} that."
         )
 
