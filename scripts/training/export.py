@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dit_sparse.models.manifest import write_manifest
 from scripts.training.card import model_card
 from scripts.training.checkpoint import open_checkpoint
 from scripts.training.pipeline import draw_samples, load_pipeline
@@ -47,6 +48,7 @@ def export(checkpoint: Path, target: Path, recipe: str) -> str:
     shutil.rmtree(draft, ignore_errors=True)
     pipe.save_pretrained(draft, safe_serialization=True)
     (draft / "README.md").write_text(model_card(found, pipe), encoding="utf-8")
+    write_manifest(draft)
     size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
     if size > LIMIT_BYTES:
         raise ValueError(f"Expected at most {LIMIT_BYTES} bytes, got {size} in {draft}.")

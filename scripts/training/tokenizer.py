@@ -54,7 +54,7 @@ def from_json(text: str) -> PreTrainedTokenizerFast:
         tokenizer_object=Tokenizer.from_str(text),
         pad_token=PAD,
         eos_token=END,
-        model_max_length=TEXT_LENGTH,
+        model_max_length=TEXT_LENGTH - 1,  # the last position was padding in training
     )
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 from diffusers import WanPipeline
 
+from dit_sparse.models.manifest import damage
 from scripts.train import parser, request_of
 from scripts.training.checkpoint import open_checkpoint
 from scripts.training.export import export
@@ -104,6 +105,7 @@ def test_a_resume_from_shards_starts_at_the_average(straight, prompts, tmp_path)
 def test_an_export_is_a_stock_pipeline(straight, tmp_path):
     target = tmp_path / "pipe"
     assert "loads and samples" in export(straight, target, "toy")
+    assert damage(target, digests=True) is None
     card = (target / "README.md").read_text()
     assert "MIT" in card
     assert "| images |" in card
