@@ -21,7 +21,7 @@ from dit_sparse import models
 _EMBEDDED = models.get(models.DEFAULT)
 # A missing folder of a model that ships is an error, not a reason to show noise.
 DEFAULT_MODEL = _EMBEDDED.name if _EMBEDDED.ships or _EMBEDDED.present else "tiny:wan"
-DEFAULT_PROMPT = "a red balloon rises over a quiet harbour"
+DEFAULT_PROMPT = "a cow moving to the right under a light blue sky over green ground"
 
 logger = logging.getLogger("dit_sparse")
 
@@ -167,7 +167,7 @@ def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
     output_format: Format = "text",
 ) -> None:
-    """Say what is installed, whole, and which attention backends run; exit code 1 if none does."""
+    """Say which backends run here (exit code 1 if none does) and whether the models are whole."""
     with _sentences(output_format):
         from dit_sparse.commands.words import device_of
         from dit_sparse.doctor import examine
