@@ -14,7 +14,8 @@ from scripts.evaluation.maps import HeadMap
 from scripts.evaluation.structure import HOLDS, KINDS
 
 LAYERS_SHOWN = 4
-_GAMMA = 0.4  # of the colour scale: a few large entries would leave the rest black
+_GAMMA = 0.35  # of the colour scale: a few large entries would leave the rest black
+_TITLE = 0.35  # inches above a map
 _BRIGHTEST = 0.999  # quantile of a map that gets the brightest colour
 _COLUMNS = ("entropy", "best 10 %", "best 20 %", "window", "frame", "place", "text")
 
@@ -26,7 +27,7 @@ def draw_grid(maps: Sequence[HeadMap], path: Path, title: str, *, zoom: bool) ->
         maps: all of them.
         path: picture to write.
         title: above all.
-        zoom: whether to show a few frames instead of the whole sequence.
+        zoom: whether to show the middle of the picture instead of the whole sequence.
     """
     layers = _spread(sorted({m.layer for m in maps}), LAYERS_SHOWN)
     columns = [(la, st) for la in layers for st in sorted({m.step for m in maps})]
@@ -47,14 +48,14 @@ def draw_grid(maps: Sequence[HeadMap], path: Path, title: str, *, zoom: bool) ->
 
 
 def draw_examples(maps: Sequence[HeadMap], path: Path) -> None:
-    """For each kind that occurs its clearest head: the whole map and a few frames of it."""
+    """For each kind that occurs its clearest head: the whole map and the middle of it."""
     found = examples(maps)
     figure, axes = _figure(2, len(found), 3.4, "")
     for column, example in enumerate(found):
         where = f"layer {example.layer}, head {example.head}, step {example.step}"
         kept = f"best 10 % of keys keep {example.numbers['best 10 %']:.0%}"
         _show(axes[0, column], example.picture, f"{example.kind}: {where}\n{kept}")
-        _show(axes[1, column], example.zoom, "a few frames of it")
+        _show(axes[1, column], example.zoom, "the middle of it")
     _save(figure, path)
 
 
@@ -99,7 +100,7 @@ def _row(found: Sequence[HeadMap], steps: Sequence[int], names: Sequence[str]) -
 def _figure(rows: int, columns: int, side: float, title: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(side * columns, side * rows * 1.2), layout="constrained")
+    figure = Figure(figsize=(side * columns, (side + _TITLE) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat:
         panel.set_axis_off()

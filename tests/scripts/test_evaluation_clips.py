@@ -148,8 +148,10 @@ def photograph():
 
 
 def test_the_weights_are_in_their_places(network, photograph):
-    """ImageNet's class 652 is "military uniform"."""
-    assert int(network.classify(photograph).argmax()) == 652
+    """ImageNet's class 652 is "military uniform"; with another scale of colours it is less sure."""
+    probabilities = network.classify(photograph)[0]
+    assert int(probabilities.argmax()) == 652
+    assert probabilities[652] > 0.43
 
 
 def test_features_rank_blur_and_noise(network, photograph):
