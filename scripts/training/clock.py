@@ -52,6 +52,6 @@ class Clock:
         """Factor of the learning rate at step `step` of this run."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
         left = 1 - self.progress(step)
-        if left >= self.cooldown:
+        if left >= self.cooldown or not self.cooldown:
             return rise
         return rise * max(FLOOR, left / self.cooldown)

@@ -116,7 +116,8 @@ def _train_denoiser(run: Run, data: Data) -> None:
             compilation.compile_blocks(model.transformer)
 
     patch = math.prod(recipe.transformer["patch_size"])
-    task = FlowMatching(data.train, Encoder(vae), tokenizer, patch)
+    own = from_json(to_json(tokenizer))  # the pipeline's calls change settings of theirs
+    task = FlowMatching(data.train, Encoder(vae), own, patch)
     _, record = run.train(build_denoiser(recipe), task, sample, ready)
     run.finish(record)
 

@@ -212,6 +212,10 @@ def test_clock_warms_up_and_cools_down():
     assert rates == pytest.approx([0.1, 1, 1, 0.5, 0.02], abs=1e-4)
 
 
+def test_a_constant_rate_stays_after_the_end():
+    assert Clock(minutes=1e6, steps=10, cooldown=0).rate(20) == 1
+
+
 @pytest.mark.parametrize("wrong", [{"minutes": 0}, {"steps": 0}, {"warmup": -1}, {"cooldown": 2}])
 def test_impossible_clocks_are_refused(wrong):
     with pytest.raises(ValueError, match=r"^Expected"):
