@@ -1,4 +1,4 @@
-"""Trains the embedded video model, in boxes of a few minutes that resume.
+"""Trains the embedded models, video and image, in boxes of a few minutes that resume.
 
     python scripts/train.py vae    --data data --out outputs/tiny-video --minutes 4
     python scripts/train.py images --data data --out outputs/tiny-video --minutes 8
@@ -6,8 +6,9 @@
     python scripts/train.py long   --data data --out outputs/tiny-video --minutes 9
     python scripts/train.py export --out outputs/tiny-video --to outputs/tiny-video-pipeline
 
-`--data shapes` needs no files, and `--recipe toy` no GPU. A checkpoint folder holds averaged
-weights in shards, `checkpoint.json` (the record), `history.jsonl`, `loss.png` and `samples.png`.
+With `--recipe tiny-image`, the stages are vae, base, large and distil. `--data shapes` needs no
+files, and `--recipe toy` or `toy-image` no GPU. A checkpoint folder holds averaged weights in
+shards, `checkpoint.json` (the record), `history.jsonl`, `loss.png` and `samples.png`.
 Several GPUs: `accelerate launch scripts/train.py ...`.
 """
 
@@ -29,9 +30,10 @@ from scripts.training.export import export
 from scripts.training.loop import Plan
 from scripts.training.parts import train_part
 from scripts.training.pipeline import PROMPTS
-from scripts.training.recipe import RECIPES, TINY_VIDEO
+from scripts.training.recipes import RECIPES
 from scripts.training.run import Request
-from scripts.training.stages import STAGES
+from scripts.training.stage import Stage
+from scripts.training.tiny_video import TINY_VIDEO
 
 STARTED = time.monotonic()
 
@@ -39,8 +41,8 @@ STARTED = time.monotonic()
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
-    for name in STAGES:
-        _add_stage(commands.add_parser(name, formatter_class=argparse.RawTextHelpFormatter), name)
+    for name in dict.fromkeys(stage for recipe in RECIPES.values() for stage in recipe.stages):
+        _add_stage(commands.add_parser(name))
     shipping = commands.add_parser("export", help="write the pipeline folder that is shipped")
     shipping.add_argument("--out", type=Path, required=True, help="checkpoint folder")
     shipping.add_argument("--to", type=Path, required=True, help="pipeline folder to write")
@@ -48,27 +50,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_stage(command: argparse.ArgumentParser, name: str) -> None:
-    stage = STAGES[name]
+def _add_stage(command: argparse.ArgumentParser) -> None:
+    command.epilog = "Kinds, sizes, lr, cooldown and shown are the stage's own unless given."
     add = command.add_argument
     add("--data", required=True, help="folder of built training data, or shapes")
-    add("--kinds", default=",".join(stage.kinds), help="sets of the folder: clips, images or both")
+    add("--kinds", help="sets of the folder: clips, images or clips,images")
     add("--out", type=Path, required=True, help="checkpoint folder to write")
     add("--resume", type=Path, help="checkpoint folder to go on from, if not --out")
     add("--state", type=Path, help="folder of this machine for an exact resume")
     add("--recipe", choices=RECIPES, default=TINY_VIDEO.name)
     add("--minutes", type=float, required=True, help="training ends then; saving comes after")
     add("--steps", type=int, help="end after so many steps at the latest")
-    add("--sizes", default=stage.sizes, help="FRAMESxHEIGHTxWIDTH:BATCH*WEIGHT,...")
-    add("--lr", type=float, default=stage.lr)
+    add("--sizes", help="FRAMESxHEIGHTxWIDTH:BATCH*WEIGHT,...")
+    add("--lr", type=float, help="peak learning rate")
     add("--warmup", type=int, default=200, help="steps of this run")
-    add("--cooldown", type=float, default=stage.cooldown, help="last share of this run")
+    add("--cooldown", type=float, help="last share of this run")
     add("--seed", type=int, default=0)
     add("--save-every", type=float, default=2.0, help="minutes")
     add("--sample-every", type=float, default=4.0, help="minutes")
     add("--log-every", type=int, default=25, help="steps")
     add("--prompts", type=Path, help="a file with a prompt on every line, for the samples")
-    add("--shown", default="x".join(map(str, stage.shown)), help="FRAMESxHEIGHTxWIDTH of samples")
+    add("--shown", help="FRAMESxHEIGHTxWIDTH of samples")
     add("--latents", type=int, help="channels of a new VAE")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
 
@@ -76,14 +78,19 @@ def _add_stage(command: argparse.ArgumentParser, name: str) -> None:
 def request_of(arguments: argparse.Namespace) -> Request:
     """The request of a stage's command line; raises `ValueError` if something in it is wrong."""
     recipe = RECIPES[arguments.recipe]
+    stage = _stage_of(arguments)
     prompts = PROMPTS
     if arguments.prompts is not None:
         prompts = tuple(arguments.prompts.read_text(encoding="utf-8").splitlines())
-    shown = parse_buckets(f"{arguments.shown}:1", recipe)[0]
-    clock = Clock(arguments.minutes, arguments.steps, arguments.warmup, arguments.cooldown, STARTED)
+    shown = stage.shown
+    if arguments.shown is not None:
+        bucket = parse_buckets(f"{arguments.shown}:1", recipe)[0]
+        shown = (bucket.frames, bucket.height, bucket.width)
+    cooldown = stage.cooldown if arguments.cooldown is None else arguments.cooldown
+    clock = Clock(arguments.minutes, arguments.steps, arguments.warmup, cooldown, STARTED)
     plan = Plan(
-        buckets=parse_buckets(arguments.sizes, recipe),
-        lr=arguments.lr,
+        buckets=parse_buckets(arguments.sizes or stage.sizes, recipe),
+        lr=stage.lr if arguments.lr is None else arguments.lr,
         clock=clock,
         seed=arguments.seed,
         log_every=arguments.log_every,
@@ -97,13 +104,23 @@ def request_of(arguments: argparse.Namespace) -> Request:
         plan=plan,
         resume=arguments.resume,
         recipe=arguments.recipe,
-        kinds=tuple(arguments.kinds.split(",")),
+        kinds=tuple(arguments.kinds.split(",")) if arguments.kinds else stage.kinds,
         prompts=prompts,
         state=arguments.state,
         compile=arguments.compile,
         latents=arguments.latents,
-        shown=(shown.frames, shown.height, shown.width),
+        shown=shown,
     )
+
+
+def _stage_of(arguments: argparse.Namespace) -> Stage:
+    stages = RECIPES[arguments.recipe].stages
+    if arguments.command not in stages:
+        raise ValueError(
+            f"Expected a stage of {arguments.recipe} ({', '.join(stages)}), got "
+            f"{arguments.command}. Name another --recipe."
+        )
+    return stages[arguments.command]
 
 
 def main() -> None:

@@ -29,9 +29,8 @@ def parse_buckets(text: str, recipe: Recipe) -> tuple[Bucket, ...]:
     """Reads `FRAMESxHEIGHTxWIDTH:BATCH*WEIGHT,...`; the weight may be left out.
 
     Raises:
-        ValueError: the text is malformed, or the VAE cannot make a size.
+        ValueError: the text is malformed, or the recipe cannot make a size.
     """
-    unit = recipe.pixels_per_latent * recipe.transformer["patch_size"][1]
     buckets = []
     for item in text.split(","):
         found = re.fullmatch(r"(\d+)x(\d+)x(\d+):(\d+)(?:\*(\d+))?", item.strip())
@@ -40,12 +39,8 @@ def parse_buckets(text: str, recipe: Recipe) -> tuple[Bucket, ...]:
                 f"Expected sizes as FRAMESxHEIGHTxWIDTH:BATCH, such as 49x128x128:8, got {item!r}."
             )
         bucket = Bucket(*(int(number) for number in found.groups(default="1")))
-        # The stock VAE reads four frames at a time after the first and drops what is left over.
-        if bucket.frames % 4 != 1 or bucket.height % unit or bucket.width % unit:
-            raise ValueError(
-                f"Expected a multiple of 4 plus 1 frames and sides that are multiples of {unit}, "
-                f"got {item!r}."
-            )
+        if not recipe.fits((bucket.frames, bucket.height, bucket.width)):
+            raise ValueError(f"Expected {recipe.size_rule}, got {item!r}.")
         if not all((bucket.height, bucket.width, bucket.batch, bucket.weight)):
             raise ValueError(f"Expected sizes and batches above 0, got {item!r}.")
         buckets.append(bucket)

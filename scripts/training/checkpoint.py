@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.training.archive import Archive, read_shards, write_atomic, write_shards
-from scripts.training.recipe import RECIPES, Recipe
+from scripts.training.recipe import Recipe
+from scripts.training.recipes import RECIPES
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
@@ -28,7 +29,7 @@ class Checkpoint:
 
     Args:
         recipe: name of the recipe.
-        parts: index of the shards of `"vae"` and `"denoiser"`.
+        parts: index of the shards of `"vae"`, `"denoiser"` and, if distilled, `"teacher"`.
         steps: training steps so far, by part.
         latents: per-channel `mean` and `std` of the VAE's latents, and its digest as `vae`.
         runs: one record for each run of the script.
@@ -53,13 +54,12 @@ class Checkpoint:
         recipe = RECIPES[self.recipe]
         if not self.latents:
             return recipe
-        channels = len(self.latents["mean"])
-        statistics = {"latents_mean": self.latents["mean"], "latents_std": self.latents["std"]}
-        return replace(
-            recipe,
-            vae={**recipe.vae, **statistics, "z_dim": channels},
-            transformer={**recipe.transformer, "in_channels": channels, "out_channels": channels},
-        )
+        return recipe.with_statistics(self.latents["mean"], self.latents["std"])
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the denoiser is guided by its guidance input; its teacher is kept then."""
+        return "teacher" in self.parts
 
     def read(self, folder: Path, part: str) -> Archive:
         """The weights of a part.

@@ -1,15 +1,14 @@
-"""Training of the two parts of the video model."""
+"""Training of the two parts of a model: VAE and denoiser."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.training import compilation
 from scripts.training.autoencoder import (
@@ -20,13 +19,18 @@ from scripts.training.autoencoder import (
     reconstruction_psnr,
 )
 from scripts.training.buckets import Bucket
-from scripts.training.denoiser import build_denoiser, shorten_text
-from scripts.training.pipeline import build_pipeline, draw_samples, load_vae
+from scripts.training.loop import Task
+from scripts.training.pipeline import draw_samples, load_vae
 from scripts.training.run import CACHE, Request, Run, begin
 from scripts.training.sheet import contact_sheet, to_clips
 from scripts.training.source import Data, Source, open_data
-from scripts.training.stages import FlowMatching, Reconstructing, draw_clips
+from scripts.training.stage import Goal
+from scripts.training.tasks import Captioned, Distilling, FlowMatching, Reconstructing, draw_clips
 from scripts.training.tokenizer import check_prompts, from_json, to_json, train_tokenizer
+from scripts.training.weights import load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 #: Batches for latent statistics, and captions for the tokenizer.
 _STATISTICS = 16
@@ -57,28 +61,29 @@ def _train_vae(run: Run, data: Data) -> None:
         channels = run.request.latents
         statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
         run.checkpoint = replace(run.checkpoint, latents=statistics)
-    device = run.accelerator.device
-    test = _fixed_clips(data.held_out(), run.request.shown, 8)
+    device, recipe = run.accelerator.device, run.checkpoint.models
+    test = recipe.for_vae(_fixed_clips(data.held_out(), run.request.shown, 8))
 
     def sample(average: Any, path: Path) -> None:
         with torch.no_grad(), _autocast(device):
             made = average.vae.decode(average.vae.encode(test).latent_dist.mean).sample
         rows = [c for pair in zip(to_clips(test), to_clips(made), strict=True) for c in pair]
-        names = ["held-out clip", "reconstruction"] * len(test)
+        names = ["held out", "reconstruction"] * len(test)
         contact_sheet(rows[:8], names[:8], 5).save(path)
 
-    model = Reconstruction(run.checkpoint.models.build_vae())
-    average, record = run.train(model, Reconstructing(data.train), sample, lambda _: None)
+    model = Reconstruction(recipe.build_vae(), recipe)
+    task = Reconstructing(data.train, recipe)
+    average, record = run.train(model, task, sample, lambda _: None)
     record |= _measure(run, average, data, test)
     run.finish(record)
 
 
 def _measure(run: Run, average: Any, data: Data, test: Tensor) -> dict[str, Any]:
     """Statistics of the latents into the checkpoint, PSNR into the record."""
-    device = run.accelerator.device
+    device, recipe = run.accelerator.device, run.checkpoint.models
     with _autocast(device):
         latents = [
-            raw_latents(average.vae, _fixed_clips(data.train, run.request.shown, 8, seed))
+            raw_latents(average.vae, recipe, _fixed_clips(data.train, run.request.shown, 8, seed))
             for seed in range(1, _STATISTICS + 1)
         ]
         psnr = reconstruction_psnr(average.vae, test)
@@ -89,37 +94,75 @@ def _measure(run: Run, average: Any, data: Data, test: Tensor) -> dict[str, Any]
 
 def _train_denoiser(run: Run, data: Data) -> None:
     folder = run.request.resume or run.out
+    _check_order(run, folder)
+    recipe = run.checkpoint.models
+    vae = load_vae(run.checkpoint, folder).to(run.accelerator.device)
+    tokenizer = _tokenizer(run, data, folder)
+    prompts = list(run.request.prompts)
+    check_prompts(tokenizer, prompts)
+    distilled = run.request.settings.goal is Goal.DISTILLATION
+
+    def sample(average: Any, path: Path) -> None:
+        pipe = recipe.build_pipeline(vae, average, tokenizer)
+        clips = draw_samples(recipe, pipe, prompts, run.request.shown, distilled=distilled)
+        contact_sheet(clips, prompts, 7).save(path)
+
+    def ready(model: Any) -> None:
+        model.shorten_text()
+        if run.request.compile:
+            compilation.read_cache(folder / CACHE)
+            compilation.compile_blocks(model.transformer)
+
+    own = from_json(to_json(tokenizer))  # the pipeline's calls change settings of theirs
+    captioned = Captioned(data.train, Encoder(vae, recipe), own)
+    task: Task = FlowMatching(captioned, recipe.patch)
+    if distilled:
+        task = Distilling(captioned, recipe.patch, _teacher(run, folder, ready))
+    _, record = run.train(recipe.build_denoiser(), task, sample, ready)
+    run.finish(record)
+
+
+def _check_order(run: Run, folder: Path) -> None:
     if not any("held_out_psnr_db" in record for record in run.checkpoint.runs):
         raise ValueError(
             f"Expected a VAE with measured latents in {folder}, found none: no vae run "
             "was completed. Run that stage, if only for a minute."
         )
-    device = run.accelerator.device
-    recipe = run.checkpoint.models
-    vae = load_vae(run.checkpoint, folder).to(device)
+    goal = run.request.settings.goal
+    if goal is Goal.FLOW and run.checkpoint.distilled:
+        raise ValueError(
+            f"Expected a denoiser that is not distilled in {folder}, got one that is: this stage "
+            "would undo it. Go back to the checkpoint before."
+        )
+    if goal is Goal.DISTILLATION and "denoiser" not in run.checkpoint.parts:
+        raise ValueError(
+            f"Expected a trained denoiser to distil in {folder}, found none. Run the stages before."
+        )
+
+
+def _tokenizer(run: Run, data: Data, folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the checkpoint, or a new one for it."""
     if "denoiser" in run.checkpoint.parts:
         tokenizer = from_json(run.checkpoint.read(folder, "denoiser").texts["tokenizer.json"])
     else:
-        tokenizer = train_tokenizer(_texts(data), recipe.vocabulary)
+        tokenizer = train_tokenizer(_texts(data), run.checkpoint.models.vocabulary)
     run.texts["tokenizer.json"] = to_json(tokenizer)
-    prompts = list(run.request.prompts)
-    check_prompts(tokenizer, prompts)
+    return tokenizer
 
-    def sample(average: Any, path: Path) -> None:
-        pipe = build_pipeline(recipe, vae, average, tokenizer)
-        contact_sheet(draw_samples(pipe, prompts, run.request.shown), prompts, 7).save(path)
 
-    def ready(model: Any) -> None:
-        shorten_text(model.transformer)
-        if run.request.compile:
-            compilation.read_cache(folder / CACHE)
-            compilation.compile_blocks(model.transformer)
-
-    patch = math.prod(recipe.transformer["patch_size"])
-    own = from_json(to_json(tokenizer))  # the pipeline's calls change settings of theirs
-    task = FlowMatching(data.train, Encoder(vae), own, patch)
-    _, record = run.train(build_denoiser(recipe), task, sample, ready)
-    run.finish(record)
+def _teacher(run: Run, folder: Path, ready: Callable[[Any], None]) -> nn.Module:
+    """The denoiser before it was distilled; from now on the checkpoint keeps its shards too."""
+    checkpoint = run.checkpoint
+    if not checkpoint.distilled:
+        run.checkpoint = checkpoint = replace(
+            checkpoint,
+            parts={**checkpoint.parts, "teacher": checkpoint.parts["denoiser"]},
+            steps={**checkpoint.steps, "teacher": checkpoint.steps["denoiser"]},
+        )
+    teacher = checkpoint.models.build_denoiser().eval().requires_grad_(False)
+    load_weights(teacher, checkpoint.read(folder, "teacher").tensors)
+    ready(teacher.to(run.accelerator.device))
+    return teacher
 
 
 def _texts(data: Data) -> Iterator[str]:

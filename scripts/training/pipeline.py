@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from scripts.training.autoencoder import Reconstruction
 from scripts.training.checkpoint import Checkpoint
-from scripts.training.denoiser import Denoiser
-from scripts.training.recipe import Recipe
+from scripts.training.recipe import Pipeline, Recipe, Size
 from scripts.training.tokenizer import from_json
 from scripts.training.weights import load_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-# To a type checker, diffusers' own class is the stand-in for a missing torch.
-Pipeline: TypeAlias = Any
 
 PROMPTS = (
     "a cow",
@@ -34,25 +27,11 @@ PROMPTS = (
 )
 
 
-def build_pipeline(
-    recipe: Recipe, vae: Any, denoiser: Denoiser, tokenizer: PreTrainedTokenizerFast
-) -> Pipeline:
-    """A `WanPipeline` of these very modules; nothing is copied."""
-    from diffusers import WanPipeline
-
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=denoiser.text_encoder,
-        vae=vae,
-        scheduler=recipe.build_scheduler(),
-        transformer=denoiser.transformer,
-    )
-
-
 def load_vae(checkpoint: Checkpoint, folder: Path) -> Any:
     """The trained VAE, in float32 with bf16 values."""
-    vae = checkpoint.models.build_vae()
-    load_weights(Reconstruction(vae), checkpoint.read(folder, "vae").tensors)
+    recipe = checkpoint.models
+    vae = recipe.build_vae()
+    load_weights(Reconstruction(vae, recipe), checkpoint.read(folder, "vae").tensors)
     return vae.eval().requires_grad_(False)
 
 
@@ -65,34 +44,30 @@ def load_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
     recipe = checkpoint.models
     vae = load_vae(checkpoint, folder)
     archive = checkpoint.read(folder, "denoiser")
-    denoiser = Denoiser(recipe.build_text_encoder(), recipe.build_transformer()).eval()
+    denoiser = recipe.build_denoiser().eval()
     load_weights(denoiser, archive.tensors)
-    return build_pipeline(recipe, vae, denoiser, from_json(archive.texts["tokenizer.json"]))
+    return recipe.build_pipeline(vae, denoiser, from_json(archive.texts["tokenizer.json"]))
 
 
 def draw_samples(
+    recipe: Recipe,
     pipe: Pipeline,
     prompts: Sequence[str],
-    size: tuple[int, int, int],
+    size: Size,
     *,
+    distilled: bool,
     steps: int = 20,
-    guidance: float = 4.0,
     seed: int = 0,
 ) -> list[np.ndarray]:
     """One clip `[F, H, W, 3]` from 0 to 1 for each prompt, of `size` (frames, height, width)."""
-    frames, height, width = size
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
     device = pipe.transformer.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         result = pipe(
-            list(prompts),
-            height=height,
-            width=width,
-            num_frames=frames,
+            **recipe.call(prompts, size, distilled=distilled),
             num_inference_steps=steps,
-            guidance_scale=guidance,
             generator=generators,
             output_type="np",
         )
-    return list(result.frames)
+    return recipe.clips(result)

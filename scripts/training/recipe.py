@@ -1,145 +1,136 @@
-"""What the trained models are made of: stock diffusers and transformers classes, as data.
-
-The video VAE halves time and quarters height and width. A temporal factor of 1 would be simpler,
-but `WanPipeline.__call__` then turns every frame count n into n + 1 (it tests `n % factor != 1`).
-At 128x128 and 49 frames the transformer sees 25 x 16 x 16 = 6400 tokens.
-"""
+"""What a recipe is: a stock pipeline to train, described to the stages, the export and the card."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
+
+from scripts.training.stage import Stage
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from transformers import PreTrainedTokenizerFast
 
 #: Tokens of a caption in training, end token included.
 TEXT_LENGTH = 64
 
-#: Text tokens that the stock pipeline makes by default; those after the caption are zeros.
+#: Text tokens that the stock pipelines make by default; those after the caption are padding.
 PIPELINE_TEXT_LENGTH = 512
+
+# To a type checker, diffusers' own class is the stand-in for a missing torch.
+Pipeline: TypeAlias = Any
+
+#: Frames, height and width.
+Size: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Arguments of the stock classes.
+class Card:
+    """What a model card says that depends on the recipe.
 
     Args:
-        name: under which the checkpoint remembers it.
-        vae: of `AutoencoderKLWan`.
-        transformer: of `WanTransformer3DModel`.
-        text: of `UMT5Config`, without the vocabulary.
-        vocabulary: tokens of the tokenizer.
-        shift: of the sampling schedule towards noise.
+        kind: `pipeline_tag` of the card.
+        about: Markdown, formatted with millions of parameters by component.
+        data: what the training data are composed of.
+        training: the loss of every part.
+        limits: Markdown list items.
     """
 
-    name: str
-    vae: Mapping[str, Any]
-    transformer: Mapping[str, Any]
-    text: Mapping[str, Any]
-    vocabulary: int
-    shift: float = 4.0
+    kind: str
+    about: str
+    data: str
+    training: str
+    limits: str
+
+
+class Denoiser(Protocol):
+    """Text encoders and transformer, a module that predicts the flow of noisy latents."""
+
+    transformer: Any
+
+    def __call__(self, noisy: Tensor, times: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The flow of `noisy` at noise levels `times` `[B]`, in the shape of `noisy`."""
+
+    def shorten_text(self) -> None:
+        """From now on, reads `TEXT_LENGTH` tokens as if they were the pipeline's 512."""
+
+
+class Recipe(Protocol):
+    """A pipeline of stock classes and how it is trained. Implementations are frozen records."""
 
     @property
-    def frames_per_latent(self) -> int:
-        return self.vae["scale_factor_temporal"]
+    def name(self) -> str:
+        """Under which checkpoints remember it."""
 
     @property
-    def pixels_per_latent(self) -> int:
-        return self.vae["scale_factor_spatial"]
+    def vocabulary(self) -> int:
+        """Tokens of the tokenizer."""
 
-    def build_vae(self) -> Any:
-        """A fresh `AutoencoderKLWan`."""
-        from diffusers import AutoencoderKLWan
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        """Its training, in order, with defaults."""
 
-        return AutoencoderKLWan(**self.vae)
+    @property
+    def limit_bytes(self) -> int:
+        """What the exported folder may weigh, tokenizer and settings included."""
 
-    def build_transformer(self) -> Any:
-        """A fresh `WanTransformer3DModel`."""
-        from diffusers import WanTransformer3DModel
+    @property
+    def smallest(self) -> Size:
+        """A size to try an export out with."""
 
-        return WanTransformer3DModel(**self.transformer)
+    @property
+    def card(self) -> Card:
+        """Its part of the model card."""
 
-    def build_text_encoder(self) -> Any:
-        """A fresh `UMT5EncoderModel`."""
-        from transformers import UMT5Config, UMT5EncoderModel
+    @property
+    def size_rule(self) -> str:
+        """Which sizes it can make, to follow "Expected"."""
 
-        return UMT5EncoderModel(UMT5Config(vocab_size=self.vocabulary, **self.text))
+    def fits(self, size: Size) -> bool:
+        """Whether it can make a size."""
 
-    def build_scheduler(self) -> Any:
-        """The scheduler that is shipped: UniPC over the flow's noise levels, as Wan's is."""
-        from diffusers import UniPCMultistepScheduler
-
-        return UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
-        )
+    @property
+    def patch(self) -> int:
+        """Latents of a token."""
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Transformer tokens of a clip."""
-        latents = (frames - 1) // self.frames_per_latent + 1
-        unit = self.pixels_per_latent * self.transformer["patch_size"][1]
-        return latents * (height // unit) * (width // unit)
+        """Transformer tokens of a size, without text."""
 
+    def with_channels(self, channels: int) -> Recipe:
+        """The recipe with so many latent channels."""
 
-def _vae(base_dim: int, channels: int) -> dict[str, Any]:
-    return {
-        "base_dim": base_dim,
-        "z_dim": channels,
-        "dim_mult": [1, 2],
-        "num_res_blocks": 1,
-        "temperal_downsample": [True],
-        "patch_size": 2,
-        "in_channels": 12,
-        "out_channels": 12,
-        "scale_factor_temporal": 2,
-        "scale_factor_spatial": 4,
-        "latents_mean": [0.0] * channels,
-        "latents_std": [1.0] * channels,
-    }
+    def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> Recipe:
+        """The recipe whose VAE declares measured latent statistics, of every channel."""
 
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Declared mean and deviation of the latents: of every channel, or one for all."""
 
-def _transformer(layers: int, heads: int, ffn: int, channels: int, text: int) -> dict[str, Any]:
-    return {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": heads,
-        "attention_head_dim": 64,
-        "in_channels": channels,
-        "out_channels": channels,
-        "text_dim": text,
-        "freq_dim": 256,
-        "ffn_dim": ffn,
-        "num_layers": layers,
-        "cross_attn_norm": True,
-    }
+    def for_vae(self, video: Tensor) -> Tensor:
+        """Clips `[B, 3, F, H, W]` in the shape that the VAE takes."""
 
+    def encode(self, vae: Any, pictures: Tensor) -> DiagonalGaussianDistribution:
+        """What the VAE's `encode` gives for pictures `[B, 3, ...]`, by the fastest way."""
 
-def _text(layers: int, dim: int) -> dict[str, Any]:
-    return {
-        "d_model": dim,
-        "d_kv": 64,
-        "d_ff": 2 * dim,
-        "num_heads": dim // 64,
-        "num_layers": layers,
-        "dropout_rate": 0.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """What the VAE's `decode` makes of latents, by the fastest way; it need not be clamped."""
 
+    def build_vae(self) -> Any:
+        """A fresh VAE."""
 
-#: 11.6 + 2.1 + 1.8 million parameters: 31 MB in bf16, so that a clone and a wheel stay light.
-TINY_VIDEO = Recipe(
-    name="tiny-video",
-    vae=_vae(32, 8),
-    transformer=_transformer(layers=8, heads=5, ffn=768, channels=8, text=256),
-    text=_text(layers=2, dim=256),
-    vocabulary=3072,
-)
+    def build_denoiser(self) -> nn.Module:
+        """A fresh `Denoiser`, with gates that start closed so that training starts calmly."""
 
-#: For tests and dry runs on a CPU.
-TOY = Recipe(
-    name="toy",
-    vae=_vae(8, 4),
-    transformer=_transformer(layers=2, heads=1, ffn=64, channels=4, text=64),
-    text=_text(layers=1, dim=64),
-    vocabulary=400,
-)
+    def build_pipeline(
+        self, vae: Any, denoiser: Any, tokenizer: PreTrainedTokenizerFast
+    ) -> Pipeline:
+        """The stock pipeline of these very modules; nothing is copied."""
 
-RECIPES = {recipe.name: recipe for recipe in (TINY_VIDEO, TOY)}
+    def call(self, prompts: Sequence[str], size: Size, *, distilled: bool) -> dict[str, Any]:
+        """Arguments of the pipeline's call for guided samples."""
+
+    def clips(self, result: Any) -> list[np.ndarray]:
+        """What a call made, clip by clip, each `[F, H, W, 3]` from 0 to 1."""

@@ -23,9 +23,10 @@ from scripts.training.ema import Average
 from scripts.training.history import History
 from scripts.training.loop import Hooks, Plan, Task, train
 from scripts.training.pipeline import PROMPTS
-from scripts.training.recipe import TINY_VIDEO
-from scripts.training.stages import STAGES, Stage
+from scripts.training.recipes import RECIPES
+from scripts.training.stage import Stage
 from scripts.training.state import Trained, read_state, write_state
+from scripts.training.tiny_video import TINY_VIDEO
 from scripts.training.weights import load_weights, weights
 
 logger = logging.getLogger("train")
@@ -42,7 +43,7 @@ class Request:
     """What to train.
 
     Args:
-        stage: a name of `STAGES`.
+        stage: a stage of the recipe.
         data: see `source.open_data`.
         out: checkpoint folder to write.
         plan: how to train.
@@ -53,7 +54,7 @@ class Request:
         state: folder on this machine for the exact state, or `None`.
         compile: the transformer's blocks.
         latents: channels of a new VAE, `None` for the recipe's.
-        shown: frames, height and width of the sample clips.
+        shown: frames, height and width of the samples.
     """
 
     stage: str
@@ -71,7 +72,7 @@ class Request:
 
     @property
     def settings(self) -> Stage:
-        return STAGES[self.stage]
+        return RECIPES[self.recipe].stages[self.stage]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Contact sheets: one row per clip, frames side by side, the caption above."""
+"""Contact sheets: clips as rows of frames, stills side by side, captions above."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _CAPTION = 14
+_STILLS = 4  # side by side
 
 
 def contact_sheet(
     clips: Sequence[np.ndarray], captions: Sequence[str], columns: int
 ) -> Image.Image:
-    """A picture of clips.
+    """A picture of clips, one under the other, or of stills, four in a row.
 
     Args:
         clips: each `[F, H, W, 3]` from 0 to 1, of one height and width.
@@ -28,17 +29,23 @@ def contact_sheet(
 
     frames, height, width, _ = clips[0].shape
     shown = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
-    size = (len(shown) * width, len(clips) * (height + _CAPTION))
-    sheet = Image.new("RGB", size, "white")
+    across = min(_STILLS, len(clips)) if frames == 1 else 1
+    wide, high = len(shown) * width, height + _CAPTION
+    sheet = Image.new("RGB", (across * wide, -(-len(clips) // across) * high), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
-        top = row * (height + _CAPTION)
-        draw.text((2, top), caption, fill="black")
+    for place, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+        left, top = place % across * wide, place // across * high
+        draw.text((left + 2, top), caption, fill="black")
         pixels = (np.clip(clip[shown], 0, 1) * 255).round().astype(np.uint8)
-        sheet.paste(Image.fromarray(np.concatenate(list(pixels), axis=1)), (0, top + _CAPTION))
+        strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
+        sheet.paste(strip, (left, top + _CAPTION))
     return sheet
 
 
 def to_clips(video: Tensor) -> list[np.ndarray]:
-    """Clips `[B, 3, F, H, W]` from -1 to 1 as arrays `[F, H, W, 3]` from 0 to 1."""
-    return list(((video.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy())
+    """Clips `[B, 3, F, H, W]` from -1 to 1 as arrays `[F, H, W, 3]` from 0 to 1.
+
+    Stills may come as `[B, 3, H, W]` too.
+    """
+    clips = video if video.ndim == 5 else video.unsqueeze(2)
+    return list(((clips.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy())

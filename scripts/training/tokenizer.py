@@ -71,7 +71,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Token ids and their mask, int64 `[B, length]`, on a device (the CPU by default).
 
-    At least one position of every row is padding, which `PaddedText` relies on.
+    At least one position of every row is padding, which shortened text relies on.
 
     Raises:
         ValueError: a caption is too long.

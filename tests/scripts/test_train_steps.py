@@ -17,8 +17,8 @@ from scripts.training import whole
 from scripts.training.ema import Average
 from scripts.training.loop import Randomness
 from scripts.training.prefetch import Prefetch
-from scripts.training.recipe import TOY
 from scripts.training.state import Trained
+from scripts.training.tiny_video import TOY
 
 
 @pytest.fixture(scope="module")

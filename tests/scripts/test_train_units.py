@@ -16,14 +16,16 @@ from scripts.training.autoencoder import Encoder, latent_statistics
 from scripts.training.buckets import Bucket, parse_buckets, pick
 from scripts.training.checkpoint import open_checkpoint
 from scripts.training.clock import Clock
-from scripts.training.denoiser import Denoiser, build_denoiser, draw_times, shorten_text
 from scripts.training.ema import Average
 from scripts.training.history import History
-from scripts.training.pipeline import build_pipeline
 from scripts.training.prefetch import Prefetch
-from scripts.training.recipe import TEXT_LENGTH, TINY_VIDEO, TOY
+from scripts.training.recipe import TEXT_LENGTH
 from scripts.training.source import Shapes, open_data
+from scripts.training.times import draw_times
+from scripts.training.tiny_image import TOY_IMAGE
+from scripts.training.tiny_video import TINY_VIDEO, TOY
 from scripts.training.tokenizer import check_prompts, encode, from_json, to_json, train_tokenizer
+from scripts.training.wan_denoiser import WanDenoiser
 from scripts.training.weights import load_weights, weights
 
 CPU = torch.device("cpu")
@@ -34,9 +36,9 @@ def tokenizer():
     return train_tokenizer(["a red circle moves left over a blue background"] * 3, 300)
 
 
-def lively_denoiser() -> Denoiser:
+def lively_denoiser() -> WanDenoiser:
     torch.manual_seed(0)
-    denoiser = build_denoiser(TOY)
+    denoiser = TOY.build_denoiser()
     with torch.no_grad():
         for parameter in denoiser.transformer.parameters():
             if not parameter.any():
@@ -48,7 +50,7 @@ def test_short_text_equals_the_padding_of_the_stock_pipeline(tokenizer):
     """Training reads 64 text tokens; the stock pipeline reads 512, most of them zeros."""
     denoiser = lively_denoiser()
     vae = TOY.build_vae()
-    pipe = build_pipeline(TOY, vae, denoiser, tokenizer)
+    pipe = TOY.build_pipeline(vae, denoiser, tokenizer)
     prompts = ["a red circle", "a blue circle moves left over a red background"]
     noisy, times = torch.randn(2, 4, 3, 8, 8), torch.tensor([0.3, 0.9])
     with torch.no_grad():
@@ -62,7 +64,7 @@ def test_short_text_equals_the_padding_of_the_stock_pipeline(tokenizer):
             ).sample
             for t in (long, text)
         )
-        shorten_text(denoiser.transformer)
+        denoiser.shorten_text()
         ours = denoiser(noisy, times, *encode(tokenizer, prompts, TEXT_LENGTH))
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-4)
     assert (shorter - stock).abs().max() > 1e-4  # the number of padding tokens matters
@@ -92,7 +94,7 @@ def test_the_default_clip_has_tokens_enough():
 
 def test_every_frame_count_of_the_pipeline_is_kept(tokenizer):
     """A temporal factor of 1 would make `WanPipeline` add a frame."""
-    pipe = build_pipeline(TOY, TOY.build_vae(), lively_denoiser(), tokenizer)
+    pipe = TOY.build_pipeline(TOY.build_vae(), lively_denoiser(), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     for frames in (1, 7):
         made = pipe("a", height=16, width=16, num_frames=frames, num_inference_steps=1)
@@ -222,14 +224,18 @@ def test_impossible_clocks_are_refused(wrong):
         Clock(**{"minutes": 1.0, **wrong})
 
 
-def test_encoder_normalises_every_channel():
-    vae = TOY.build_vae()
-    video, _ = Shapes(CPU).batch(8, 5, 32, 32, torch.Generator().manual_seed(0))
-    mean, std = latent_statistics([Encoder(vae)(video)])
-    vae.register_to_config(latents_mean=mean, latents_std=std)
-    mean, std = latent_statistics([Encoder(vae)(video)])
-    assert mean == pytest.approx([0] * 4, abs=1e-5)
-    assert std == pytest.approx([1] * 4, abs=1e-4)
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [(TOY, lambda z: z.transpose(0, 1).flatten(1)), (TOY_IMAGE, lambda z: z.flatten()[None])],
+    ids=["every channel of a video", "an image as a whole"],
+)
+def test_encoder_normalises_latents(recipe, rows):
+    vae = recipe.build_vae()
+    video, _ = Shapes(CPU).batch(8, recipe.smallest[0], 32, 32, torch.Generator().manual_seed(0))
+    statistics = latent_statistics([Encoder(vae, recipe)(video)])
+    latents = rows(Encoder(vae, recipe.with_statistics(*statistics))(video))
+    assert latents.mean(1).tolist() == pytest.approx([0] * len(latents), abs=1e-5)
+    assert latents.std(1).tolist() == pytest.approx([1] * len(latents), abs=1e-3)
 
 
 def test_shapes_move_as_their_captions_say():

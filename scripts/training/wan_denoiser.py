@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH, Recipe
+from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH
 
 
 class PaddedText:
@@ -44,7 +43,7 @@ class PaddedText:
         return self.processor(attn, hidden_states, encoder_hidden_states, rows, rotary_emb)
 
 
-class Denoiser(nn.Module):
+class WanDenoiser(nn.Module):
     """Predicts the flow of noisy latents from token ids, as `WanPipeline` would.
 
     Args:
@@ -52,7 +51,7 @@ class Denoiser(nn.Module):
         transformer: a `WanTransformer3DModel`.
     """
 
-    def __init__(self, text_encoder: nn.Module, transformer: nn.Module) -> None:
+    def __init__(self, text_encoder: nn.Module, transformer: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.transformer = transformer
@@ -74,32 +73,17 @@ class Denoiser(nn.Module):
             return_dict=False,
         )[0]
 
+    def shorten_text(self) -> None:
+        """From now on, reads `TEXT_LENGTH` tokens as if they were the pipeline's 512."""
+        for block in self.transformer.blocks:
+            stock = block.attn2.processor
+            block.attn2.set_processor(PaddedText(stock, PIPELINE_TEXT_LENGTH - TEXT_LENGTH))
 
-def build_denoiser(recipe: Recipe) -> Denoiser:
-    """A fresh denoiser, with gates that start closed so that training starts calmly."""
-    transformer: Any = recipe.build_transformer()
+
+def close_gates(transformer: Any) -> None:
+    """Makes a fresh `WanTransformer3DModel` predict 0 and its blocks do nothing."""
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.condition_embedder.time_proj.weight)
     nn.init.zeros_(transformer.condition_embedder.time_proj.bias)
     for block in transformer.blocks:
         nn.init.zeros_(block.attn2.to_out[0].weight)
-    return Denoiser(recipe.build_text_encoder(), transformer)
-
-
-def shorten_text(transformer: Any) -> None:
-    """Lets the cross-attention read `TEXT_LENGTH` tokens as if they were the pipeline's 512."""
-    for block in transformer.blocks:
-        stock = block.attn2.processor
-        block.attn2.set_processor(PaddedText(stock, PIPELINE_TEXT_LENGTH - TEXT_LENGTH))
-
-
-def time_shift(tokens: int) -> float:
-    """How far noise levels of a clip are shifted towards noise; more tokens hide noise better."""
-    return 1.5 * max(1.0, tokens / 256) ** (1 / 3)
-
-
-def draw_times(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal noise levels `[B]` in 0..1, shifted (arXiv 2403.03206, eq. 19 and 23)."""
-    shift = time_shift(tokens)
-    times = torch.randn(batch, generator=generator, device=generator.device).sigmoid()
-    return shift * times / (1 + (shift - 1) * times)
