@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import dit_sparse
 from dit_sparse import doctor, models
-from dit_sparse.cli import app
+from dit_sparse.cli import DEFAULT_PROMPT, app
 from dit_sparse.commands.limits import check_text
 from dit_sparse.models.manifest import NAME, damage, write_manifest
 from tests.toy_model import TEXT_LENGTH, save_toy_model
@@ -280,8 +280,9 @@ class TestShipped:
         pipe.set_attn_processor("window")
         pipe.set_progress_bar_config(disable=True)
         call = real.arguments("cpu") | {"num_inference_steps": 1}
+        check_text(pipe, DEFAULT_PROMPT, "--prompt")
         generator = torch.Generator().manual_seed(0)
-        output = pipe("a cow", **call, generator=generator, output_type="np")
+        output = pipe(DEFAULT_PROMPT, **call, generator=generator, output_type="np")
         frames = output.frames[0] if "num_frames" in call else output.images
         assert frames.shape == (call.get("num_frames", 1), call["height"], call["width"], 3)
         assert np.isfinite(frames).all()

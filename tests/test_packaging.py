@@ -114,7 +114,8 @@ def test_the_wheel_works_away_from_the_repository(installed, tmp_path):
 
 
 def test_the_wheel_samples_from_its_own_model_by_default(installed, tmp_path):
-    words = "--device cpu --frames 5 --height 32 --width 32 --steps 1 --warmup 0 --format json"
-    out = run_installed(installed, tmp_path, "-m", "dit_sparse", "sample", *words.split())
+    words = "sample --prompt cow --device cpu --frames 5 --height 32 --width 32 --steps 1"
+    words += " --warmup 0 --format json"
+    out = run_installed(installed, tmp_path, "-m", "dit_sparse", *words.split())
     assert json.loads(out)["model"] == "tiny-video"
     assert (tmp_path / "sample.mp4").stat().st_size > 0
