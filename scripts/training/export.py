@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def export(checkpoint: Path, target: Path, recipe: str) -> str:
     draft = target.with_name(f"{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     pipe.save_pretrained(draft, safe_serialization=True)
+    _widen_text(draft)
     (draft / "README.md").write_text(model_card(found, pipe), encoding="utf-8")
     write_manifest(draft)
     size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
@@ -58,6 +60,17 @@ def export(checkpoint: Path, target: Path, recipe: str) -> str:
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
     return f"{target}: {size / 1e6:.1f} MB, loads and samples"
+
+
+def _widen_text(folder: Path) -> None:
+    """Has all models load in one dtype, float32 unless another is asked for.
+
+    Without being asked, transformers takes the stored dtype and diffusers float32, and
+    `FluxPipeline` does not bring them together.
+    """
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2), encoding="utf-8")
 
 
 def _try_out(folder: Path, checkpoint: Checkpoint) -> None:

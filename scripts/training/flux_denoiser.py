@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH
@@ -125,12 +126,17 @@ class FluxDenoiser(nn.Module):
             timestep=times,
             guidance=torch.ones_like(times) if guidance is None else guidance,
             pooled_projections=self.text_encoder(ids).pooler_output,
-            encoder_hidden_states=self.text_encoder_2(ids)[0],
+            encoder_hidden_states=self.text_of(ids),
             txt_ids=torch.zeros(ids.shape[1], 3, device=noisy.device),
             img_ids=positions(noisy.shape[2] // 2, noisy.shape[3] // 2, noisy.device),
             return_dict=False,
         )[0]
         return unpack(flow, noisy.shape[2], noisy.shape[3])
+
+    def text_of(self, ids: Tensor) -> Tensor:
+        """T5's vectors of token ids `[B, L]`, `[B, L, D]`, as if more padding followed."""
+        more = F.pad(ids, (0, SIGHT))  # what the last of L tokens would see after it
+        return self.text_encoder_2(more)[0][:, : ids.shape[1]]
 
     def shorten_text(self) -> None:
         """From now on, reads `TEXT_LENGTH` tokens as if they were the pipeline's 512."""
