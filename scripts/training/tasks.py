@@ -71,16 +71,19 @@ class FlowMatching:
     Args:
         captioned: makes batches.
         patch: latents of a token.
+        levels: how many noise levels to learn from each clip at once. Composing and encoding a
+            clip takes as long as a step on it.
     """
 
     captioned: Captioned
     patch: int
+    levels: int = 2
 
     def batch(self, bucket: Bucket, draws: Randomness) -> Batch:
         return self.captioned(bucket, draws)
 
     def loss(self, model: nn.Module, batch: Batch, draws: Randomness) -> Tensor:
-        latents, ids, mask = batch
+        latents, ids, mask = (tensor.repeat_interleave(self.levels, 0) for tensor in batch)
         noisy, times, noise = _disturb(latents, self.patch, draws)
         flow = model(noisy, times, ids, mask)
         return F.mse_loss(flow.float(), noise - latents)

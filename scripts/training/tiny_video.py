@@ -17,15 +17,15 @@ STAGES = {
     "vae": Stage(
         goal=Goal.RECONSTRUCTION,
         kinds=("clips",),
-        sizes="9x64x64:48,17x64x64:24,5x128x128:24,1x128x128:64",
+        sizes="17x64x64:24*2,9x128x128:12*2,25x64x64:16,1x128x128:48",
         lr=1e-3,
         cooldown=0.5,
-        shown=(9, 128, 128),
+        shown=(17, 128, 128),
     ),
     "images": Stage(
         goal=Goal.FLOW,
         kinds=("images",),
-        sizes="1x128x128:256*4,1x192x192:112,1x256x256:64",
+        sizes="1x128x128:128*4,1x192x192:56,1x256x256:32",
         lr=1e-3,
         cooldown=0.0,
         shown=(1, 128, 128),
@@ -33,7 +33,7 @@ STAGES = {
     "clips": Stage(
         goal=Goal.FLOW,
         kinds=("clips",),
-        sizes="9x128x128:48*3,17x128x128:24*3,25x128x128:16,1x128x128:192",
+        sizes="9x128x128:24*3,17x128x128:12*3,25x128x128:8,1x128x128:96",
         lr=8e-4,
         cooldown=0.0,
         shown=(17, 128, 128),
@@ -41,7 +41,7 @@ STAGES = {
     "long": Stage(
         goal=Goal.FLOW,
         kinds=("clips",),
-        sizes="49x128x128:12*4,25x128x128:20*3,25x192x192:8,25x256x256:5,49x256x256:2,1x256x256:64",
+        sizes="49x128x128:6*4,25x128x128:10*3,25x192x192:4,25x256x256:3,49x256x256:1,1x256x256:32",
         lr=6e-4,
         cooldown=0.3,
         shown=(49, 128, 128),
@@ -120,8 +120,8 @@ def _text(layers: int, dim: int) -> dict[str, Any]:
 #: 11.6 + 2.1 + 1.8 million parameters: 31 MB in bf16, so that a clone and a wheel stay light.
 TINY_VIDEO = VideoRecipe(
     name="tiny-video",
-    vae=_vae(32, 8),
-    transformer=_transformer(layers=8, heads=5, ffn=768, channels=8, text=256),
+    vae=_vae(32, 12),
+    transformer=_transformer(layers=8, heads=5, ffn=768, channels=12, text=256),
     text=_text(layers=2, dim=256),
     vocabulary=3072,
     stages=STAGES,
