@@ -3,8 +3,8 @@
 The kinds compare three shapes around a query that hold about the same share of the picture, so that
 none wins by its size: a box (near in every axis), a slab (the query's own frame; in a picture its
 own rows) and a line (the query's place in all frames; in a picture its columns). In raster order a
-box head is a band around the diagonal, with fainter ones a frame away, a slab head a row of squares,
-and a line head many parallel diagonals.
+box head is a band around the diagonal with fainter ones a frame away, a slab head a row of squares
+on the diagonal, and a line head many parallel diagonals.
 """
 
 from __future__ import annotations
