@@ -52,6 +52,8 @@ class Step:
         # The gradients of several processes are summed by hooks that a graph would miss.
         self._recordable = device.type == "cuda" and accelerator.num_processes == 1
         self._side = torch.cuda.Stream(device) if self._recordable else None
+        # Nothing of a replay is needed in the next, so all graphs may use the same memory.
+        self._pool = torch.cuda.graph_pool_handle() if self._recordable else None
         self._rate = torch.zeros((), device=device)
         for group in trained.optimizer.param_groups:
             group["lr"] = self._rate
@@ -109,7 +111,7 @@ class Step:
         kept = tuple(tensor.clone() for tensor in batch)
         with self._batches.paused():
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, stream=self._side):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
                 results = self._run(kept, draws)
         return _Recorded(graph, kept, results)
 
