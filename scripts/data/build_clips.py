@@ -10,9 +10,7 @@ loop, cropped and resized, AVIF with alpha. Tarballs and encoded clips are cache
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -51,13 +49,8 @@ def choose(counts: Mapping[str, int], origin: Mapping[str, str], names: Catalogu
         origin: Package by file stem.
         names: Designs; files of flags and unknown code points are dropped.
     """
-    tones: dict[str, list[str]] = defaultdict(list)
-    for stem, count in counts.items():
-        design = names.design_of(stem)
-        if design is not None and count >= FEWEST_FRAMES:
-            tones[design.code].append(stem)
-    picks = {code: min(stems, key=_rank) for code, stems in tones.items()}
-    return [Source(picks[code], code, origin[picks[code]]) for code in sorted(picks)]
+    moving = (stem for stem, count in counts.items() if count >= FEWEST_FRAMES)
+    return [Source(stem, code, origin[stem]) for code, stem in names.choose(moving).items()]
 
 
 def build(output: Path, encoding: Encoding, workers: int) -> Index:
@@ -102,10 +95,6 @@ def _animations(tarballs: Mapping[str, Path]) -> Iterator[tuple[str, str, bytes]
     for package, tarball in tarballs.items():
         for filename, content in packages.members(tarball, ".webp"):
             yield package, filename.removesuffix(".webp"), content
-
-
-def _rank(stem: str) -> bytes:
-    return hashlib.sha256(stem.encode()).digest()
 
 
 def main() -> None:

@@ -2,16 +2,14 @@
 
     python scripts/data/build_images.py --output data
 
-One picture for each design in each drawing style: 3-D renders, and icon sets that are licensed MIT
-or Apache-2.0, drawn with resvg. Icons without a known design, and pictures that look the same as
-one of an earlier style, are left out. Cached and resumable like build_clips.py. Needs resvg-py.
+One 3-D render for each design, in the skin tone that the animated set shows. Cached and resumable
+like build_clips.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,72 +20,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a bare
 
 from scripts.data import packages
 from scripts.data.cache import EncodedCache
-from scripts.data.icons import Drawing, code_points, icons, rasterise, read_icon_set, renders
-from scripts.data.names import Design, catalogue
-from scripts.data.pixels import Encoding, load_frames
+from scripts.data.names import catalogue
+from scripts.data.pixels import Encoding
 from scripts.data.shards import Index, report, write_set
 
-ICON_SETS = ("fluent-emoji", "fluent-emoji-flat", "noto", "noto-v1", "fxemoji")
 ENCODING = Encoding(size=128, quality=66, speed=6)
 
 
-def draw(drawing: Drawing, encoded: EncodedCache) -> None:
-    """Draws one picture into the cache; one that comes out empty is noted as such."""
-    size = encoded.encoding.size
-    content = rasterise(drawing.content, 2 * size) if drawing.svg else drawing.content
-    try:
-        frames = load_frames(content, 1, size)
-    except ValueError:  # icons made of text come out empty without fonts
-        encoded.reject(drawing.name)
-    else:
-        encoded.store(drawing.name, frames)
-
-
-def without_repeats(drawings: Iterable[Drawing], encoded: EncodedCache) -> list[Drawing]:
-    """Leaves out empty pictures, and those that look like an earlier one of the same design."""
-    looks: set[tuple[str, str]] = set()
-    kept = []
-    for drawing in drawings:
-        look = (drawing.design, encoded.look(drawing.name))
-        if look[1] and look not in looks:
-            looks.add(look)
-            kept.append(drawing)
-    return kept
-
-
-def collect(cache: Path) -> tuple[list[Drawing], dict[str, Design]]:
-    """(all drawings in order of style, designs by code) of the fetched packages."""
+def build(output: Path, encoding: Encoding, workers: int) -> Index:
+    """Fetches, encodes what the cache lacks, and writes shards and index into `output`."""
+    cache = output / "cache"
     table = packages.read(packages.fetch(packages.NAMES, cache), "data/openmoji.json")
     names = catalogue(table)
-    tarball = packages.fetch(packages.ICONS, cache)
-    sets = [read_icon_set(tarball, prefix) for prefix in ICON_SETS]
-    aliases = code_points(sets, names)
-    drawings = renders(packages.fetch(packages.RENDERS, cache), names)
-    for icon_set in sets:
-        drawings += icons(icon_set, names, aliases)
-    return drawings, dict(names.designs)
-
-
-def build(output: Path, encoding: Encoding, workers: int) -> Index:
-    """Fetches, draws what the cache lacks, and writes shards and index into `output`."""
-    drawings, designs = collect(output / "cache")
-    encoded = EncodedCache(output / "cache" / f"images-{encoding}", encoding)
-    missing = [drawing for drawing in drawings if not encoded.has(drawing.name)]
+    tarball = packages.fetch(packages.RENDERS, cache)
+    renders = {
+        filename.removesuffix(".webp"): content
+        for filename, content in packages.members(tarball, ".webp")
+    }
+    chosen = names.choose(renders)
+    encoded = EncodedCache(cache / f"renders-{encoding}", encoding)
+    missing = [(stem, renders[stem]) for stem in chosen.values() if not encoded.has(stem)]
     with get_context("spawn").Pool(workers) as pool:
-        work = pool.imap_unordered(partial(draw, encoded=encoded), missing, chunksize=8)
-        for _ in tqdm(work, total=len(missing), desc="drawing", unit="picture", mininterval=1):
+        work = pool.imap_unordered(partial(encoded.add, frames=1), missing, chunksize=8)
+        for _ in tqdm(work, total=len(missing), desc="encoding", unit="picture", mininterval=1):
             pass
-    kept = without_repeats(drawings, encoded)
-    pictures = tuple(encoded.picture(d.name, d.design, d.source) for d in kept)
-    used = (packages.RENDERS, packages.ICONS, packages.NAMES)
+    source = packages.RENDERS.name
+    pictures = tuple(encoded.picture(stem, code, source) for code, stem in chosen.items())
     index = Index(
         kind="images",
         size=encoding.size,
         frames=1,
         encoding=str(encoding),
-        sources=tuple(package.record() for package in used),
+        sources=tuple(package.record() for package in (packages.RENDERS, packages.NAMES)),
         shards=(),
-        designs={picture.design: designs[picture.design] for picture in pictures},
+        designs={code: names.designs[code] for code in chosen},
         pictures=pictures,
     )
     return write_set(output, index, {p.file: encoded.path(p.file) for p in pictures})

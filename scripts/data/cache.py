@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from scripts.data.pixels import (
     Encoding,
@@ -13,7 +12,6 @@ from scripts.data.pixels import (
     decode,
     encode,
     load_frames,
-    look,
     own_motion,
     psnr,
 )
@@ -47,24 +45,11 @@ class EncodedCache:
         facts = {
             "motion": own_motion(frames) if len(frames) > 1 else "",
             "psnr": round(psnr(frames, decode(content)), 2),
-            "look": look(frames),
         }
         (self.folder / f"{name}.avif").write_bytes(content)
         (self.folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
-    def reject(self, name: str) -> None:
-        """Notes that `name` shows nothing, so that it is not drawn again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{name}.json").write_text(json.dumps({"look": ""}), encoding="utf-8")
-
-    def look(self, name: str) -> str:
-        """What the picture looks like, see `pixels.look`; "" when it was rejected."""
-        return self._facts(name)["look"]
-
     def picture(self, name: str, design: str, source: str) -> Picture:
         """The index entry of a stored picture."""
-        facts = self._facts(name)
+        facts = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         return Picture(f"{name}.avif", design, source, facts["motion"], facts["psnr"])
-
-    def _facts(self, name: str) -> dict[str, Any]:
-        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))

@@ -9,7 +9,8 @@ import numpy as np
 
 from scripts.data import backgrounds, motions, palette
 from scripts.data.backgrounds import Backgrounds
-from scripts.data.names import Design, article
+from scripts.data.names import Design
+from scripts.data.phrases import article
 from scripts.data.scenes import FRAMINGS, MOST, Floats, Scenes
 from scripts.data.sprites import Sprites
 

@@ -1,4 +1,4 @@
-"""What the pictures are called: names, noun phrases, groups and the held-out designs.
+"""The designs: names, groups, files and which are held out.
 
 A design is one picture idea ("cow", "woman farmer"), whatever the drawing style or skin tone.
 Names, groups and tags come from OpenMoji's table (CC-BY-SA-4.0); code points tie it to the other
@@ -16,66 +16,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.data.phrases import clean, phrase
+
 HELD_OUT = 0.08  # share of the designs of every group that training never sees
 SKIPPED_GROUPS = ("flags", "component", "extras-openmoji", "extras-unicode")
 SKIPPED_NAMES = ("middle finger",)  # no picture to show by chance
 SIGNS_KEPT = ("geometric",)  # subgroups of "symbols" whose pictures are no writing
 
-_PHRASES = {
-    "kiss": "kissing couple",
-    "zzz": "sleeping sign zzz",
-    "breast-feeding": "breast-feeding woman",
-    "rolling on the floor laughing": "face rolling on the floor laughing",
-    "star-struck": "star-struck face",
-    "high voltage": "lightning bolt",
-    "hourglass not done": "hourglass with running sand",
-    "hourglass done": "hourglass",
-    "wood": "wooden log",
-    "hundred points": "red number hundred",
-    "fire": "flame",
-    "selfie": "hand taking a selfie",
-    "nail polish": "hand with nail polish",
-    "horse racing": "racing horse with a jockey",
-    "love-you gesture": "love-you hand",
-    "vulcan salute": "vulcan salute hand",
-    "face in clouds": "face in the clouds",
-    "seat": "passenger seat",
-    "collision": "explosion",
-    "dizzy": "dizzy star",
-    "dashing away": "puff of dust",
-    "tennis": "tennis racket with a ball",
-    "bowling": "bowling ball with pins",
-    "cricket game": "cricket bat with a ball",
-    "field hockey": "field hockey stick with a ball",
-    "ice hockey": "ice hockey stick with a puck",
-    "lacrosse": "lacrosse stick with a ball",
-    "ping pong": "ping pong paddle with a ball",
-    "badminton": "badminton racket with a shuttlecock",
-    "locked": "closed padlock",
-    "unlocked": "open padlock",
-    "locked with pen": "closed padlock with a pen",
-    "locked with key": "closed padlock with a key",
-    "construction": "construction barrier",
-    "performing arts": "pair of theatre masks",
-    "flower playing cards": "flower playing card",
-    "headphone": "pair of headphones",
-}
-_BARE = (
-    "fog|milky way|sun|santa claus|mrs. claus|mx claus|rice|bread|cheese|bacon|spaghetti|popcorn|"
-    "butter|salt|garlic|broccoli|honey|sushi|money|sake|seaweed|luggage|thread|yarn|dna|soap|sand"
-)
-_THE = ("sun", "milky way")
-_HEAD_ENDS = (
-    "with|without|of|in|on|behind|from|to|and|blowing|over|for|under|at|by|wearing|above|savoring"
-)
-_WANTS_ARTICLE = re.compile(  # "man getting massage": telegram style
-    r"\b(getting|raising|tipping|feeding|rowing|bouncing|taking|wearing|with|in|over|without) "
-    r"(massage|haircut|hand|baby|boat|ball|bath|turban|veil|white cane|motorized wheelchair"
-    r"|manual wheelchair|tuxedo|headscarf|skullcap|crown|steamy room|suit|medical mask|thermometer"
-    r"|head-bandage|halo|tear|monocle|cowboy hat|wry smile|ribbon|heart|hearing aid|flash|handle"
-    r"|raised eyebrow|diagonal mouth|peeking eye|popping cork|face)\b(?!-)"
-)
-_PLAIN = str.maketrans({"\u2019": "'", "\u201c": "", "\u201d": "", "!": "", "é": "e", "ñ": "n"})
 _NO_MIRROR = re.compile(
     r"left|right|o'clock|thirty|clock|watch|facing|index|arrow|letter|keycap|button|sign|symbol"
     r"|calendar|\bok\b|zzz|hundred|number|dollar|euro|yen|pound|percent|date|sos|abc|page|news"
@@ -119,9 +66,18 @@ class Catalogue:
         """The design that the code points `code` ("1f44b-1f3fb") draw, or None."""
         return self.designs.get(self.bases.get(plain_code(code), ""))
 
-    def by_name(self) -> dict[str, Design]:
-        """Designs by their name without anything but letters and digits."""
-        return {squeeze(design.name): design for design in self.designs.values()}
+    def choose(self, stems: Iterable[str]) -> dict[str, str]:
+        """One of the file stems `stems` ("1f44b-1f3fb") for each design, by code and sorted.
+
+        Of a design's skin tones it is the one whose SHA-256 comes first. Stems of flags and of
+        unknown code points are left out.
+        """
+        tones: dict[str, list[str]] = defaultdict(list)
+        for stem in stems:
+            design = self.design_of(stem)
+            if design is not None:
+                tones[design.code].append(stem)
+        return {code: min(tones[code], key=_rank) for code in sorted(tones)}
 
 
 def catalogue(table: bytes) -> Catalogue:
@@ -154,7 +110,7 @@ def held_out_names(named: Iterable[tuple[str, str]]) -> frozenset[str]:
         groups[group].add(name)
     held: set[str] = set()
     for names in groups.values():
-        ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+        ranked = sorted(names, key=_rank)
         held.update(ranked[: math.ceil(HELD_OUT * len(ranked))])
     return frozenset(held)
 
@@ -164,66 +120,8 @@ def plain_code(code: str) -> str:
     return code.upper().replace("-FE0F", "")
 
 
-def squeeze(text: str) -> str:
-    """Letters and digits only, for names that differ in punctuation."""
-    return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
-def clean(annotation: str) -> str:
-    """Lower case, straight apostrophes, no bracketed remarks, details after a colon in words."""
-    text = re.sub(r"\s*\(.*?\)", "", annotation.lower()).translate(_PLAIN).strip()
-    subject, _, detail = text.partition(": ")
-    if not detail:
-        return text
-    if subject == "family":
-        each = [f"{article(member)} {member}" for member in detail.split(", ")]
-        return f"family of {', '.join(each[:-1])} and {each[-1]}"
-    if subject == "kiss":
-        return f"kiss of {' and '.join(detail.split(', '))}"
-    if subject == "couple with heart":
-        return f"couple of {' and '.join(f'a {who}' for who in detail.split(', '))} with heart"
-    if detail == "bald":
-        return f"bald {subject}"
-    if detail.startswith("facing"):
-        return f"{subject} {detail}"
-    return f"{subject} with {'a beard' if detail == 'beard' else detail}"
-
-
-def phrase(name: str) -> tuple[str, bool]:
-    """(noun phrase with its article, whether it is a plural) of a cleaned name."""
-    if name.endswith(("o'clock", "-thirty")):
-        return "a clock", False  # the hands of the animated ones turn
-    text = _WANTS_ARTICLE.sub(r"\1 a \2", _PHRASES.get(name, name))
-    if text.startswith("kiss of "):
-        text = f"kissing {text.removeprefix('kiss of ')}"
-    if text in _THE:
-        return f"the {text}", False
-    plural = _is_plural(text)
-    if plural or re.fullmatch(_BARE, text):
-        return text, plural
-    return f"{article(text)} {text}", False
-
-
-def article(text: str) -> str:
-    """ "a" or "an", by how the first word sounds."""
-    if re.match(r"(uni[cfv]|u-|eu|one\b|ewe|ufo|us[ei]|ok\b(?!.)|t-|ukulele)", text):
-        return "a"
-    return "an" if re.match(r"([aeiou]|hour|x-ray)", text) else "a"
-
-
-def _is_plural(text: str) -> bool:
-    if text == "palms up together":
-        return True
-    words = re.split(rf"\s(?:{_HEAD_ENDS})\b", text)[0].split()
-    verbs = [i for i, word in enumerate(words) if i and word.endswith("ing")]
-    head = words[verbs[0] - 1] if verbs else words[-1]
-    if text == "flexed biceps":
-        return False
-    if head in ("skis", "people", "men", "women", "children", "teeth", "feet", "mice"):
-        return True
-    if text.startswith("kissing ") and " and " in text:
-        return True
-    return head.endswith("s") and not head.endswith(("ss", "us", "is", "os")) and len(head) > 3
+def _rank(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _design(row: Mapping[str, Any], held: frozenset[str]) -> Design:

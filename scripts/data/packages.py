@@ -80,13 +80,6 @@ RENDERS = Package(
     "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
     "MIT",
 )
-ICONS = Package(
-    "@iconify/json",
-    "2.2.535",
-    104_043_282,
-    "nAV60ACUSHwnsb6fsp+letHlNkrwO4vzBtcC6B4EDHErQQfezk7E3nJdnwJjve6OCfMNO0uVT5Vrgna9/NCmXw==",
-    "per set, see collections.json",
-)
 NAMES = Package(
     "openmoji",
     "17.0.0",

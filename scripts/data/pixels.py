@@ -8,7 +8,6 @@ clip four times smaller than animated WebP does; Pillow 11.3 and newer read it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass
 
@@ -120,12 +119,6 @@ def psnr(a: Frames, b: Frames) -> float:
     """Peak signal-to-noise ratio in dB over all four channels; 99 when equal."""
     error = float(np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2))
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def look(frames: Frames) -> str:
-    """Digest of the first frame at 16 x 16 pixels and 16 levels: equal for pictures that repeat."""
-    small = Image.fromarray(frames[0]).resize((16, 16), Image.Resampling.BOX)
-    return hashlib.sha256((np.asarray(small) // 16).tobytes()).hexdigest()[:16]
 
 
 def own_motion(frames: Frames) -> str:

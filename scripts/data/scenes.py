@@ -20,7 +20,7 @@ from scripts.data.sprites import Sprites
 SPLITS = ("train", "compositions", "held_out")
 MOST = 3  # sprites in one picture
 COUNT_WEIGHTS = (0.8, 0.15, 0.05)
-PEOPLE = 0.35  # largest share of people and hands
+PEOPLE = 0.2  # largest share of people and hands, which look alike
 FRAMINGS = ("usual", "close-up", "small")
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]

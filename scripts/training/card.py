@@ -22,8 +22,6 @@ pipeline_tag: {kind}
 
 * Fluent emoji, animated and 3-D (npm `@lobehub/fluent-emoji-anim-1` to `-4`,
   `@lobehub/fluent-emoji-3d`): MIT.
-* fluent-emoji, fluent-emoji-flat (MIT), noto, noto-v1, fxemoji (Apache-2.0), by npm
-  `@iconify/json`.
 * Names and groups: npm `openmoji`, CC-BY-SA-4.0.
 
 ## Training

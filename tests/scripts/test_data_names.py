@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from scripts.data.names import HELD_OUT, catalogue, clean, held_out_names, phrase
+from scripts.data.names import HELD_OUT, catalogue, held_out_names
+from scripts.data.phrases import clean, phrase
 
 
 def row(hexcode, annotation, group="animals-nature", base="", subgroup="animal", tags=""):
@@ -41,6 +42,12 @@ def row(hexcode, annotation, group="animals-nature", base="", subgroup="animal",
         ("O button (blood type)", "an o button"),
         ("sun", "the sun"),
         ("fog", "fog"),
+        ("kaaba", "the kaaba"),
+        ("sun behind small cloud", "a sun behind a small cloud"),
+        ("beach with umbrella", "a beach with an umbrella"),
+        ("umbrella on ground", "an umbrella on the ground"),
+        ("airplane arrival", "an airplane landing"),
+        ("backhand index pointing left", "a hand seen from the back pointing left"),
     ],
 )
 def test_phrases_are_english(annotation, expected):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from scripts.data import build_clips, build_images, icons, packages
+from scripts.data import build_clips, build_images, packages
 from scripts.data.cache import EncodedCache
 from scripts.data.names import catalogue
 from scripts.data.packages import Package, fetch, verify
@@ -183,53 +183,32 @@ def test_sprites_load_what_was_built(clip_packages, monkeypatch):
     assert {"a", "cow", "one", "two"} <= set(sprites.words)
 
 
-def svg(colour: str) -> str:
-    return f'<rect x="2" y="2" width="12" height="12" fill="{colour}"/>'
-
-
-def icon_files(licence: str) -> dict[str, bytes]:
-    plain = {"cow": {"body": svg("red")}, "unheard-of": {"body": svg("red")}}
-    other = {"bovine": {"body": svg("red")}, "red-apple": {"body": svg("blue")}}
-    sets = {
-        "plain": {"prefix": "plain", "icons": plain, "width": 16, "height": 16},
-        "other": {"prefix": "other", "icons": other, "chars": {"1f404": "bovine"}},
-    }
-    licences = {prefix: {"license": {"spdx": licence}} for prefix in sets}
-    files = {
-        f"json/{prefix}.json": json.dumps(content).encode() for prefix, content in sets.items()
-    }
-    return {**files, "collections.json": json.dumps(licences).encode()}
-
-
-def square_png(svg_text: bytes, side: int) -> bytes:
-    """Stands in for the SVG renderer: a full square in the colour that the SVG names."""
-    colour = (255, 0, 0, 255) if b"red" in svg_text else (0, 0, 255, 255)
-    file = io.BytesIO()
-    Image.new("RGBA", (side, side), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_images_are_named_by_code_or_name_and_repeats_left_out(tmp_path, monkeypatch):
+def test_images_hold_one_render_of_each_design_in_the_tone_of_the_clip(tmp_path, monkeypatch):
+    rows = [
+        {
+            "hexcode": code,
+            "annotation": "waving hand",
+            "group": "people-body",
+            "subgroups": "",
+            "tags": "",
+            "skintone_base_hexcode": "1F44B",
+        }
+        for code in ("1F44B", "1F44B-1F3FB", "1F44B-1F3FF")
+    ]
+    stems = ("1f44b", "1f44b-1f3fb", "1f44b-1f3ff", "1f404", "1f409")
     cache = tmp_path / "cache"
-    renders = {"assets/1f404.webp": moving_square(1)}
-    monkeypatch.setattr(packages, "RENDERS", packed(cache, "renders", renders))
-    monkeypatch.setattr(packages, "ICONS", packed(cache, "icons", icon_files("MIT")))
-    monkeypatch.setattr(packages, "NAMES", packed(cache, "names", {"data/openmoji.json": table()}))
-    monkeypatch.setattr(build_images, "ICON_SETS", ("plain", "other"))
-    monkeypatch.setattr(build_images, "rasterise", square_png)
+    names = json.dumps(json.loads(table()) + rows).encode()
+    monkeypatch.setattr(packages, "NAMES", packed(cache, "names", {"data/openmoji.json": names}))
+    for kind, frames in (("RENDERS", 1), ("CLIPS", 16)):
+        files = {f"assets/{stem}.webp": moving_square(frames) for stem in stems}
+        package = packed(cache, kind.lower(), files)
+        monkeypatch.setattr(packages, kind, package if kind == "RENDERS" else (package,))
     build_in_process(monkeypatch)
-    index = build_images.build(tmp_path, SMALL, 1)
-    kept = [(index.designs[p.design].name, p.source.partition(":")[2]) for p in index.pictures]
-    # The second red icon of a cow repeats the first; the render is scaled and so differs.
-    assert kept == [("cow", ""), ("cow", "plain"), ("red apple", "other")]
-    assert load_sprites(tmp_path, "images").pixels.shape == (3, 1, 4, 32, 32)
-
-
-def test_other_licences_are_refused(tmp_path):
-    path = tmp_path / "icons.tgz"
-    tarball(path, icon_files("CC-BY-SA-4.0"))
-    with pytest.raises(RuntimeError, match="CC-BY-SA"):
-        icons.read_icon_set(path, "plain")
+    stills, clips = (builder.build(tmp_path, SMALL, 1) for builder in (build_images, build_clips))
+    assert [stills.designs[p.design].name for p in stills.pictures] == ["cow", "waving hand"]
+    assert {p.source for p in stills.pictures} == {"renders"}
+    assert [p.file for p in stills.pictures] == [p.file for p in clips.pictures]
+    assert load_sprites(tmp_path, "images").pixels.shape == (2, 1, 4, 32, 32)
 
 
 def small_set(folder) -> Index:
