@@ -251,6 +251,20 @@ class BlockPlan:
         )
 
     @cached_property
+    def box_by_block(self) -> tuple[Tensor, Tensor]:
+        """`box.above` and `box.below` with a row for each key block, int32 `[n_k, size]`.
+
+        What a short block lacks is filled with a key that lies in no box.
+        """
+        if self.box is None:
+            raise ValueError("Expected a plan with a box, got one without. Ask for `box` first.")
+        within = torch.arange(self.k_blocks.size, device=self.device)
+        real = within < self.k_blocks.lengths[:, None]
+        token = (self.k_blocks.starts[:-1, None] + within) * real
+        above, below = self.box.above[token] * real, self.box.below[token]
+        return above, torch.where(real, below, self.box.guard).int()
+
+    @cached_property
     def spans(self) -> tuple[Tensor, Tensor]:
         """int32 `[E]` twice: first key position and number of keys of every entry."""
         blocks = self.indices.long()

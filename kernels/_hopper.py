@@ -2,8 +2,9 @@
 
 The shape of the loop is what lets Triton split it into a producer and two consumer warpgroups and
 keep both matrix products asynchronous (seen in SASS for Triton 3.6 and 3.9): one loop, no branch in
-it, scalar loads only, queries through a descriptor made in the kernel, and the product with the
-values one block behind, so that it runs under the next block's softmax.
+it, no early return before it, only scalar loads and loads through descriptors in it, queries
+through a descriptor made in the kernel, and the product with the values one block behind, so that
+it runs under the next block's softmax.
 """
 
 import triton
@@ -12,16 +13,17 @@ import triton.language as tl
 
 @triton.jit
 def _block_sparse_fwd_hopper(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr,
-    offsets_ptr, full_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
+    q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
+    offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
+    q_starts_ptr, order_ptr, lower_ptr, upper_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
     k_row_b, k_row_h, k_col_h,
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, order_stride_h,
-    n_heads, n_q_blocks, n_queries, scale_log2,
+    list_stride_b, list_stride_h, order_stride_h, box_stride_h,
+    n_heads, n_q_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -38,6 +40,10 @@ def _block_sparse_fwd_hopper(
     row = batch * list_stride_b + head * list_stride_h + block
     first = tl.load(offsets_ptr + row)
     steps = tl.load(full_ptr + row)
+    if PARTIAL:
+        first += steps
+        steps = tl.load(partial_ptr + row)
+    indices_ptr += first
     starts_ptr += first
     lengths_ptr += first
     k_row = batch * k_row_b + head * k_row_h
@@ -50,6 +56,12 @@ def _block_sparse_fwd_hopper(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     alpha = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if PARTIAL:
+        rows = q_start + tl.arange(0, BLOCK_M)
+        row_inside = rows < tl.load(q_starts_ptr + block + 1)
+        rows = head.to(tl.int64) * box_stride_h + rows
+        lower = tl.load(lower_ptr + rows, mask=row_inside, other=0)
+        upper = tl.load(upper_ptr + rows, mask=row_inside, other=0) | guard
     # The weights of the block before, as bits: a loop-carried bfloat16 tile would be sent through
     # shared memory, and the product with it waited for.
     behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
@@ -60,7 +72,17 @@ def _block_sparse_fwd_hopper(
         v = v_desc.load([v_row + tl.load(starts_ptr + tl.maximum(it - 1, 0)), v_col])
         acc = acc * alpha[:, None]
         acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
-        if RAGGED:
+        if PARTIAL:
+            # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
+            number = tl.load(indices_ptr + it)
+            above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
+            below = below_desc.load([number, 0]).reshape(BLOCK_N)
+            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+            scores = tl.where((inside & guard) == guard, scores * scale_log2, float("-inf"))
+            # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
+            m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
+            p = tl.math.exp2(scores - m_new[:, None])
+        elif RAGGED:
             # A column bias rides on the scaling, a select would not.
             bias = tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))
             scores = scores * scale_log2 + bias[None, :]
@@ -79,10 +101,6 @@ def _block_sparse_fwd_hopper(
     acc = acc * alpha[:, None]
     acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
 
-    empty = l_i == 0.0
-    l_safe = tl.where(empty, 1.0, l_i)
-    acc = acc / l_safe[:, None]
-    lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     rows = q_start + tl.arange(0, BLOCK_M)
     row_inside = rows < tl.load(q_starts_ptr + block + 1)
     tokens = rows.to(tl.int64)
@@ -94,6 +112,19 @@ def _block_sparse_fwd_hopper(
     out_inside = row_inside[:, None]
     if D != BLOCK_D:
         out_inside = out_inside & (cols[None, :] < D)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+    if PARTIAL:  # add the result so far, as if it were one more key of the row
+        before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+        m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
+        alpha = tl.math.exp2(m_i - m_new)
+        weight = tl.math.exp2(before - m_new)
+        l_i = l_i * alpha + weight
+        acc = acc * alpha[:, None]
+        acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
+        m_i = m_new
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    acc = acc / l_safe[:, None]
+    lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptr + tokens, lse, mask=row_inside)

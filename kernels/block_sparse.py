@@ -77,7 +77,7 @@ class TritonBackend:
         elif plan.order is not None:  # the portable kernel gathers queries itself
             k, v = permute((k, v), plan.order)
         done = on_hopper and hopper.launch(ordered, k, v, plan, scale, result)
-        if not done or plan.box is not None:
+        if not done:
             tile = self.tile or choose_tile(
                 _capability(q.device),
                 portable.padded(max(q.shape[-1], v.shape[-1])),
@@ -86,7 +86,7 @@ class TritonBackend:
                 plan.k_blocks.size,
                 boxed=plan.box is not None,
             )
-            portable.launch(q, k, v, plan, scale, tile, result, full=not done)
+            portable.launch(q, k, v, plan, scale, tile, result)
         return result
 
 

@@ -1,4 +1,4 @@
-"""Launches the warp-specialised Hopper kernel for the full entries of a plan."""
+"""Launches the warp-specialised Hopper kernel: for a plan's full entries, then its partial ones."""
 
 from __future__ import annotations
 
@@ -93,37 +93,62 @@ def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
 def launch(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
 ) -> bool:
-    """Writes `result` from the plan's full entries; false if some strides do not allow it.
+    """Writes `result`; false, and nothing written, if some strides do not allow it.
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order.
     """
-    qm, km, vm = (_Matrix.of(t) for t in (q, k, v))
-    if qm is None or km is None or vm is None:
+    matrices = tuple(_Matrix.of(t) for t in (q, k, v))
+    if any(matrix is None for matrix in matrices):
         return False
-    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
+    qm, km, vm = matrices
+    if (plan.k_blocks.ragged or plan.box) and not (km.ends_in_itself and vm.ends_in_itself):
         return False
+    contextvars.copy_context().run(_launch, q, (qm, km, vm), plan, scale, result)
+    return True
+
+
+def _launch(
+    q: Tensor,
+    matrices: tuple[_Matrix, _Matrix, _Matrix],
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+) -> None:
+    """In a context of its own, which leaves the allocator that others set alone."""
+    triton.set_allocator(_scratch)
+    qm, km, vm = matrices
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, keys = padded(head_dim), plan.k_blocks.size
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
-
-    def specialised() -> None:
-        triton.set_allocator(_scratch)
+    for partial in (False, True) if plan.box else (False,):
+        box = plan.box if partial else None
         _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
-            q, km.describe([keys, dim]), vm.describe([keys, dim]), out, lse,
-            plan.offsets, plan.full, starts, lengths, plan.q_blocks.starts, order,
+            q, km.describe([keys, dim]), vm.describe([keys, dim]),
+            *(_coordinates(plan) if box else (None, None)),
+            out, lse,
+            plan.offsets, plan.full, plan.partial, plan.indices, starts, lengths,
+            plan.q_blocks.starts, order,
+            box.lower if box else starts, box.upper if box else starts,
             *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
             *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-            heads, plan.q_blocks.n, n_queries, scale * LOG2_E,
+            box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
+            heads, plan.q_blocks.n, n_queries, scale * LOG2_E, box.guard if box else 0,
             D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
-            RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None,
+            RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None, PARTIAL=partial,
             num_warps=4, num_stages=2,
         )  # fmt: skip
 
-    contextvars.copy_context().run(specialised)  # leaves the allocator that others set alone
-    return True
+
+def _coordinates(plan: BlockPlan) -> Any:
+    """Descriptors of the keys' packed coordinates, a row for each block."""
+    size = plan.k_blocks.size
+    return (
+        TensorDescriptor(rows, [plan.k_blocks.n, size], [size, 1], [1, size])
+        for rows in plan.box_by_block
+    )
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

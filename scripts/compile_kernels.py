@@ -72,6 +72,7 @@ def variants() -> Iterator[Variant]:
     for head_dim in (64, 128):
         for ragged in (False, True):
             yield Variant("hopper", 90, head_dim, ragged)
+        yield Variant("hopper", 90, head_dim, ragged=True, box=True)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
@@ -103,7 +104,10 @@ def compiled(variant: Variant) -> Report:
         "HAS_BOX": variant.box,
         "HAS_ORDER": variant.order,
         "TMA": tma,
+        "PARTIAL": variant.box,
     }
+    if not variant.box:
+        constants |= {"above_desc": None, "below_desc": None}
     source = _source(function, constants, f"tensordesc<bf16{tile}>" if tma else None)
     kernel = triton.compile(
         source,
@@ -115,6 +119,7 @@ def compiled(variant: Variant) -> Report:
 
 def _source(function: Any, constants: dict[str, Any], descriptor: str | None) -> ASTSource:
     names = [parameter.name for parameter in function.params]
+    coordinates = f"tensordesc<i32[1, {K_BLOCK}]>"
     constants = {name: value for name, value in constants.items() if name in names}
     if descriptor is None:
         constants |= {"k_desc": None, "v_desc": None}
@@ -125,7 +130,7 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
         if name in constants:
             return "constexpr"
         if name.endswith("_desc"):
-            return str(descriptor)
+            return coordinates if name in ("above_desc", "below_desc") else str(descriptor)
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
         return "fp32" if name == "scale_log2" else "i32"

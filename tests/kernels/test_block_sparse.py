@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dit_sparse.attention import attend, select_backend
 from dit_sparse.backend import AttentionOutput, Backend
-from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.plan import BlockPlan, Blocks, Pools
 from tests.block_cases import HEADS, LAYOUTS, Case, covering, plan_of, tensors_of
 from tests.oracle import masked_attention
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 tiles = pytest.importorskip("dit_sparse.kernels.tiles")
 
@@ -101,6 +102,20 @@ class TestInterpreted:
         portable.launch(q, k, v, plan, 64**-0.5, tile, result, full=False)
         if plan.order is not None:
             k, v = plan.order.undo(k), plan.order.undo(v)
+        check(result, q, k, v, plan)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("box", [False, True])
+    @pytest.mark.parametrize("ragged", [False, True])
+    @pytest.mark.parametrize("order", ["none", "head"])
+    def test_the_specialised_kernel(self, box: bool, ragged: bool, order: str):
+        """The Hopper kernel's arithmetic; its schedule shows on a GPU alone."""
+        case = Case(64, 128, 128, torch.float16, ragged=ragged, box=box, order=order)
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        ordered = (q, k, v) if plan.order is None else tuple(plan.order(x) for x in (q, k, v))
+        assert hopper.launch(*ordered, plan, 64**-0.5, result)
         check(result, q, k, v, plan)
 
     def test_another_scale(self):
@@ -248,8 +263,8 @@ class TestRefusals:
     def test_pooled_entries_and_tails(self):
         plan = plan_of(self.CASE)
         q, k, v = tensors_of(self.CASE, plan)
-        levels = torch.ones_like(plan.indices, dtype=torch.uint8)
-        for refused in (replace(plan, level=levels), replace(plan, tail="zeroth")):
+        pools = Pools((2,), torch.zeros_like(plan.offsets)[..., None])
+        for refused in (replace(plan, pools=pools), replace(plan, tail="zeroth")):
             assert "exact entries only" in (self.sentence(refused, q, k, v) or "")
             with pytest.raises(ValueError, match="triton: expected exact entries only"):
                 attend(q, k, v, refused, backend=interpreted())
