@@ -60,6 +60,6 @@ def refuses_beyond_basics(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> s
         return f"expected bfloat16, float16 or float32, got {q.dtype}."
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"expected a head dim of at most 256, got {max(q.shape[-1], v.shape[-1])}."
-    if plan.level is not None or plan.tail != "none":
+    if plan.pools is not None or plan.tail != "none":
         return "expected exact entries only, got pooled entries or a tail."
     return None

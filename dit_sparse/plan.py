@@ -7,7 +7,7 @@ straddles a tile, a text span or the end of the sequence, and nothing has to div
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -129,7 +129,32 @@ class BoxPredicate:
         )
 
 
-Tail = Literal["none", "zeroth", "first"]
+@dataclass(frozen=True, eq=False)
+class Pools:
+    """Entries that stand for a key block by means of its keys and values.
+
+    An entry of factor g stands for its block by one row per group of g consecutive keys (the last
+    group may be smaller): their mean key and mean value, with bias ln(count) on the score.
+
+    Args:
+        factors: powers of two from 2 to 128, ascending.
+        counts: int32 `[1 or B, 1 or H, n_q, len(factors)]`, entries of each factor in a row.
+    """
+
+    factors: tuple[int, ...]
+    counts: Tensor
+
+    def __post_init__(self) -> None:
+        _make_contiguous(self, ("counts",))
+
+    def to(self, device: torch.device | str) -> Pools:
+        return Pools(self.factors, self.counts.to(device))
+
+    def __str__(self) -> str:
+        return f"pools of {', '.join(map(str, self.factors))}"
+
+
+Tail = Literal["none", "zeroth", "first", "block"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +163,8 @@ class BlockPlan:
 
     Lists are rows of `indices`: the row of (batch b, head h, query block i) starts at
     `offsets[b, h, i]` and holds `full[b, h, i]` entries that need no mask, then
-    `partial[b, h, i]` entries masked by `box`; each part ascends. A leading dimension of 1 is
-    shared by all batch entries or heads.
+    `partial[b, h, i]` entries masked by `box`, then the entries of each pool factor; each part
+    ascends. A leading dimension of 1 is shared by all batch entries or heads.
 
     Args:
         q_blocks, k_blocks: how queries and keys are cut.
@@ -147,12 +172,13 @@ class BlockPlan:
         offsets: int32 `[1 or B, 1 or H, n_q]`.
         full, partial: int32, shape of `offsets`.
         box: element mask of partial entries; `None` when there are none.
-        level: uint8 `[E]`, pool factor of each entry; an entry of level g > 1 stands for the
-            means of g consecutive keys of its block, each with bias ln(count). Levels above 1
-            only occur in the full part. `None`: every entry is exact.
-        tail: what stands for the key blocks that a row does not list: nothing, their mean key and
-            value with bias ln(count) (`"zeroth"`), or that plus PISA's global first-order term
-            (`"first"`, arXiv 2602.01077).
+        pools: entries that are read as means; `None`: every entry is exact.
+        tail: what stands for the key blocks that a row does not list: nothing; their mean key and
+            value with bias ln(count) (`"zeroth"`); or that and a first-order term of Taylor's
+            series, from the key-value covariance of each block (`"block"`) or, for all of them,
+            from the mean covariance per token (`"first"`, PISA, arXiv 2602.01077).
+        hidden: bool `[1 or B, n_k]`, key blocks that the tail must not stand for and that no row
+            may list, such as text padding; `None`: there are none.
         order: the permutation that leads from the caller's order to plan order; `None`: none.
     """
 
@@ -163,8 +189,9 @@ class BlockPlan:
     full: Tensor
     partial: Tensor
     box: BoxPredicate | None = None
-    level: Tensor | None = None
+    pools: Pools | None = None
     tail: Tail = "none"
+    hidden: Tensor | None = None
     order: Permutation | None = None
 
     def __post_init__(self) -> None:
@@ -231,24 +258,20 @@ class BlockPlan:
     def device(self) -> torch.device:
         return self.indices.device
 
+    @property
+    def batch(self) -> int:
+        """Batch size that the plan is for; 1 when it serves any."""
+        lists = self.offsets.shape[0]
+        return lists if self.hidden is None else max(lists, self.hidden.shape[0])
+
     @cached_property
     def visited(self) -> Tensor:
-        """bool `[1 or B, 1 or H, n_q, n_k]`: the blocks that are read, at any level."""
-        count = (self.full + self.partial).reshape(-1)
+        """bool `[1 or B, 1 or H, n_q, n_k]`: the blocks that are listed, exact or pooled."""
+        count = self.count.reshape(-1)
         rows = torch.arange(count.numel(), device=self.device).repeat_interleave(count)
         visited = torch.zeros(count.numel(), self.k_blocks.n, dtype=torch.bool, device=self.device)
         visited[rows, self.indices[self.entries].long()] = True
         return visited.view(*self.offsets.shape, self.k_blocks.n)
-
-    @cached_property
-    def entries(self) -> Tensor:
-        """int64 positions in `indices` of every entry in use, row by row."""
-        count = (self.full + self.partial).reshape(-1).long()
-        first = self.offsets.reshape(-1).long() - (count.cumsum(0) - count)
-        total = int(count.sum())
-        return first.repeat_interleave(count, output_size=total) + torch.arange(
-            total, device=self.device
-        )
 
     @cached_property
     def box_by_block(self) -> tuple[Tensor, Tensor]:
@@ -263,6 +286,22 @@ class BlockPlan:
         token = (self.k_blocks.starts[:-1, None] + within) * real
         above, below = self.box.above[token] * real, self.box.below[token]
         return above, torch.where(real, below, self.box.guard).int()
+
+    @cached_property
+    def count(self) -> Tensor:
+        """int32, shape of `offsets`: entries of every row."""
+        exact = self.full + self.partial
+        return exact if self.pools is None else exact + self.pools.counts.sum(-1, dtype=torch.int32)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """int64 positions in `indices` of every entry in use, row by row."""
+        count = self.count.reshape(-1).long()
+        first = self.offsets.reshape(-1).long() - (count.cumsum(0) - count)
+        total = int(count.sum())
+        return first.repeat_interleave(count, output_size=total) + torch.arange(
+            total, device=self.device
+        )
 
     @cached_property
     def spans(self) -> tuple[Tensor, Tensor]:
@@ -282,17 +321,28 @@ class BlockPlan:
     @cached_property
     def density_tensor(self) -> Tensor:
         """`density` as a float64 scalar on the plan's device, without waiting for it."""
-        keys = self.k_blocks.lengths[self.indices.long()].long()
-        if self.level is not None:
-            keys = (keys / self.level.clamp(min=1)).ceil().long()  # unused entries may say 0
-        before = F.pad(keys.cumsum(0), (1, 0))  # keys in all entries before this one
-        first, count = self.offsets.long(), (self.full + self.partial).long()
-        read = before[first + count] - before[first]
-        if self.tail != "none":
-            read = read + self.k_blocks.n - count
-        area = (self.q_blocks.lengths * read).sum()
-        rows = count[..., 0].numel() * self.q_blocks.starts[-1].double()
-        return area / (rows * self.k_blocks.starts[-1])
+        rows = self.offsets[..., 0].numel() * self.q_blocks.starts[-1].double()
+        return (self.q_blocks.lengths * self._read).sum() / (rows * self.k_blocks.starts[-1])
+
+    @property
+    def _read(self) -> Tensor:
+        """int64 `[1 or B, 1 or H, n_q]`: how many rows of keys, pooled ones too, a row reads."""
+        lengths = self.k_blocks.lengths.long()
+        blocks, start = self.indices.long(), self.offsets.long()
+
+        def read(keys: Tensor, first: Tensor, count: Tensor) -> Tensor:
+            before = F.pad(keys[blocks].cumsum(0), (1, 0))  # keys in all entries before this one
+            return before[first + count] - before[first]
+
+        total = read(lengths, start, self.full + self.partial)
+        start = start + self.full + self.partial
+        for factor, count in _by_factor(self.pools):
+            total = total + read((lengths + factor - 1) // factor, start, count)
+            start = start + count
+        if self.tail == "none":
+            return total
+        hidden = 0 if self.hidden is None else self.hidden.sum(-1)[:, None, None]
+        return total + self.k_blocks.n - hidden - self.count
 
     def element_mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor | None:
         """bool mask of a partial entry between the given plan positions; `None`: all visible."""
@@ -302,7 +352,7 @@ class BlockPlan:
         """bool `[1 or B, H', N_q, N_k]`: which query reads which key, in the caller's order.
 
         For looking at and for tests: memory grows with N_q x N_k. H' is 1 when nothing differs
-        between heads. Pooled entries count as read.
+        between heads. Pooled entries count as read, what a tail stands for does not.
         """
         heads = max(
             self.offsets.shape[1],
@@ -315,23 +365,24 @@ class BlockPlan:
         if self.box is not None:
             every = slice(None)
             part = part & torch.stack([self.box.mask(h, every, every) for h in range(heads)])
-        mask = full | part
+        pooled = self.listed("pooled").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
+        mask = full | part | pooled
         if self.order is None:
             return mask
         inverse = self.order.inverse.expand(heads, -1)
         heads_index = torch.arange(heads, device=self.device)[:, None, None]
         return mask[:, heads_index, inverse[:, :, None], inverse[:, None, :]]
 
-    def listed(self, part: Literal["full", "partial"]) -> Tensor:
+    def listed(self, part: Literal["full", "partial", "pooled"]) -> Tensor:
         """`visited`, for one part of the lists only."""
-        empty = torch.zeros_like(self.full)
-        one = replace(
-            self,
-            offsets=self.offsets if part == "full" else self.offsets + self.full,
-            full=self.full if part == "full" else empty,
-            partial=empty if part == "full" else self.partial,
-        )
-        return one.visited
+        exact = self.full + self.partial
+        first, count = {
+            "full": (self.offsets, self.full),
+            "partial": (self.offsets + self.full, self.partial),
+            "pooled": (self.offsets + exact, self.count - exact),
+        }[part]
+        none = torch.zeros_like(count)
+        return replace(self, offsets=first, full=count, partial=none, pools=None).visited
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The plan with every tensor on `device`."""
@@ -345,11 +396,17 @@ class BlockPlan:
     def __str__(self) -> str:
         batch, heads, _ = self.offsets.shape
         extras = [f"tail {self.tail}"] if self.tail != "none" else []
-        extras += [name for name in ("box", "level", "order") if getattr(self, name) is not None]
+        extras += [name for name in ("box", "pools", "order") if getattr(self, name) is not None]
         return (
             f"BlockPlan({self.q_blocks} x {self.k_blocks}, {batch} batch x {heads} heads, "
             f"density {self.density:.3f}{', ' if extras else ''}{', '.join(extras)})"
         )
+
+
+def _by_factor(pools: Pools | None) -> Iterator[tuple[int, Tensor]]:
+    """Every pool factor with how many entries of it each row has."""
+    if pools is not None:
+        yield from zip(pools.factors, pools.counts.unbind(-1), strict=True)
 
 
 def _make_contiguous(record: object, names: tuple[str, ...]) -> None:

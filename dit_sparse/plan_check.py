@@ -7,13 +7,14 @@ test) passes through `check` first. It synchronises with the device: not for the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate, Pools, Tail
 
-_MAX_LEVEL = 128
+_MAX_FACTOR = 128
 
 
 def check(plan: BlockPlan) -> BlockPlan:
@@ -21,22 +22,24 @@ def check(plan: BlockPlan) -> BlockPlan:
 
     Raises:
         ValueError: the first fault found: a wrong dtype, shape or device, blocks that do not cut
-            the sequence, entries out of range, unsorted, repeated or partial without a box, levels,
-            boxes or an order that do not belong to it.
+            the sequence, entries out of range, unsorted, repeated, hidden or partial without a
+            box, pools, boxes or an order that do not belong to it.
     """
     _check_tensors(plan)
     _check_blocks(plan.q_blocks, "q_blocks")
     _check_blocks(plan.k_blocks, "k_blocks")
     _check_rows(plan)
+    if plan.pools is not None:
+        _check_pools(plan, plan.pools)
+    _check_ends(plan)
     _check_entries(plan)
-    if plan.level is not None:
-        _check_levels(plan, plan.level)
+    _check_hidden(plan)
     if plan.box is not None:
         _check_box(plan, plan.box)
     _check_heads(plan)
     _check_order(plan)
-    if plan.tail not in ("none", "zeroth", "first"):
-        raise ValueError(f"Expected tail 'none', 'zeroth' or 'first', got {plan.tail!r}.")
+    if plan.tail not in get_args(Tail):
+        raise ValueError(f"Expected a tail among {', '.join(get_args(Tail))}, got {plan.tail!r}.")
     return plan
 
 
@@ -57,9 +60,10 @@ def check_for(plan: BlockPlan, q: Tensor, k: Tensor) -> BlockPlan:
             f"Expected {wanted[0]} queries and {wanted[1]} keys, got {got[0]} and {got[1]}: the "
             "plan is for another grid or text length. Make the plan from the layout of this call."
         )
-    if plan.offsets.shape[0] not in (1, q.shape[0]):
+    batch = plan.batch
+    if batch not in (1, q.shape[0]):
         raise ValueError(
-            f"Expected a batch of {plan.offsets.shape[0]}, as the plan has, got {q.shape[0]}. "
+            f"Expected a batch of {batch}, as the plan has, got {q.shape[0]}. "
             "Make the plan from the layout of this call."
         )
     heads = max(_head_counts(plan).values())
@@ -82,8 +86,10 @@ def tensors(plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
     yield "k_blocks.starts", plan.k_blocks.starts
     for name in ("indices", "offsets", "full", "partial"):
         yield name, getattr(plan, name)
-    if plan.level is not None:
-        yield "level", plan.level
+    if plan.pools is not None:
+        yield "pools.counts", plan.pools.counts
+    if plan.hidden is not None:
+        yield "hidden", plan.hidden
     if plan.box is not None:
         for name in ("lower", "upper", "above", "below"):
             yield f"box.{name}", getattr(plan.box, name)
@@ -91,8 +97,16 @@ def tensors(plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
         yield "order.index", plan.order.index
 
 
-_SPECIAL = {"level": torch.uint8, "order.index": torch.int64}
-_DIMENSIONS = {"offsets": 3, "full": 3, "partial": 3, "box.lower": 2, "box.upper": 2}
+_SPECIAL = {"hidden": torch.bool, "order.index": torch.int64}
+_DIMENSIONS = {
+    "offsets": 3,
+    "full": 3,
+    "partial": 3,
+    "pools.counts": 4,
+    "hidden": 2,
+    "box.lower": 2,
+    "box.upper": 2,
+}
 
 
 def _check_tensors(plan: BlockPlan) -> None:
@@ -144,7 +158,10 @@ def _check_rows(plan: BlockPlan) -> None:
             )
         if bool((tensor < 0).any()):
             raise ValueError(f"Expected {name} of at least 0, got {int(tensor.min())}.")
-    ends = plan.offsets.long() + plan.full + plan.partial
+
+
+def _check_ends(plan: BlockPlan) -> None:
+    ends = plan.offsets.long() + plan.count
     if int(ends.max()) > plan.indices.numel():
         raise ValueError(
             f"Expected rows inside the {plan.indices.numel()} indices, got one that ends at "
@@ -159,24 +176,24 @@ def _check_entries(plan: BlockPlan) -> None:
             f"Expected key blocks 0 to {plan.k_blocks.n - 1}, "
             f"got {int(plan.indices[_first(outside)])}."
         )
-    part, is_full = _parts(plan)
+    part, row = _parts(plan)
     block = plan.indices[plan.entries].long()
     falling = (part.diff() == 0) & (block.diff() <= 0)
     if bool(falling.any()):
         at = _first(falling)
         raise ValueError(
-            "Expected ascending key blocks in the full and in the partial part of a row, got "
+            "Expected ascending key blocks in each part of a row (full, partial, pooled), got "
             f"{int(block[at])} before {int(block[at + 1])}."
         )
-    # Ascending parts repeat a block only between the full and the partial part of one row.
-    listed = (part // 2 * plan.k_blocks.n + block).sort().values
+    # Ascending parts repeat a block only between the parts of one row.
+    listed = (row * plan.k_blocks.n + block).sort().values
     repeated = listed.diff() == 0
     if bool(repeated.any()):
         raise ValueError(
             "Expected every key block at most once in a row, got block "
-            f"{int(listed[_first(repeated)]) % plan.k_blocks.n} as full and as partial."
+            f"{int(listed[_first(repeated)]) % plan.k_blocks.n} in two parts."
         )
-    if plan.box is None and not bool(is_full.all()):
+    if plan.box is None and bool(plan.partial.any()):
         raise ValueError(
             "Expected a box that masks the partial entries, got none. Give one, or list the "
             "blocks as full."
@@ -184,29 +201,45 @@ def _check_entries(plan: BlockPlan) -> None:
 
 
 def _parts(plan: BlockPlan) -> tuple[Tensor, Tensor]:
-    """Of each entry in use: twice its row number, plus 1 in the partial part; and if it is full."""
-    count = torch.stack([plan.full.flatten(), plan.partial.flatten()], dim=-1).flatten().long()
-    part = torch.arange(count.numel(), device=plan.device).repeat_interleave(count)
-    return part, part % 2 == 0
+    """Of each entry in use: the number of its part, counted over all rows, and its row."""
+    pooled = [] if plan.pools is None else list(plan.pools.counts.unbind(-1))
+    counts = torch.stack([plan.full, plan.partial, *pooled], dim=-1)
+    flat = counts.flatten().long()
+    part = torch.arange(flat.numel(), device=plan.device).repeat_interleave(flat)
+    return part, part // counts.shape[-1]
 
 
-def _check_levels(plan: BlockPlan, level: Tensor) -> None:
-    if level.shape != plan.indices.shape:
+def _check_pools(plan: BlockPlan, pools: Pools) -> None:
+    factors, shape = pools.factors, [*plan.offsets.shape, len(pools.factors)]
+    powers = all(isinstance(f, int) and 2 <= f <= _MAX_FACTOR and f & (f - 1) == 0 for f in factors)
+    if not factors or not powers or list(factors) != sorted(set(factors)):
         raise ValueError(
-            f"Expected a level for each of {plan.indices.numel()} indices, got {list(level.shape)}."
+            f"Expected ascending pool factors that are powers of two from 2 to {_MAX_FACTOR}, "
+            f"got {factors!r}."
         )
-    used = level[plan.entries].int()
-    bad = (used < 1) | (used > _MAX_LEVEL) | (used & (used - 1) != 0)
-    if bool(bad.any()):
+    if list(pools.counts.shape) != shape:
         raise ValueError(
-            f"Expected levels that are powers of two from 1 to {_MAX_LEVEL}, "
-            f"got {int(used[_first(bad)])}."
+            f"Expected pools.counts of shape {shape}, one number for each factor, "
+            f"got {list(pools.counts.shape)}."
         )
-    masked = (used > 1) & ~_parts(plan)[1]
-    if bool(masked.any()):
+    if bool((pools.counts < 0).any()):
+        raise ValueError(f"Expected pools.counts of at least 0, got {int(pools.counts.min())}.")
+
+
+def _check_hidden(plan: BlockPlan) -> None:
+    hidden = plan.hidden
+    if hidden is None:
+        return
+    n_k = plan.k_blocks.n
+    if hidden.shape[1] != n_k or {hidden.shape[0], plan.offsets.shape[0]} - {1, plan.batch}:
         raise ValueError(
-            f"Expected pooled entries only in the full part of a row, got level "
-            f"{int(used[_first(masked)])} in a partial part, where elements are masked."
+            f"Expected hidden of shape [1 or B, {n_k}] with the batch of the lists, "
+            f"got {list(hidden.shape)}."
+        )
+    listed = plan.visited & hidden[:, None, None]
+    if bool(listed.any()):
+        raise ValueError(
+            f"Expected no row to list a hidden key block, got block {_first(listed) % n_k} in one."
         )
 
 

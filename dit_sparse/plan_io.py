@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate, Pools
 from dit_sparse.plan_check import check, tensors
 
 _KEY = "dit_sparse.plan"
-_VERSION = 1
+_VERSION = 2
 _FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "q_size": int,
     "k_size": int,
     "tail": str,
     "guard": (int, type(None)),
+    "factors": (list, type(None)),
     "tensors": dict,
     "sha256": str,
 }
@@ -48,6 +49,7 @@ def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
         "k_size": plan.k_blocks.size,
         "tail": plan.tail,
         "guard": None if plan.box is None else plan.box.guard,
+        "factors": None if plan.pools is None else list(plan.pools.factors),
         "tensors": names,
     }
     header["sha256"] = _digest(header, stored)
@@ -174,6 +176,9 @@ def _plan(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> BlockPlan:
     if header["guard"] is not None:
         lower, upper, above, below = (found[name] for name in _BOX)
         box = BoxPredicate(lower, upper, above, below, header["guard"])
+    pools = None
+    if header["factors"] is not None:
+        pools = Pools(tuple(header["factors"]), found["pools.counts"])
     return BlockPlan(
         q_blocks=Blocks(found["q_blocks.starts"], header["q_size"]),
         k_blocks=Blocks(found["k_blocks.starts"], header["k_size"]),
@@ -182,8 +187,9 @@ def _plan(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> BlockPlan:
         full=found["full"],
         partial=found["partial"],
         box=box,
-        level=found.get("level"),
+        pools=pools,
         tail=header["tail"],
+        hidden=found.get("hidden"),
         order=Permutation(found["order.index"]) if "order.index" in found else None,
     )
 
@@ -191,9 +197,11 @@ def _plan(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> BlockPlan:
 def _named_tensors(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = header["tensors"]
     required = {*_LISTS, *(_BOX if header["guard"] is not None else ())}
+    if header["factors"] is not None:
+        required.add("pools.counts")
     for name in sorted(required - set(names)):
         raise ValueError(f"Expected a tensor {name!r}, got none.")
-    known = required | {"level", "order.index"}
+    known = required | {"hidden", "order.index"}
     for name in sorted(set(names) - known):
         raise ValueError(f"Expected tensors {', '.join(sorted(known))}, got {name!r}.")
     for name, key in names.items():

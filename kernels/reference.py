@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
+from dit_sparse.correction import BlockMeans, block_means, covariance_sum, covariances
 from dit_sparse.plan import BlockPlan
 
 
@@ -35,10 +36,10 @@ class ReferenceBackend:
         out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         lists = _Lists(plan)
-        for batch, plan_batch in _groups(q.shape[0], plan.offsets.shape[0]):
+        for batch, plan_batch in _groups(q.shape[0], plan.batch):
             for heads, plan_head in _groups(q.shape[1], lists.heads):
                 qs, ks, vs = (t[batch, heads].to(accurate) for t in (q, k, v))
-                tail = _Tail.of(ks, vs, plan)
+                tail = _Tail.of(ks, vs, plan, plan_batch)
                 for block, rows in enumerate(lists.rows):
                     picked = lists.pick(plan_batch, plan_head, block)
                     values, mass = _row(qs[..., rows, :] * scale, ks, vs, picked, tail)
@@ -73,57 +74,75 @@ class _Lists:
         self._offsets, self._full, self._partial, self._indices = (
             t.tolist() for t in (plan.offsets, plan.full, plan.partial, plan.indices)
         )
-        self._level = None if plan.level is None else plan.level.tolist()
+        self._pools = None if plan.pools is None else plan.pools.counts.tolist()
+        self._open = torch.ones(plan.batch, plan.k_blocks.n, dtype=torch.bool)
+        if plan.hidden is not None:
+            self._open &= ~plan.hidden.cpu()
 
     def pick(self, batch: int, head: int, block: int) -> _Picked:
-        list_head = head % self.plan.offsets.shape[1]
-        first = self._offsets[batch][list_head][block]
-        n_full = self._full[batch][list_head][block]
-        stop = first + n_full + self._partial[batch][list_head][block]
-        levels = [1] * (stop - first) if self._level is None else self._level[first:stop]
-        listed = self._indices[first:stop]
-        exact = [self._keys[j] for j, g in zip(listed, levels, strict=True) if g == 1]
-        n_unmasked = sum(
-            len(self._keys[j]) for j, g in zip(listed[:n_full], levels, strict=False) if g == 1
+        row = (batch % self.plan.offsets.shape[0], head % self.plan.offsets.shape[1], block)
+        first, n_full, n_partial = (
+            rows[row[0]][row[1]][block] for rows in (self._offsets, self._full, self._partial)
         )
+        stop = first + n_full + n_partial
+        exact = [self._keys[j] for j in self._indices[first:stop]]
+        n_unmasked = sum(map(len, exact[:n_full]))
         keys = torch.cat([*exact, self._keys[0][:0]])
         inside = self.plan.element_mask(head, self.rows[block], keys[n_unmasked:])
         mask = None
         if inside is not None:
             whole = inside.new_ones(inside.shape[0], n_unmasked)
             mask = torch.cat([whole, inside], dim=1)
-        pools = [(self._keys[j], g) for j, g in zip(listed, levels, strict=True) if g > 1]
-        rest = torch.ones(self.plan.k_blocks.n, dtype=torch.bool)
-        rest[listed] = False
+        pools = []
+        for factor, count in self._pooled(row):
+            pools += [(self._keys[j], factor) for j in self._indices[stop : stop + count]]
+            stop += count
+        rest = self._open[batch % len(self._open)].clone()
+        rest[self._indices[first:stop]] = False
         return _Picked(keys, mask, pools, rest.nonzero().flatten().to(self.plan.device))
+
+    def _pooled(self, row: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
+        """Pool factors and how many entries of each a row has."""
+        if self._pools is not None and self.plan.pools is not None:
+            batch, head, block = row
+            yield from zip(self.plan.pools.factors, self._pools[batch][head][block], strict=True)
 
 
 @dataclass(frozen=True)
 class _Tail:
-    """Block means for unlisted blocks and, for the first order, the key-value covariance."""
+    """Block means for unlisted blocks and, for the first order, key-value covariances."""
 
-    keys: Tensor  # [..., n_k, D] mean key of every block
-    values: Tensor  # [..., n_k, D] mean value
+    means: BlockMeans
     bias: Tensor  # [n_k] ln(tokens of the block)
-    covariance: Tensor | None  # [..., D, D_v]: (1/T) sum over all blocks of H_j
+    mean_covariance: Tensor | None  # [..., D, D_v]: per token, over all blocks that are not hidden
+    covariances: Tensor | None  # [..., n_k, D, D_v]: per token of each block
 
     @staticmethod
-    def of(k: Tensor, v: Tensor, plan: BlockPlan) -> _Tail | None:
+    def of(k: Tensor, v: Tensor, plan: BlockPlan, batch: int) -> _Tail | None:
         if plan.tail == "none":
             return None
-        blocks = plan.k_blocks.of_token
+        means = block_means(k, plan.k_blocks), block_means(v, plan.k_blocks)
         lengths = plan.k_blocks.lengths.to(k.dtype)
-
-        def mean(t: Tensor) -> Tensor:
-            sums = t.new_zeros(*t.shape[:-2], plan.k_blocks.n, t.shape[-1])
-            return sums.index_add_(-2, blocks, t) / lengths[:, None]
-
-        keys, values = mean(k), mean(v)
-        covariance = None
+        seen = torch.ones_like(lengths)
+        if plan.hidden is not None:
+            seen = seen * ~plan.hidden[batch % plan.hidden.shape[0]]
+        mean = each = None
         if plan.tail == "first":
-            centred = k - keys[..., blocks, :]
-            covariance = centred.transpose(-2, -1) @ v / plan.k_blocks.total
-        return _Tail(keys, values, lengths.log(), covariance)
+            mean = covariance_sum(k, v, plan.k_blocks, seen) / (lengths * seen).sum()
+        elif plan.tail == "block":
+            each = covariances(k, v, plan.k_blocks) / lengths[:, None, None]
+        return _Tail(BlockMeans(*means), lengths.log(), mean, each)
+
+    def first_order(self, q: Tensor, shares: Tensor, blocks: Tensor) -> Tensor | None:
+        """What Taylor's first term adds, for the softmax shares `[..., rows, len(blocks)]`."""
+        if self.mean_covariance is not None:
+            return shares.sum(-1, keepdim=True) * (q @ self.mean_covariance)
+        if self.covariances is None:
+            return None
+        added = q.new_zeros(*q.shape[:-1], self.covariances.shape[-1])
+        for nth, block in enumerate(blocks.tolist()):
+            added += shares[..., nth, None] * (q @ self.covariances[..., block, :, :])
+        return added
 
 
 def _row(
@@ -138,8 +157,8 @@ def _row(
             values.append(v[..., group, :].mean(-2, keepdim=True))
             biases.append(q.new_tensor([len(group)]).log())
     if tail is not None:
-        keys.append(tail.keys[..., picked.unlisted, :])
-        values.append(tail.values[..., picked.unlisted, :])
+        keys.append(tail.means.keys[..., picked.unlisted, :])
+        values.append(tail.means.values[..., picked.unlisted, :])
         biases.append(tail.bias[picked.unlisted])
     scores = q @ torch.cat(keys, -2).transpose(-2, -1) + torch.cat(biases)
     if picked.mask is not None:
@@ -154,9 +173,10 @@ def _row(
     weights = weights / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     lse = (top + mass.log())[..., 0]
     out = weights @ torch.cat(values, -2)
-    if tail is not None and tail.covariance is not None and len(picked.unlisted):
-        share = weights[..., -len(picked.unlisted) :].sum(-1, keepdim=True)
-        out = out + share * (q @ tail.covariance)
+    if tail is not None and len(picked.unlisted):
+        shares = weights[..., -len(picked.unlisted) :]
+        added = tail.first_order(q, shares, picked.unlisted)
+        out = out if added is None else out + added
     return out, lse
 
 

@@ -45,7 +45,8 @@ def planned_attention(
                 exact, tail = _items(plan, b, h, i, position, keys, values)
                 query = q[b, h, to_caller[position]] * scale
                 at = (b, h, to_caller[position])
-                out[at], lse[at] = _softmax(query, exact, tail, _covariance(plan, keys, values))
+                slopes = _slopes(plan, b, tail, keys, values)
+                out[at], lse[at] = _softmax(query, exact, [item for _, item in tail], slopes)
     return out, lse
 
 
@@ -62,20 +63,22 @@ def _blocks(starts: Tensor) -> list[range]:
 
 def _items(
     plan: BlockPlan, b: int, h: int, i: int, position: int, keys: Tensor, values: Tensor
-) -> tuple[list[Item], list[Item]]:
+) -> tuple[list[Item], list[tuple[range, Item]]]:
     """Everything that the query at a plan position reads: listed entries, and the tail."""
     blocks = _blocks(plan.k_blocks.starts)
     row = (b % plan.offsets.shape[0], h % plan.offsets.shape[1], i)
     first, n_full, n_partial = (int(x[row]) for x in (plan.offsets, plan.full, plan.partial))
+    factors = [1] * (n_full + n_partial)
+    if plan.pools is not None:
+        for factor, count in zip(plan.pools.factors, plan.pools.counts[row].tolist(), strict=True):
+            factors += [factor] * count
     listed, exact = [], []
-    for nth in range(n_full + n_partial):
-        entry = first + nth
-        block = blocks[int(plan.indices[entry])]
+    for nth, level in enumerate(factors):
+        block = blocks[int(plan.indices[first + nth])]
         listed.append(block)
-        level = 1 if plan.level is None else int(plan.level[entry])
         for start in range(block.start, block.stop, level):
             group = slice(start, min(start + level, block.stop))
-            if nth >= n_full:
+            if n_full <= nth < n_full + n_partial:
                 box = plan.box
                 assert box is not None
                 if not box.mask(h, slice(position, position + 1), group).item():
@@ -83,9 +86,17 @@ def _items(
             exact.append(_mean(keys, values, group))
     tail = []
     if plan.tail != "none":
-        rest = [block for block in blocks if block not in listed]
-        tail = [_mean(keys, values, slice(block.start, block.stop)) for block in rest]
+        rest = [block for block in _open(plan, b, blocks) if block not in listed]
+        tail = [(block, _mean(keys, values, slice(block.start, block.stop))) for block in rest]
     return exact, tail
+
+
+def _open(plan: BlockPlan, b: int, blocks: list[range]) -> list[range]:
+    """The blocks that are not hidden from a batch entry."""
+    if plan.hidden is None:
+        return blocks
+    hidden = plan.hidden[b % plan.hidden.shape[0]].tolist()
+    return [block for block, unseen in zip(blocks, hidden, strict=True) if not unseen]
 
 
 def _mean(keys: Tensor, values: Tensor, group: slice) -> Item:
@@ -93,29 +104,36 @@ def _mean(keys: Tensor, values: Tensor, group: slice) -> Item:
 
 
 def _softmax(
-    query: Tensor, exact: list[Item], tail: list[Item], covariance: Tensor | None
+    query: Tensor, exact: list[Item], tail: list[Item], slopes: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`sum w v / sum w` with `w = count exp(q k)`, and PISA's global first-order term."""
+    """`sum w v / sum w` with `w = count exp(q k)`; in the tail v has a first-order term."""
     items = exact + tail
     if not items:
         return torch.zeros(()), torch.tensor(-math.inf)
     logits = torch.stack([query @ key + math.log(count) for key, _, count in items])
     weights = (logits - logits.max()).exp()
     total = weights.sum()
-    out = torch.stack([w * value for w, (_, value, _) in zip(weights, items, strict=True)]).sum(0)
-    out = out / total
-    if tail and covariance is not None:
-        out = out + weights[len(exact) :].sum() / total * (query @ covariance)
-    return out, logits.max() + total.log()
+    values = [value for _, value, _ in items]
+    for nth, slope in enumerate(slopes, start=len(exact)):
+        values[nth] = values[nth] + query @ slope
+    out = torch.stack([w * value for w, value in zip(weights, values, strict=True)]).sum(0)
+    return out / total, logits.max() + total.log()
 
 
-def _covariance(plan: BlockPlan, keys: Tensor, values: Tensor) -> Tensor | None:
-    """`(1/T) sum_j H_j` with `H_j = sum (k - mean of its block) v^T` (arXiv 2602.01077)."""
-    if plan.tail != "first":
-        return None
-    total = torch.zeros(keys.shape[1], values.shape[1], dtype=torch.float64)
-    for block in _blocks(plan.k_blocks.starts):
-        centre = keys[block.start : block.stop].mean(0)
-        for t in block:
-            total += torch.outer(keys[t] - centre, values[t])
-    return total / len(keys)
+def _slopes(
+    plan: BlockPlan, b: int, tail: list[tuple[range, Item]], keys: Tensor, values: Tensor
+) -> list[Tensor]:
+    """Of each tail block, `H_j` per token; PISA's is that of all blocks (arXiv 2602.01077)."""
+    if plan.tail == "block":
+        return [_covariance(keys, values, block) / len(block) for block, _ in tail]
+    if plan.tail == "first":
+        blocks = _open(plan, b, _blocks(plan.k_blocks.starts))
+        total = sum(_covariance(keys, values, block) for block in blocks)
+        return [total / sum(map(len, blocks))] * len(tail)
+    return []
+
+
+def _covariance(keys: Tensor, values: Tensor, block: range) -> Tensor:
+    """`H_j = sum (k - mean of its block) v^T`, token by token."""
+    centre = keys[block.start : block.stop].mean(0)
+    return sum(torch.outer(keys[t] - centre, values[t]) for t in block)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate, Pools
 from dit_sparse.plan_check import check
 
 runs = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any)
@@ -126,15 +126,50 @@ def _expected(plan: BlockPlan, visited: Tensor, full: Tensor | None, boxes: Boxe
     return mask
 
 
+FACTORS = (2, 4, 8, 16, 32, 64, 128)
+
+
 @st.composite
 def pooled_plans(draw: st.DrawFn) -> BlockPlan:
-    """Random plans whose full entries have any level, and with any tail."""
+    """Random plans with pooled entries of some factors, hidden blocks and any tail."""
     plan = draw(problems()).plan
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    level = 2 ** torch.randint(8, plan.indices.shape, generator=generator)
-    for first, full, partial in zip(
-        plan.offsets.flatten(), plan.full.flatten(), plan.partial.flatten(), strict=True
-    ):
-        level[first + full : first + full + partial] = 1
-    tail = draw(st.sampled_from(["none", "zeroth", "first"]))
-    return check(replace(plan, level=level.to(torch.uint8), tail=tail))
+    factors = tuple(sorted(draw(st.sets(st.sampled_from(FACTORS), max_size=4))))
+    hidden = None
+    if draw(st.booleans()):
+        hidden = torch.rand(plan.offsets.shape[0], plan.k_blocks.n, generator=generator) < 0.2
+    tail = draw(st.sampled_from(["none", "zeroth", "first", "block"]))
+    return check(replace(pooled(plan, factors, hidden, generator), tail=tail))
+
+
+def pooled(
+    plan: BlockPlan, factors: tuple[int, ...], hidden: Tensor | None, generator: torch.Generator
+) -> BlockPlan:
+    """Turns some entries of every row into pooled ones and drops hidden blocks, row by row."""
+    indices, ends, counts = [], [0], []
+    for row in range(plan.offsets.numel()):
+        first, full, partial = (
+            int(x.flatten()[row]) for x in (plan.offsets, plan.full, plan.partial)
+        )
+        entry = row // plan.offsets[0].numel()
+        parts: list[list[int]] = [[] for _ in range(2 + len(factors))]
+        for nth in range(full + partial):
+            block = int(plan.indices[first + nth])
+            if hidden is not None and bool(hidden[entry, block]):
+                continue
+            part = int(torch.randint(-1, len(factors), (), generator=generator))
+            parts[part + 2 if part >= 0 else int(nth >= full)].append(block)
+        for part in parts:
+            indices += sorted(part)
+        ends.append(len(indices))
+        counts.append([len(part) for part in parts])
+    count = torch.tensor(counts, dtype=torch.int32).view(*plan.offsets.shape, -1)
+    return replace(
+        plan,
+        indices=torch.tensor(indices, dtype=torch.int32),
+        offsets=torch.tensor(ends[:-1], dtype=torch.int32).view(plan.offsets.shape),
+        full=count[..., 0],
+        partial=count[..., 1],
+        pools=Pools(factors, count[..., 2:]) if factors else None,
+        hidden=hidden,
+    )

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse.grid import Permutation
+from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
 from dit_sparse.plan_check import check
 from tests.problems import Boxes, blocks_one_by_one, problems, runs, sizes
@@ -145,9 +146,14 @@ class TestDensity:
         assert self.plan().density == pytest.approx((4 * 8 + 2 * 4) / 72)
 
     def test_pooled_entries_count_their_rows(self):
-        level = torch.tensor([1, 4, 2], dtype=torch.uint8)
-        plan = check(replace(self.plan(), level=level))
-        assert plan.density == pytest.approx((4 * (4 + 1) + 2 * 2) / 72)
+        level = torch.tensor([[[[1, 4, 0], [2, 0, 0]]]], dtype=torch.uint8)
+        plan = plan_of_levels(level, Blocks.uniform(6, 4), Blocks.uniform(12, 4), factors=(2, 4))
+        assert check(plan).density == pytest.approx((4 * (4 + 1) + 2 * 2) / 72)
+
+    def test_a_tail_does_not_count_hidden_blocks(self):
+        hidden = torch.tensor([[False, False, True]])
+        plan = check(replace(self.plan(), tail="zeroth", hidden=hidden))
+        assert plan.density == pytest.approx((4 * 8 + 2 * 4 + 2 * 1) / 72)
 
     def test_a_tail_counts_one_row_for_each_unlisted_block(self):
         plan = replace(self.plan(), tail="zeroth")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
+from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate, Pools
 from dit_sparse.plan_check import check, check_for
 
 TOKENS, SIZE, HEADS, BATCH = 10, 4, 3, 2
@@ -45,9 +45,11 @@ def with_box(plan: BlockPlan, **changes: object) -> BlockPlan:
     return replace(plan, box=replace(plan.box, **changes))
 
 
-def levels(plan: BlockPlan, at: int, value: int) -> BlockPlan:
-    level = torch.ones_like(plan.indices, dtype=torch.uint8)
-    return replace(plan, level=edited(level, at, value))
+def pooled(plan: BlockPlan, *factors: object, counts: Tensor | None = None) -> BlockPlan:
+    """The plan with pools that no row uses, or with the partial entries as pooled ones."""
+    if counts is None:
+        counts = torch.zeros(*plan.offsets.shape, len(factors), dtype=torch.int32)
+    return replace(plan, pools=Pools(factors, counts))
 
 
 FAULTS: dict[str, Callable[[BlockPlan], BlockPlan]] = {
@@ -57,7 +59,6 @@ FAULTS: dict[str, Callable[[BlockPlan], BlockPlan]] = {
     r"offsets of dtype torch.int32, got torch.float32": lambda p: replace(
         p, offsets=p.offsets.float().fill_(float("nan"))
     ),
-    r"level of dtype torch.uint8": lambda p: replace(p, level=torch.ones_like(p.indices)),
     r"box.above of dtype": lambda p: with_box(p, above=torch.zeros(TOKENS)),
     r"full on cpu, where the indices are, got meta": lambda p: replace(p, full=p.full.to("meta")),
     r"order.index on cpu": lambda p: replace(p, order=Permutation(p.order.index.to("meta"))),
@@ -93,15 +94,44 @@ FAULTS: dict[str, Callable[[BlockPlan], BlockPlan]] = {
     r"ascending key blocks .* got 0 before 0": lambda p: replace(
         p, indices=edited(p.indices, 4, 0)
     ),
-    r"at most once in a row, got block 1 as full and as partial": lambda p: replace(
+    r"at most once in a row, got block 1 in two parts": lambda p: replace(
         p, indices=edited(p.indices, 5, 1)
     ),
     r"a box that masks the partial entries, got none": lambda p: replace(p, box=None),
-    r"a level for each of 54 indices": lambda p: replace(p, level=torch.ones(5, dtype=torch.uint8)),
-    r"powers of two from 1 to 128, got 3": lambda p: levels(p, 1, 3),
-    r"powers of two from 1 to 128, got 0": lambda p: levels(p, 1, 0),
-    r"powers of two from 1 to 128, got 129": lambda p: levels(p, 1, 129),
-    r"got level 2 in a partial part": lambda p: levels(p, 2, 2),
+    r"powers of two from 2 to 128, got \(2, 3\)": lambda p: pooled(p, 2, 3),
+    r"powers of two from 2 to 128, got \(1, 2\)": lambda p: pooled(p, 1, 2),
+    r"powers of two from 2 to 128, got \(256,\)": lambda p: pooled(p, 256),
+    r"powers of two from 2 to 128, got \(4.0,\)": lambda p: pooled(p, 4.0),
+    r"ascending pool factors .*, got \(8, 2\)": lambda p: pooled(p, 8, 2),
+    r"ascending pool factors .*, got \(2, 2\)": lambda p: pooled(p, 2, 2),
+    r"ascending pool factors .*, got \(\)": lambda p: pooled(p),
+    r"pools.counts of shape \[2, 3, 3, 2\], .*, got \[2, 3, 3, 1\]": lambda p: pooled(
+        p, 2, 4, counts=torch.zeros(2, 3, 3, 1, dtype=torch.int32)
+    ),
+    r"pools.counts of at least 0, got -1": lambda p: pooled(
+        p, 2, counts=torch.full((2, 3, 3, 1), -1, dtype=torch.int32)
+    ),
+    r"54 indices, got one that ends at 55": lambda p: pooled(
+        p, 2, counts=torch.ones(2, 3, 3, 1, dtype=torch.int32)
+    ),
+    r"pools.counts of dtype torch.int32": lambda p: pooled(
+        p, 2, counts=torch.zeros(2, 3, 3, 1, dtype=torch.int64)
+    ),
+    r"in each part of a row .*, got 1 before 0": lambda p: pooled(
+        replace(p, full=p.full - 2, indices=edited(edited(p.indices, 1, 1), 2, 0)),
+        2,
+        counts=torch.full((2, 3, 3, 1), 2, dtype=torch.int32),
+    ),
+    r"hidden of dtype torch.bool": lambda p: replace(p, hidden=torch.zeros(2, 3)),
+    r"hidden of shape \[1 or B, 3\] .*, got \[2, 4\]": lambda p: replace(
+        p, hidden=torch.zeros(2, 4, dtype=torch.bool)
+    ),
+    r"hidden of shape \[1 or B, 3\] .*, got \[5, 3\]": lambda p: replace(
+        p, hidden=torch.zeros(5, 3, dtype=torch.bool)
+    ),
+    r"no row to list a hidden key block, got block 1": lambda p: replace(
+        p, hidden=torch.tensor([[False, True, False]])
+    ),
     r"box.upper of shape \[3, 10\], got \[1, 10\]": lambda p: with_box(p, upper=p.box.upper[:1]),
     r"box.below of shape \[10\], got \[9\]": lambda p: with_box(p, below=p.box.below[:9]),
     r"guard as a positive int of 31 bits, got 0": lambda p: with_box(p, guard=0),
@@ -124,7 +154,7 @@ FAULTS: dict[str, Callable[[BlockPlan], BlockPlan]] = {
     r"repeated or missing": lambda p: replace(
         p, order=Permutation(torch.zeros(TOKENS, dtype=torch.int64))
     ),
-    r"tail 'none', 'zeroth' or 'first', got 'second'": lambda p: replace(p, tail="second"),
+    r"tail among none, zeroth, first, block, got 'second'": lambda p: replace(p, tail="second"),
 }
 
 
@@ -138,15 +168,11 @@ def test_check_names_the_fault(sentence):
 def test_sound_plans_pass():
     plan = sound()
     assert check(plan) is plan
-    assert check(levels(plan, 0, 128)).level is not None
+    assert check(pooled(plan, 2, 128)).pools is not None
+    moved = replace(plan, partial=torch.zeros_like(plan.partial), box=None)
+    assert bool(check(pooled(moved, 4, counts=plan.partial[..., None])).visited.all())
     every = BlockPlan.from_mask(plan.visited, plan.q_blocks, plan.k_blocks)
     assert check(every).box is None
-
-
-def test_entries_out_of_use_may_carry_any_level():
-    plan = sound()
-    plan = replace(plan, partial=torch.zeros_like(plan.partial))
-    check(levels(plan, 2, 77))
 
 
 def qk(batch: int = BATCH, heads: int = HEADS, n_q: int = TOKENS, n_k: int = TOKENS, **where: str):

@@ -6,7 +6,7 @@ import copy
 import logging
 import pickle
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dit_sparse.forward import Forward, StockCall, hides_only_padding
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
+from dit_sparse.levels import plan_of_levels
 from dit_sparse.method import CallContext
 from dit_sparse.methods import create
 from dit_sparse.methods.schedule import Schedule
@@ -119,8 +120,9 @@ def test_density_is_measured_without_waiting_for_the_device(tail: Any, pooled: b
     blocks = Blocks.of_runs([8, 3, 8, 17], 8)
     plan = BlockPlan.from_mask(visited, blocks, blocks, tail=tail)
     if pooled:
-        levels = torch.randint(1, 5, plan.indices.shape, generator=source, dtype=torch.uint8)
-        plan = replace(plan, level=levels)
+        level = torch.tensor([0, 1, 2, 8], dtype=torch.uint8)
+        level = level[torch.randint(4, visited.shape, generator=source)]
+        plan = plan_of_levels(level, blocks, blocks, factors=(2, 8), tail=tail)
     with FakeTensorMode(allow_non_fake_inputs=True):  # knows no values
         plan = plan.to("cpu")  # without what it has computed
         plan.density_tensor  # noqa: B018

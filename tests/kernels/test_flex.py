@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_sparse.attention import attend
 from dit_sparse.backend import Backend
 from dit_sparse.kernels.flex import BACKEND, FlexBackend, block_mask
-from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.plan import BlockPlan, Blocks, Pools
 from tests.block_cases import Case, covering, plan_of, tensors_of
 from tests.oracle import masked_attention
 from tests.problems import Boxes, Problem, problems
@@ -112,8 +112,8 @@ class TestRefusals:
 
     def test_pooled_entries_and_tails(self):
         plan = plan_of(self.CASE)
-        levels = torch.ones_like(plan.indices, dtype=torch.uint8)
-        for refused in (replace(plan, level=levels), replace(plan, tail="first")):
+        pools = Pools((2,), torch.zeros_like(plan.offsets)[..., None])
+        for refused in (replace(plan, pools=pools), replace(plan, tail="first")):
             with pytest.raises(ValueError, match="flex: expected exact entries only"):
                 attend(*tensors_of(self.CASE, plan), refused, backend=EAGER)
 

@@ -15,6 +15,7 @@ from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput, Backend
 from dit_sparse.grid import Permutation
 from dit_sparse.kernels.reference import BACKEND
+from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Blocks
 from tests.oracle import masked_attention, planned_attention
 from tests.problems import Boxes, Problem, pooled_plans, problems
@@ -92,13 +93,12 @@ class TestAgainstTheDefinition:
         expected = masked_attention(q, k, v, problem.expected, scale)
         assert_equal(run(q, k, v, problem.plan, scale), expected, 2e-5)
 
-    @pytest.mark.parametrize("level", [1, 2, 4, 8, 16, 32, 64, 128])
-    @pytest.mark.parametrize("tail", ["none", "zeroth", "first"])
-    def test_every_level(self, level: int, tail: str):
+    @pytest.mark.parametrize("factor", [2, 4, 8, 16, 32, 64, 128])
+    @pytest.mark.parametrize("tail", ["none", "zeroth", "first", "block"])
+    def test_every_factor(self, factor: int, tail: str):
         blocks = Blocks.of_runs([40, 130, 1], 128)
-        plan = random_plan(1, blocks, heads=1, share=0.6)
-        levels = torch.full_like(plan.indices, level, dtype=torch.uint8)
-        plan = replace(plan, level=levels, tail=tail)
+        level = random_mask(1, blocks, heads=1, share=0.6).to(torch.uint8) * factor
+        plan = plan_of_levels(level, blocks, blocks, factors=(factor,), tail=tail)
         # Some queries are enough for the token-by-token oracle.
         few = replace(plan, q_blocks=Blocks.of_runs([2, 1, 1, 1], 2))
         q, k, v = tensors(few, heads=1)
@@ -151,7 +151,7 @@ class TestIdentities:
         )
         assert not out[~seen].any()
 
-    @pytest.mark.parametrize("tail", ["zeroth", "first"])
+    @pytest.mark.parametrize("tail", ["zeroth", "first", "block"])
     @pytest.mark.parametrize("runs", [[32], [3, 9, 1, 5]])
     def test_a_tail_is_exact_for_keys_constant_in_each_block(self, tail: str, runs: list[int]):
         blocks = Blocks.of_runs(runs, 8)
@@ -162,8 +162,8 @@ class TestIdentities:
 
     def test_pooled_entries_are_exact_for_keys_constant_in_each_pool(self):
         blocks = Blocks.of_runs([30, 13], 16)
-        plan = whole_plan(blocks)
-        plan = replace(plan, level=torch.full_like(plan.indices, 4, dtype=torch.uint8))
+        every = torch.full((1, 1, blocks.n, blocks.n), 4, dtype=torch.uint8)
+        plan = plan_of_levels(every, blocks, blocks, factors=(4,))
         q, k, v = tensors(plan, torch.float64)
         within = torch.arange(43) - blocks.starts[blocks.of_token]
         k = k[:, :, torch.arange(43) - within % 4]

@@ -1,0 +1,105 @@
+"""What stands for the attention mass that was not computed exactly, as definitions in PyTorch.
+
+A block j of keys is replaced by its mean key and value, counted as often as it has tokens, and
+Taylor's first term adds what its key-value covariance H_j = sum (k - mean k)^T v says (PISA,
+arXiv 2602.01077): per block exactly, or for all blocks together by the mean covariance per token.
+The kernels of `kernels/pool.py` compute the same on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.plan import Blocks
+
+
+class BlockMeans(NamedTuple):
+    """Mean key `[..., n, D]` and mean value `[..., n, D_v]` of every block."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def block_means(x: Tensor, blocks: Blocks) -> Tensor:
+    """Means over the tokens of every block.
+
+    Args:
+        x: `[..., N, D]` in plan order, fp32 or fp64 (a sum over bf16 would lose digits).
+
+    Returns:
+        `[..., n, D]`.
+    """
+    sums = x.new_zeros(*x.shape[:-2], blocks.n, x.shape[-1])
+    return sums.index_add_(-2, blocks.of_token, x) / blocks.lengths[:, None].to(x.dtype)
+
+
+def covariance_sum(k: Tensor, v: Tensor, blocks: Blocks, weights: Tensor | None = None) -> Tensor:
+    """`sum_j w_j H_j` `[..., D, D_v]`, no single H_j formed.
+
+    Keys are centred before they are multiplied: `sum k^T v - B mean^T mean` would lose digits to a
+    common offset of the keys, which the softmax does not see.
+
+    Args:
+        k, v: `[..., N, D]` and `[..., N, D_v]` in plan order, fp32 or fp64.
+        weights: `[n]`, factors of the blocks; all 1 by default.
+    """
+    return (_centred(k, blocks, weights)).transpose(-2, -1) @ v
+
+
+def covariances(k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Every H_j: `[..., n, D, D_v]`, as large as D_v blocks of keys. For definitions and tests."""
+    starts = blocks.starts.tolist()
+    centred = _centred(k, blocks)
+    each = [centred[..., a:b, :].transpose(-2, -1) @ v[..., a:b, :] for a, b in pairwise(starts)]
+    return torch.stack(each, dim=-3)
+
+
+def covariance_norms(k: Tensor, v: Tensor, blocks: Blocks, *, centred: bool) -> Tensor:
+    """Frobenius norms `[..., n]` of every H_j, or of its deviation from their mean.
+
+    A block's own are formed and dropped again, so that memory does not grow with the blocks.
+
+    Args:
+        k, v: as for `covariance_sum`.
+        centred: subtract the mean of all H_j first, as PISA's theorem 3.1 has it (its code does
+            not).
+    """
+    mean = covariance_sum(k, v, blocks) / blocks.n if centred else None
+    keys = _centred(k, blocks)
+    starts = blocks.starts.tolist()
+    norms = []
+    for a, b in pairwise(starts):
+        one = keys[..., a:b, :].transpose(-2, -1) @ v[..., a:b, :]
+        norms.append((one if mean is None else one - mean).square().sum((-2, -1)).sqrt())
+    return torch.stack(norms, dim=-1)
+
+
+def merge(parts: Sequence[AttentionOutput]) -> AttentionOutput:
+    """One softmax over keys that were attended to in disjoint parts.
+
+    Args:
+        parts: values `[B, H, N, D_v]` and log-sum-exp `[B, H, N]` of each part.
+    """
+    lse = torch.stack([part.lse for part in parts])
+    total = lse.logsumexp(0)
+    # Where no part saw a key, every share is 0 rather than NaN.
+    shares = (lse - total.masked_fill(total == -torch.inf, 0.0)).exp()
+    out = sum(
+        share[..., None] * part.out.to(share.dtype)
+        for share, part in zip(shares, parts, strict=True)
+    )
+    assert isinstance(out, Tensor)
+    return AttentionOutput(out.to(parts[0].out.dtype), total)
+
+
+def _centred(k: Tensor, blocks: Blocks, weights: Tensor | None = None) -> Tensor:
+    """Keys less the mean of their block, times the weight of their block."""
+    of = blocks.of_token
+    centred = k - block_means(k, blocks)[..., of, :]
+    return centred if weights is None else centred * weights[of, None].to(k.dtype)
