@@ -71,9 +71,10 @@ def attend(
 
     Args:
         q: `[B, H, N_q, D]`, any strides; fp32, fp16 or bf16 (what the backend takes).
-        k, v: `[B, H, N_k, D]` and `[B, H, N_k, D_v]`, the same dtype and device.
+        k, v: `[B, H_k, N_k, D]` and `[B, H_k, N_k, D_v]`, the same dtype and device. H_k is H, or
+            divides it: query head h then reads key head h // (H / H_k), which is copied for it.
         plan: what every query block reads; its order is applied here and undone on the result.
-        scale: factor of the scores, `D ** -0.5` by default.
+        scale: factor of the scores, `D ** -0.5` by default; the plan's own factor comes on top.
         backend: a backend, its name, or `None` for the best one that does not refuse.
 
     Returns:
@@ -88,6 +89,9 @@ def attend(
         scale = q.shape[-1] ** -0.5
     elif not scale > 0.0:
         raise ValueError(f"Expected a scale above 0, got {scale}.")
+    scale *= plan.scale
+    if (group := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     if backend is None or isinstance(backend, str):
         backend, _ = select_backend(q, k, v, plan, backend)
     elif (reason := backend.refuses(q, k, v, plan)) is not None:
@@ -159,10 +163,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         q.ndim != 4
         or k.ndim != 4
         or v.ndim != 4
-        or not (q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3])
+        or not (q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3])
+        or not k.shape[1]
+        or q.shape[1] % k.shape[1]
     ):
         raise ValueError(
-            "Expected q [B, H, N_q, D], k [B, H, N_k, D], v [B, H, N_k, D_v] with equal B and H, "
+            "Expected q [B, H, N_q, D], k [B, H, N_k, D], v [B, H, N_k, D_v] with equal B and with "
+            "equal H or heads of k and v that divide those of q, "
             f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
         )
     if q.shape[-1] != k.shape[-1]:

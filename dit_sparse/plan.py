@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
+from dit_sparse.predicate import BoxPredicate, DiskPredicate, Predicate, make_contiguous
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,49 +88,6 @@ class Blocks:
 
 
 @dataclass(frozen=True, eq=False)
-class BoxPredicate:
-    """Which keys of a partial block a query reads: those inside the query's box of coordinates.
-
-    The coordinates of a token are packed into the fields of one int32, each field one bit wider
-    than its values; that spare bit is the field's *guard*. Query i reads key j iff, in every
-    field, `lower[i] <= above[j]` and `below[j] <= upper[i]`, which one subtraction tests for all
-    fields at once: `(above | guard) - lower` keeps every guard bit exactly when no field borrows.
-    For an ordinary key `above` and `below` are the same coordinates; a key that all queries read
-    (text) has all-ones in `above` and zero in `below`, so it lies in every box.
-
-    Args:
-        lower, upper: int32 `[1 or H, n_q tokens]`, packed inclusive corners of each query's box.
-        above, below: int32 `[n_k tokens]`, packed key coordinates.
-        guard: the int with the guard bit of every field set.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    above: Tensor
-    below: Tensor
-    guard: int
-
-    def __post_init__(self) -> None:
-        _make_contiguous(self, ("lower", "upper", "above", "below"))
-
-    def mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor:
-        """bool `[queries, keys]` for one head and the given positions."""
-        head = head % self.lower.shape[0]
-        low, high = self.lower[head, q, None], self.upper[head, q, None]
-        inside = ((self.above[k] | self.guard) - low) & ((high | self.guard) - self.below[k])
-        return (inside & self.guard) == self.guard
-
-    def to(self, device: torch.device | str) -> BoxPredicate:
-        return BoxPredicate(
-            lower=self.lower.to(device),
-            upper=self.upper.to(device),
-            above=self.above.to(device),
-            below=self.below.to(device),
-            guard=self.guard,
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class Pools:
     """Entries that stand for a key block by means of its keys and values.
 
@@ -145,7 +103,7 @@ class Pools:
     counts: Tensor
 
     def __post_init__(self) -> None:
-        _make_contiguous(self, ("counts",))
+        make_contiguous(self, ("counts",))
 
     def to(self, device: torch.device | str) -> Pools:
         return Pools(self.factors, self.counts.to(device))
@@ -163,7 +121,7 @@ class BlockPlan:
 
     Lists are rows of `indices`: the row of (batch b, head h, query block i) starts at
     `offsets[b, h, i]` and holds `full[b, h, i]` entries that need no mask, then
-    `partial[b, h, i]` entries masked by `box`, then the entries of each pool factor; each part
+    `partial[b, h, i]` entries masked by the predicate, then the entries of each pool factor; each part
     ascends. A leading dimension of 1 is shared by all batch entries or heads.
 
     Args:
@@ -171,7 +129,7 @@ class BlockPlan:
         indices: int32 `[E]`, key-block numbers.
         offsets: int32 `[1 or B, 1 or H, n_q]`.
         full, partial: int32, shape of `offsets`.
-        box: element mask of partial entries; `None` when there are none.
+        box, disk: element mask of partial entries, one or the other; `None` when there are none.
         pools: entries that are read as means; `None`: every entry is exact.
         tail: what stands for the key blocks that a row does not list: nothing; their mean key and
             value with bias ln(count) (`"zeroth"`); or that and a first-order term of Taylor's
@@ -180,6 +138,7 @@ class BlockPlan:
         hidden: bool `[1 or B, n_k]`, key blocks that the tail must not stand for and that no row
             may list, such as text padding; `None`: there are none.
         order: the permutation that leads from the caller's order to plan order; `None`: none.
+        scale: what the caller's scale of the scores is multiplied by; above 0.
     """
 
     q_blocks: Blocks
@@ -189,13 +148,15 @@ class BlockPlan:
     full: Tensor
     partial: Tensor
     box: BoxPredicate | None = None
+    disk: DiskPredicate | None = None
     pools: Pools | None = None
     tail: Tail = "none"
     hidden: Tensor | None = None
     order: Permutation | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _make_contiguous(self, ("indices", "offsets", "full", "partial"))
+        make_contiguous(self, ("indices", "offsets", "full", "partial"))
 
     @classmethod
     def from_mask(
@@ -257,6 +218,11 @@ class BlockPlan:
     @property
     def device(self) -> torch.device:
         return self.indices.device
+
+    @property
+    def predicate(self) -> Predicate | None:
+        """What masks the elements of partial entries: the box or the disk."""
+        return self.disk if self.box is None else self.box
 
     @property
     def batch(self) -> int:
@@ -346,7 +312,7 @@ class BlockPlan:
 
     def element_mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor | None:
         """bool mask of a partial entry between the given plan positions; `None`: all visible."""
-        return None if self.box is None else self.box.mask(head, q, k)
+        return None if self.predicate is None else self.predicate.mask(head, q, k)
 
     def to_mask(self) -> Tensor:
         """bool `[1 or B, H', N_q, N_k]`: which query reads which key, in the caller's order.
@@ -356,15 +322,15 @@ class BlockPlan:
         """
         heads = max(
             self.offsets.shape[1],
-            1 if self.box is None else self.box.lower.shape[0],
+            1 if self.predicate is None else self.predicate.heads,
             1 if self.order is None or self.order.index.ndim == 1 else self.order.index.shape[0],
         )
         q_of, k_of = self.q_blocks.of_token, self.k_blocks.of_token
         full = self.listed("full").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
         part = self.listed("partial").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
-        if self.box is not None:
+        if (predicate := self.predicate) is not None:
             every = slice(None)
-            part = part & torch.stack([self.box.mask(h, every, every) for h in range(heads)])
+            part = part & torch.stack([predicate.mask(h, every, every) for h in range(heads)])
         pooled = self.listed("pooled").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
         mask = full | part | pooled
         if self.order is None:
@@ -396,7 +362,9 @@ class BlockPlan:
     def __str__(self) -> str:
         batch, heads, _ = self.offsets.shape
         extras = [f"tail {self.tail}"] if self.tail != "none" else []
-        extras += [name for name in ("box", "pools", "order") if getattr(self, name) is not None]
+        parts = ("box", "disk", "pools", "order")
+        extras += [name for name in parts if getattr(self, name) is not None]
+        extras += [f"scale x {self.scale:.4g}"] if self.scale != 1.0 else []
         return (
             f"BlockPlan({self.q_blocks} x {self.k_blocks}, {batch} batch x {heads} heads, "
             f"density {self.density:.3f}{', ' if extras else ''}{', '.join(extras)})"
@@ -407,12 +375,6 @@ def _by_factor(pools: Pools | None) -> Iterator[tuple[int, Tensor]]:
     """Every pool factor with how many entries of it each row has."""
     if pools is not None:
         yield from zip(pools.factors, pools.counts.unbind(-1), strict=True)
-
-
-def _make_contiguous(record: object, names: tuple[str, ...]) -> None:
-    """Kernels read these tensors row by row; nothing happens to those that are so already."""
-    for name in names:
-        object.__setattr__(record, name, getattr(record, name).contiguous())
 
 
 def _check_masks(visited: Tensor, full: Tensor | None, expected: tuple[int, int]) -> None:

@@ -6,13 +6,15 @@ test) passes through `check` first. It synchronises with the device: not for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate, Pools, Tail
+from dit_sparse.plan import BlockPlan, Blocks, Pools, Tail
+from dit_sparse.predicate import BoxPredicate, DiskPredicate
 
 _MAX_FACTOR = 128
 
@@ -36,8 +38,12 @@ def check(plan: BlockPlan) -> BlockPlan:
     _check_hidden(plan)
     if plan.box is not None:
         _check_box(plan, plan.box)
+    if plan.disk is not None:
+        _check_disk(plan, plan.disk)
     _check_heads(plan)
     _check_order(plan)
+    if not 0.0 < plan.scale < math.inf:
+        raise ValueError(f"Expected a scale above 0, got {plan.scale}.")
     if plan.tail not in get_args(Tail):
         raise ValueError(f"Expected a tail among {', '.join(get_args(Tail))}, got {plan.tail!r}.")
     return plan
@@ -93,6 +99,9 @@ def tensors(plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
     if plan.box is not None:
         for name in ("lower", "upper", "above", "below"):
             yield f"box.{name}", getattr(plan.box, name)
+    if plan.disk is not None:
+        for name in ("centre", "limit", "key"):
+            yield f"disk.{name}", getattr(plan.disk, name)
     if plan.order is not None:
         yield "order.index", plan.order.index
 
@@ -106,6 +115,8 @@ _DIMENSIONS = {
     "hidden": 2,
     "box.lower": 2,
     "box.upper": 2,
+    "disk.centre": 2,
+    "disk.limit": 2,
 }
 
 
@@ -193,7 +204,7 @@ def _check_entries(plan: BlockPlan) -> None:
             "Expected every key block at most once in a row, got block "
             f"{int(listed[_first(repeated)]) % plan.k_blocks.n} in two parts."
         )
-    if plan.box is None and bool(plan.partial.any()):
+    if plan.predicate is None and bool(plan.partial.any()):
         raise ValueError(
             "Expected a box that masks the partial entries, got none. Give one, or list the "
             "blocks as full."
@@ -245,17 +256,9 @@ def _check_hidden(plan: BlockPlan) -> None:
 
 def _check_box(plan: BlockPlan, box: BoxPredicate) -> None:
     heads = box.lower.shape[0]
-    shapes = {
-        "lower": [heads, plan.q_blocks.total],
-        "upper": [heads, plan.q_blocks.total],
-        "above": [plan.k_blocks.total],
-        "below": [plan.k_blocks.total],
-    }
-    for name, shape in shapes.items():
-        if list(getattr(box, name).shape) != shape:
-            raise ValueError(
-                f"Expected box.{name} of shape {shape}, got {list(getattr(box, name).shape)}."
-            )
+    queries, keys = [heads, plan.q_blocks.total], [plan.k_blocks.total]
+    shapes = {"lower": queries, "upper": queries, "above": keys, "below": keys}
+    _check_shapes("box", box, shapes)
     if not isinstance(box.guard, int) or not 0 < box.guard < 2**31:
         raise ValueError(f"Expected box.guard as a positive int of 31 bits, got {box.guard!r}.")
     allowed = (1 << (box.guard.bit_length() - 1)) - 1 & ~box.guard
@@ -269,11 +272,27 @@ def _check_box(plan: BlockPlan, box: BoxPredicate) -> None:
             )
 
 
+def _check_disk(plan: BlockPlan, disk: DiskPredicate) -> None:
+    if plan.box is not None:
+        raise ValueError("Expected a box or a disk, got both. Give the one that masks.")
+    queries, keys = [disk.heads, plan.q_blocks.total], [plan.k_blocks.total]
+    _check_shapes("disk", disk, {"centre": queries, "limit": queries, "key": keys})
+    if bool((disk.limit < 1).any()):
+        raise ValueError(f"Expected disk.limit above 0, got {int(disk.limit.min())}.")
+
+
+def _check_shapes(name: str, predicate: object, shapes: dict[str, list[int]]) -> None:
+    for part, shape in shapes.items():
+        got = list(getattr(predicate, part).shape)
+        if got != shape:
+            raise ValueError(f"Expected {name}.{part} of shape {shape}, got {got}.")
+
+
 def _head_counts(plan: BlockPlan) -> dict[str, int]:
     """How many heads each part of a plan tells apart."""
     counts = {"the lists": plan.offsets.shape[1]}
-    if plan.box is not None:
-        counts["the box"] = plan.box.lower.shape[0]
+    if plan.predicate is not None:
+        counts["the box" if plan.box else "the disk"] = plan.predicate.heads
     if plan.order is not None and plan.order.index.ndim == 2:
         counts["the order"] = plan.order.index.shape[0]
     return counts

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate, Pools
+from dit_sparse.plan import BlockPlan, Blocks, Pools
 from dit_sparse.plan_check import check, tensors
+from dit_sparse.predicate import BoxPredicate, DiskPredicate
 
 _KEY = "dit_sparse.plan"
 _VERSION = 2
@@ -26,11 +27,13 @@ _FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "tail": str,
     "guard": (int, type(None)),
     "factors": (list, type(None)),
+    "scale": (int, float),
     "tensors": dict,
     "sha256": str,
 }
 _LISTS = ("q_blocks.starts", "k_blocks.starts", "indices", "offsets", "full", "partial")
 _BOX = ("box.lower", "box.upper", "box.above", "box.below")
+_DISK = ("disk.centre", "disk.limit", "disk.key")
 
 
 def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
@@ -50,6 +53,7 @@ def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
         "tail": plan.tail,
         "guard": None if plan.box is None else plan.box.guard,
         "factors": None if plan.pools is None else list(plan.pools.factors),
+        "scale": plan.scale,
         "tensors": names,
     }
     header["sha256"] = _digest(header, stored)
@@ -187,10 +191,12 @@ def _plan(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> BlockPlan:
         full=found["full"],
         partial=found["partial"],
         box=box,
+        disk=DiskPredicate(*(found[name] for name in _DISK)) if _DISK[0] in found else None,
         pools=pools,
         tail=header["tail"],
         hidden=found.get("hidden"),
         order=Permutation(found["order.index"]) if "order.index" in found else None,
+        scale=header["scale"],
     )
 
 
@@ -199,6 +205,8 @@ def _named_tensors(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> d
     required = {*_LISTS, *(_BOX if header["guard"] is not None else ())}
     if header["factors"] is not None:
         required.add("pools.counts")
+    if not names.keys().isdisjoint(_DISK):
+        required.update(_DISK)
     for name in sorted(required - set(names)):
         raise ValueError(f"Expected a tensor {name!r}, got none.")
     known = required | {"hidden", "order.index"}

@@ -45,8 +45,8 @@ def _portable_fwd(
     n_heads, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
-    FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, HAS_ORDER: tl.constexpr,
-    TMA: tl.constexpr,
+    FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
+    HAS_ORDER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -135,8 +135,14 @@ def _portable_fwd(
             above = tl.load(above_ptr + start + within, mask=within < length, other=0) | guard
             below = tl.load(below_ptr + start + within, mask=within < length, other=0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
-            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-            scores = tl.where((inside & guard) == guard, scores, float("-inf"))
+            if DISK:
+                dy = (above >> 16)[None, :] - (lower >> 16)[:, None]
+                dx = (above & 0xFFFF)[None, :] - (lower & 0xFFFF)[:, None]
+                inside = (dy * dy + dx * dx < upper[:, None]) | (above < 0)[None, :]
+            else:
+                inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+                inside = (inside & guard) == guard
+            scores = tl.where(inside, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             # A row that has seen no key yet keeps -inf; 0 stands in for it so that no NaN arises.
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -42,7 +42,9 @@ class FlexBackend:
             return f"expected tensors on a GPU, got {q.device.type}."
         if _POWERS_ONLY and any(d & (d - 1) for d in (q.shape[-1], v.shape[-1])):
             return f"expected head dims that are powers of two with torch {torch.__version__}."
-        return refuses_beyond_basics(q, k, v, plan)
+        if plan.pools is not None or plan.tail != "none":
+            return "expected exact entries only, got pooled entries or a tail."
+        return refuses_beyond_basics(q, v)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
@@ -84,20 +86,18 @@ def _compiled() -> Any:
 def block_mask(plan: BlockPlan, batch: int, heads: int) -> BlockMask:
     """The plan as a FlexAttention block mask for this batch and number of heads."""
     q_of, k_of = plan.q_blocks.of_token, plan.k_blocks.of_token
-    visited, box = plan.visited, plan.box
-    whole = visited if box is None else plan.listed("full")
+    visited, predicate = plan.visited, plan.predicate
+    whole = visited if predicate is None else plan.listed("full")
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         list_b, list_h = b % visited.shape[0], h % visited.shape[1]
         seen = visited[list_b, list_h, q_of[q], k_of[k]]
-        if box is None:
+        if predicate is None:
             return seen
-        box_h = h % box.lower.shape[0]
-        inside = ((box.above[k] | box.guard) - box.lower[box_h, q]) & (
-            (box.upper[box_h, q] | box.guard) - box.below[k]
-        )
-        in_box = (inside & box.guard) == box.guard
-        return seen & (whole[list_b, list_h, q_of[q], k_of[k]] | in_box)
+        lower, upper, above, below = predicate.operands
+        row = h % predicate.heads
+        inside = predicate.inside(lower[row, q], upper[row, q], above[k], below[k])
+        return seen & (whole[list_b, list_h, q_of[q], k_of[k]] | inside)
 
     rows, columns = _overlap(plan.q_blocks), _overlap(plan.k_blocks)
 

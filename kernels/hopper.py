@@ -85,6 +85,7 @@ def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
         and q.element_size() == 2
         and 64 <= padded(q.shape[-1]) <= 128
         and q.shape[-1] == v.shape[-1]
+        and plan.disk is None
         and plan.q_blocks.size == 128
         and plan.k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
     )

@@ -1,4 +1,4 @@
-"""Launches the portable kernel: any GPU that Triton knows, any head dim, boxes."""
+"""Launches the portable kernel: any GPU that Triton knows, any head dim, boxes and disks."""
 
 from __future__ import annotations
 
@@ -44,10 +44,8 @@ def launch(
     block_d, block_dv = padded(head_dim), padded(value_dim)
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
-    box = plan.box
-    lower, upper, above, below = (
-        (box.lower, box.upper, box.above, box.below) if box else (starts,) * 4
-    )
+    masks = plan.predicate
+    lower, upper, above, below = masks.operands if masks else (starts,) * 4
     tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
     _portable_fwd[(batch * heads * plan.q_blocks.n,)](
         q, k, v,
@@ -60,11 +58,11 @@ def launch(
         *list_strides(plan),
         order.stride(0) if order.ndim == 2 else 0,
         0 if lower.shape[0] == 1 else lower.stride(0),
-        heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, box.guard if box else 0,
+        heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, masks.guard if masks else 0,
         D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
         BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
-        FULL=full, RAGGED=plan.k_blocks.ragged, HAS_BOX=box is not None,
-        HAS_ORDER=plan.order is not None, TMA=tma,
+        FULL=full, RAGGED=plan.k_blocks.ragged, HAS_BOX=masks is not None,
+        DISK=plan.disk is not None, HAS_ORDER=plan.order is not None, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

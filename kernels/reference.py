@@ -66,7 +66,8 @@ class _Lists:
 
     def __init__(self, plan: BlockPlan) -> None:
         self.plan = plan
-        self.heads = max(plan.offsets.shape[1], 1 if plan.box is None else plan.box.lower.shape[0])
+        masks = plan.predicate
+        self.heads = max(plan.offsets.shape[1], 1 if masks is None else masks.heads)
         starts = plan.q_blocks.starts.tolist()
         self.rows = [slice(a, b) for a, b in pairwise(starts)]
         k_starts = plan.k_blocks.starts.tolist()

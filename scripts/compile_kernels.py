@@ -102,6 +102,7 @@ def compiled(variant: Variant) -> Report:
         "FULL": variant.full,
         "RAGGED": variant.ragged,
         "HAS_BOX": variant.box,
+        "DISK": False,
         "HAS_ORDER": variant.order,
         "TMA": tma,
         "PARTIAL": variant.box,

@@ -34,7 +34,7 @@ def planned_attention(
 ) -> tuple[Tensor, Tensor]:
     """The docstring of `BlockPlan`, one query at a time, in the caller's order."""
     q, k, v = q.double(), k.double(), v.double()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = (q.shape[-1] ** -0.5 if scale is None else scale) * plan.scale
     out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=torch.float64)
     lse = torch.full(q.shape[:-1], -math.inf, dtype=torch.float64)
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):

@@ -114,6 +114,22 @@ class TestAttend:
         attend(*tensors(), plan_of(), backend=probe)
         assert probe.seen[0][3] == 16**-0.5
 
+    def test_the_plan_s_factor_comes_on_top_of_the_scale(self):
+        probe = Probe()
+        attend(*tensors(), replace(plan_of(), scale=1.5), scale=0.5, backend=probe)
+        assert probe.seen[0][3] == 0.75
+
+    def test_heads_of_queries_share_those_of_keys(self):
+        """Query head h reads key head h // (H / H_k)."""
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, h, 24, 16, generator=generator) for h in (6, 2, 2))
+        got = attend(q, k, v, plan_of())
+        for head in range(6):
+            of_key = slice(head // 3, head // 3 + 1)
+            alone = attend(q[:, head : head + 1], k[:, of_key], v[:, of_key], plan_of())
+            torch.testing.assert_close(got.out[:, head], alone.out[:, 0])
+            torch.testing.assert_close(got.lse[:, head], alone.lse[:, 0])
+
     def test_a_given_backend_is_asked_too(self):
         probe = Probe(refusal="expected a Tuesday, got a Monday.")
         with pytest.raises(ValueError, match=r"probe: expected a Tuesday, got a Monday\."):
@@ -129,9 +145,10 @@ class TestAttend:
         ("shapes", "sentence"),
         [
             ([(2, 24, 16)] * 3, r"Expected q \[B, H, N_q, D\]"),
-            ([(2, 2, 24, 16), (2, 2, 24, 16), (2, 2, 23, 16)], "equal B and H"),
-            ([(2, 2, 24, 16), (2, 1, 24, 16), (2, 1, 24, 16)], "equal B and H"),
-            ([(1, 2, 24, 16), (2, 2, 24, 16), (2, 2, 24, 16)], "equal B and H"),
+            ([(2, 2, 24, 16), (2, 2, 24, 16), (2, 2, 23, 16)], "equal B and"),
+            ([(2, 2, 24, 16), (2, 3, 24, 16), (2, 3, 24, 16)], "that divide those of q"),
+            ([(2, 2, 24, 16), (2, 0, 24, 16), (2, 0, 24, 16)], "that divide those of q"),
+            ([(1, 2, 24, 16), (2, 2, 24, 16), (2, 2, 24, 16)], "equal B and"),
             ([(2, 2, 24, 8), (2, 2, 24, 16), (2, 2, 24, 16)], "one head dim .* 8 and 16"),
             ([(2, 2, 25, 16)] * 3, "Expected 24 queries and 24 keys, got 25 and 25"),
             ([(2, 2, 24, 16), (2, 2, 30, 16), (2, 2, 30, 16)], "24 keys, got 24 and 30"),

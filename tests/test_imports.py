@@ -16,10 +16,17 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own row and from those above it.
 LAYERS = (
     ("grid", "models"),
+    ("predicate",),
     ("plan",),
     (
         "orders",
+        "correction",
+        "levels",
+        "selection",
+        "neighbourhood",
+        "tile_lists",
         "tiling",
+        "window_plan",
         "plan_check",
         "plan_io",
         "method",
@@ -27,7 +34,7 @@ LAYERS = (
         "forward",
         "kernels",
     ),
-    ("methods",),
+    ("methods", "hoist"),
     ("attention",),
     ("ops", "plan_cache", "record", "session"),
     ("pipelines",),
