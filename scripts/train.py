@@ -1,7 +1,7 @@
 """Trains the embedded models, video and image, in boxes of a few minutes that resume.
 
     python scripts/train.py vae    --data data --out outputs/tiny-video --minutes 4
-    python scripts/train.py images --data data --out outputs/tiny-video --minutes 8
+    python scripts/train.py stills --data data --out outputs/tiny-video --minutes 8
     python scripts/train.py clips  --data data --out outputs/tiny-video --minutes 9
     python scripts/train.py long   --data data --out outputs/tiny-video --minutes 9
     python scripts/train.py export --out outputs/tiny-video --to outputs/tiny-video-pipeline
@@ -72,6 +72,11 @@ def _add_stage(command: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, help="a file with a prompt on every line, for the samples")
     add("--shown", help="FRAMESxHEIGHTxWIDTH of samples")
     add("--latents", type=int, help="channels of a new VAE")
+    add(
+        "--restart-denoiser",
+        action="store_true",
+        help="leave out the denoiser of the --resume folder",
+    )
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
 
 
@@ -109,6 +114,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         state=arguments.state,
         compile=arguments.compile,
         latents=arguments.latents,
+        restart_denoiser=arguments.restart_denoiser,
         shown=shown,
     )
 

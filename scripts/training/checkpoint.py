@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.training.archive import Archive, read_shards, write_atomic, write_shards
+from scripts.training.history import History
 from scripts.training.recipe import Recipe
 from scripts.training.recipes import RECIPES
 
@@ -60,6 +61,26 @@ class Checkpoint:
     def distilled(self) -> bool:
         """Whether the denoiser is guided by its guidance input; its teacher is kept then."""
         return "teacher" in self.parts
+
+    def without_denoiser(self, folder: Path) -> Checkpoint:
+        """The same VAE with no denoiser, teacher and records of their runs.
+
+        Raises:
+            ValueError: there is no denoiser; `folder` is named in the sentence.
+        """
+        if "denoiser" not in self.parts:
+            raise ValueError(
+                f"Expected a denoiser to leave out in {folder}, found none. "
+                "Go without --restart-denoiser."
+            )
+        stages = RECIPES[self.recipe].stages
+        vae_stages = {name for name, stage in stages.items() if stage.part == "vae"}
+        return replace(
+            self,
+            parts={"vae": self.parts["vae"]},
+            steps={"vae": self.steps["vae"]},
+            runs=tuple(run for run in self.runs if run["stage"] in vae_stages),
+        )
 
     def read(self, folder: Path, part: str) -> Archive:
         """The weights of a part.
@@ -133,12 +154,13 @@ def write_manifest(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def copy_checkpoint(checkpoint: Checkpoint, source: Path, target: Path) -> None:
-    """Copies the listed shards and the history, so that the target is whole by itself."""
+    """Copies the listed shards and their history, so that the target is whole by itself."""
     if source.resolve() == target.resolve():
         return
     target.mkdir(parents=True, exist_ok=True)
-    names = [shard["name"] for shards in checkpoint.parts.values() for shard in shards]
-    for name in [*names, "history.jsonl"]:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+    for shards in checkpoint.parts.values():
+        for shard in shards:
+            if (source / shard["name"]).exists():
+                shutil.copyfile(source / shard["name"], target / shard["name"])
+    History(source).copy(History(target), checkpoint.parts)
     write_manifest(checkpoint, target)

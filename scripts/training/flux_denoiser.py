@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH
 
@@ -72,17 +73,24 @@ class RepeatedPadding:
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        """Stands for `dispatch_attention_fn`: q, k, v `[B, N, H, D]`, text first, no mask."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
+        """Stands for `dispatch_attention_fn`: q, k, v `[B, N, H, D]`, text first, no mask.
 
-        return dispatch_attention_fn(
-            query,
-            self._repeat(key),
-            self._repeat(value),
-            attn_mask=attn_mask,
-            backend=backend,
-            parallel_config=parallel_config,
-        )
+        On CUDA these must be bfloat16 or float16, by autocast at the latest.
+
+        Raises:
+            ValueError: a mask, another backend or a parallel configuration is asked for.
+        """
+        if not (attn_mask is None and backend is None and parallel_config is None):
+            raise ValueError(
+                "Expected attention without mask, backend and parallel configuration, got one of "
+                "them. Train the transformer with its default settings."
+            )
+        q, k, v = (x.transpose(1, 2) for x in (query, self._repeat(key), self._repeat(value)))
+        # Left to its own choice, PyTorch 2.11 died of an illegal memory access on an H200 in
+        # compiled steps with CUDA graphs. What it chose for these shapes, with more keys than
+        # queries, was cuDNN 9.19's attention, which is suspected but not proven to be the cause.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def _repeat(self, tokens: Tensor) -> Tensor:
         padding = tokens[:, self.last : self.last + 1].expand(-1, self.missing, -1, -1)

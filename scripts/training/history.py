@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ class History:
             return []
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines()]
+
+    def copy(self, target: History, parts: Container[str]) -> None:
+        """Writes the lines of some parts as the whole of another history."""
+        lines = [json.dumps(line) + "\n" for line in self.lines() if line["part"] in parts]
+        target.path.unlink(missing_ok=True)
+        if lines:
+            target.path.write_text("".join(lines), encoding="utf-8")
 
     def plot(self, path: Path) -> None:
         """Draws the loss of every stage over its part's steps, as PNG."""

@@ -121,6 +121,9 @@ class ImageRecipe:
             transformer=denoiser.transformer,
         )
 
+    def build_scheduler(self, size: Size) -> Any:
+        return build_scheduler()  # it is told the size by the pipeline
+
     def call(self, prompts: Sequence[str], size: Size, *, distilled: bool) -> dict[str, Any]:
         _, height, width = size
         twice = {

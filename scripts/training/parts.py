@@ -55,7 +55,8 @@ def _train_vae(run: Run, data: Data) -> None:
     if "denoiser" in run.checkpoint.parts:
         raise ValueError(
             f"Expected a checkpoint without a denoiser, got {run.out}. A new VAE changes the "
-            "latents that the denoiser was trained on: start in a new folder."
+            "latents that the denoiser was trained on: start in a new folder, with --resume and "
+            "--restart-denoiser to keep this VAE."
         )
     if run.request.latents is not None and not run.checkpoint.latents:
         channels = run.request.latents
@@ -104,6 +105,8 @@ def _train_denoiser(run: Run, data: Data) -> None:
 
     def sample(average: Any, path: Path) -> None:
         pipe = recipe.build_pipeline(vae, average, tokenizer)
+        # The pipeline's own shift is one for long clips: a still gets too few steps at the end.
+        pipe.scheduler = recipe.build_scheduler(run.request.shown)
         clips = draw_samples(recipe, pipe, prompts, run.request.shown, distilled=distilled)
         contact_sheet(clips, prompts, 7).save(path)
 

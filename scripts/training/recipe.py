@@ -129,6 +129,9 @@ class Recipe(Protocol):
     ) -> Pipeline:
         """The stock pipeline of these very modules; nothing is copied."""
 
+    def build_scheduler(self, size: Size) -> Any:
+        """A sampling schedule whose noise levels are shifted as in training at a size."""
+
     def call(self, prompts: Sequence[str], size: Size, *, distilled: bool) -> dict[str, Any]:
         """Arguments of the pipeline's call for guided samples."""
 

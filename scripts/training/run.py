@@ -55,6 +55,7 @@ class Request:
         compile: the transformer's blocks.
         latents: channels of a new VAE, `None` for the recipe's.
         shown: frames, height and width of the samples.
+        restart_denoiser: leaves out the denoiser of `resume`, which must not be `out`.
     """
 
     stage: str
@@ -69,6 +70,7 @@ class Request:
     compile: bool = False
     latents: int | None = None
     shown: tuple[int, int, int] = (9, 128, 128)
+    restart_denoiser: bool = False
 
     @property
     def settings(self) -> Stage:
@@ -198,12 +200,19 @@ def begin(request: Request) -> Run:
     """Opens the checkpoint of a request and makes the output folder whole.
 
     Raises:
-        ValueError: the checkpoint cannot be read.
+        ValueError: the checkpoint cannot be read, or its denoiser cannot be left out.
     """
     from accelerate import Accelerator
 
     folder = request.resume or request.out
     checkpoint = open_checkpoint(folder, request.recipe)
+    if request.restart_denoiser:
+        if folder.resolve() == request.out.resolve():
+            raise ValueError(
+                f"Expected --restart-denoiser with a --resume folder that is not {request.out}, "
+                "where the denoiser would be lost. Name another --out."
+            )
+        checkpoint = checkpoint.without_denoiser(folder)
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
     torch.set_float32_matmul_precision("high")

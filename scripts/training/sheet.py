@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-_CAPTION = 14
+_LINE = 12
+_LINES = 4  # of a caption at most
+_LEFT = 2  # pixels before a line
 _STILLS = 4  # side by side
 
 
@@ -30,16 +32,47 @@ def contact_sheet(
     frames, height, width, _ = clips[0].shape
     shown = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
     across = min(_STILLS, len(clips)) if frames == 1 else 1
-    wide, high = len(shown) * width, height + _CAPTION
+    wide = len(shown) * width
+    texts = [wrap(caption, wide - 2 * _LEFT) for caption in captions]
+    above = 2 + _LINE * max(map(len, texts))
+    high = height + above
     sheet = Image.new("RGB", (across * wide, -(-len(clips) // across) * high), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+    for place, (clip, lines) in enumerate(zip(clips, texts, strict=True)):
         left, top = place % across * wide, place // across * high
-        draw.text((left + 2, top), caption, fill="black")
+        for number, line in enumerate(lines):
+            draw.text((left + _LEFT, top + number * _LINE), line, fill="black")
         pixels = (np.clip(clip[shown], 0, 1) * 255).round().astype(np.uint8)
         strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
-        sheet.paste(strip, (left, top + _CAPTION))
+        sheet.paste(strip, (left, top + above))
     return sheet
+
+
+def wrap(caption: str, width: int) -> list[str]:
+    """A caption as at most four lines of at most `width` pixels; what is cut off becomes "..."."""
+    from PIL import ImageFont
+
+    measure = ImageFont.load_default().getlength
+    lines: list[str] = []
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and measure(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > _LINES:
+        lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1]} ..."]
+    return [_cut(line, width, measure) for line in lines]
+
+
+def _cut(line: str, width: int, measure: Callable[[str], float]) -> str:
+    """The line, or as much of it as fits before "..."."""
+    if measure(line) <= width:
+        return line
+    kept = line.removesuffix(" ...")
+    while kept and measure(f"{kept} ...") > width:
+        kept = kept[:-1]
+    return f"{kept} ..."
 
 
 def to_clips(video: Tensor) -> list[np.ndarray]:

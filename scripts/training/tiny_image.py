@@ -27,7 +27,7 @@ STAGES = {
     ),
     "base": Stage(
         goal=Goal.FLOW,
-        kinds=("clips", "images"),
+        kinds=("images",),
         sizes="1x128x128:128*6,1x192x192:56,1x256x256:32",
         lr=1e-3,
         cooldown=0.0,
@@ -35,7 +35,7 @@ STAGES = {
     ),
     "large": Stage(
         goal=Goal.FLOW,
-        kinds=("clips", "images"),
+        kinds=("images",),
         sizes="1x256x256:32*6,1x384x384:12,1x512x512:5,1x128x128:128",
         lr=6e-4,
         cooldown=0.3,
@@ -43,7 +43,7 @@ STAGES = {
     ),
     "distil": Stage(
         goal=Goal.DISTILLATION,
-        kinds=("clips", "images"),
+        kinds=("images",),
         sizes="1x256x256:48*4,1x128x128:192*2,1x384x384:20,1x512x512:8",
         lr=3e-4,
         cooldown=0.3,
@@ -66,7 +66,7 @@ model.
 
 256x256, the default, is 4,096 image tokens; 512x512 is 16,384. Sides are multiples of 4. Beside
 them the transformer reads 512 text tokens.""",
-    data="Pictures composed at training time from emoji, still ones and frames of animated ones,",
+    data="Pictures composed at training time from still emoji (for the VAE, animated ones too)",
     training="""\
 Flow matching with logit-normal times shifted towards noise, 10 % empty captions, AdamW, moving
 average of the weights; the VAE on L1, edges and a small KL term. The stage `distil` teaches the

@@ -22,9 +22,9 @@ STAGES = {
         cooldown=0.5,
         shown=(17, 128, 128),
     ),
-    "images": Stage(
+    "stills": Stage(
         goal=Goal.FLOW,
-        kinds=("images",),
+        kinds=("clips",),
         sizes="1x128x128:128*4,1x192x192:56,1x256x256:32",
         lr=1e-3,
         cooldown=0.0,
@@ -61,7 +61,7 @@ network: its attention maps are those of a trained model.
     pipe("a cow nodding", height=128, width=128, num_frames=49, guidance_scale=4.0)
 
 128x128 with 49 frames is 6400 tokens. Frame counts are odd, sides are multiples of 16.""",
-    data="Clips composed at training time from animated and still emoji",
+    data="Clips composed at training time from animated emoji",
     training="""\
 Flow matching with logit-normal times shifted towards noise, 10 % empty captions, AdamW, moving
 average of the weights; the VAE on L1, edges and a small KL term.""",

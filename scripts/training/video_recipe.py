@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scripts.training import whole
 from scripts.training.recipe import Card, Pipeline, Size
 from scripts.training.stage import Stage
+from scripts.training.times import time_shift
 from scripts.training.wan_denoiser import WanDenoiser, close_gates
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class VideoRecipe:
         transformer: of `WanTransformer3DModel`.
         text: of `UMT5Config`, without the vocabulary.
         vocabulary: tokens of the tokenizer.
-        shift: of the sampling schedule towards noise.
+        shift: of the pipeline's sampling schedule towards noise, which does not depend on the size.
         stages, card, limit_bytes, smallest: see `recipe.Recipe`.
     """
 
@@ -109,18 +110,18 @@ class VideoRecipe:
     def build_pipeline(
         self, vae: Any, denoiser: Any, tokenizer: PreTrainedTokenizerFast
     ) -> Pipeline:
-        from diffusers import UniPCMultistepScheduler, WanPipeline
+        from diffusers import WanPipeline
 
         return WanPipeline(
             tokenizer=tokenizer,
             text_encoder=denoiser.text_encoder,
             vae=vae,
-            # UniPC over the flow's noise levels, as Wan's own.
-            scheduler=UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
-            ),
+            scheduler=_scheduler(self.shift),
             transformer=denoiser.transformer,
         )
+
+    def build_scheduler(self, size: Size) -> Any:
+        return _scheduler(time_shift(self.tokens(*size)))
 
     def call(self, prompts: Sequence[str], size: Size, *, distilled: bool) -> dict[str, Any]:
         frames, height, width = size
@@ -134,3 +135,12 @@ class VideoRecipe:
 
     def clips(self, result: Any) -> list[np.ndarray]:
         return list(result.frames)
+
+
+def _scheduler(shift: float) -> Any:
+    """UniPC over the flow's noise levels, as Wan's own."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )

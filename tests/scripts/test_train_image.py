@@ -5,7 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -18,7 +21,14 @@ from scripts.train import parser, request_of
 from scripts.training.buckets import Bucket, parse_buckets
 from scripts.training.checkpoint import open_checkpoint
 from scripts.training.export import export
-from scripts.training.flux_denoiser import SIGHT, FluxDenoiser, pack, positions, unpack
+from scripts.training.flux_denoiser import (
+    SIGHT,
+    FluxDenoiser,
+    RepeatedPadding,
+    pack,
+    positions,
+    unpack,
+)
 from scripts.training.image_recipe import build_scheduler
 from scripts.training.loop import Randomness
 from scripts.training.parts import train_part
@@ -111,6 +121,35 @@ def test_training_leaves_the_blind_buckets_alone():
     assert int(blind.sum()) == 2
     assert not bias.grad[blind].any()
     assert bias.grad[~blind].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_repeated_padding_runs_flash_attention_whatever_else_is_chosen():
+    """Also when compiled in one graph, forward and backward."""
+    core, found = RepeatedPadding(3, 5), []
+
+    def keep(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(core.dispatch, backend=compiler, fullgraph=True)
+    q, k, v = (torch.randn(2, 10, 2, 64, requires_grad=True) for _ in range(3))
+    with sdpa_kernel(SDPBackend.MATH):
+        made = compiled(q, k, v)
+        made.square().sum().backward()
+    keys, values = (torch.cat([x, x[:, 3:4].expand(-1, 5, -1, -1)], 1) for x in (k, v))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, keys).div(8).softmax(-1)
+    torch.testing.assert_close(made, torch.einsum("bhqk,bkhd->bqhd", weights, values))
+    flash = [name for name in found if "flash_attention" in name]
+    assert len(flash) == 2
+    assert any("backward" in name for name in flash)
+
+
+def test_repeated_padding_refuses_what_it_would_not_heed():
+    q = torch.randn(1, 4, 1, 64)
+    with pytest.raises(ValueError, match="without mask"):
+        RepeatedPadding(3, 5).dispatch(q, q, q, attn_mask=torch.ones(4, 9))
 
 
 class Teacher(nn.Module):

@@ -31,9 +31,9 @@ def run(*arguments: object) -> None:
     train_part(request_of(parser().parse_args([str(argument) for argument in arguments])))
 
 
-def images(out: Path, steps: int, *more: object) -> None:
+def stills(out: Path, steps: int, *more: object) -> None:
     sizes = ("--sizes", "1x32x32:2,5x16x16:2", "--shown", "1x16x16", "--steps", steps)
-    run("images", *SMALL, *BOX, *sizes, "--out", out, *more)
+    run("stills", *SMALL, *BOX, *sizes, "--out", out, *more)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def vae(tmp_path_factory):
 def straight(vae, prompts, tmp_path_factory):
     """Six steps of the denoiser in one run."""
     out = tmp_path_factory.mktemp("straight")
-    images(out, 6, "--resume", vae, "--prompts", prompts)
+    stills(out, 6, "--resume", vae, "--prompts", prompts)
     return out
 
 
@@ -84,9 +84,9 @@ def test_a_run_leaves_a_whole_folder(straight):
 
 def test_an_exact_resume_repeats_the_straight_run(vae, straight, prompts, tmp_path, caplog):
     out, state = tmp_path / "out", tmp_path / "state"
-    images(out, 3, "--resume", vae, "--prompts", prompts, "--state", state)
+    stills(out, 3, "--resume", vae, "--prompts", prompts, "--state", state)
     with caplog.at_level("INFO", "train"):
-        images(out, 3, "--prompts", prompts, "--state", state)
+        stills(out, 3, "--prompts", prompts, "--state", state)
     assert "exact state of step 3" in caplog.text
     expected, found = denoiser_of(straight), denoiser_of(out)
     assert expected.keys() == found.keys()
@@ -95,7 +95,7 @@ def test_an_exact_resume_repeats_the_straight_run(vae, straight, prompts, tmp_pa
 
 def test_a_resume_from_shards_starts_at_the_average(straight, prompts, tmp_path):
     """What is lost is the optimizer and the low bits, so one step moves weights only a little."""
-    images(tmp_path, 1, "--resume", straight, "--prompts", prompts, "--lr", 1e-4)
+    stills(tmp_path, 1, "--resume", straight, "--prompts", prompts, "--lr", 1e-4)
     assert open_checkpoint(tmp_path, "toy").steps["denoiser"] == 7
     before, after = denoiser_of(straight), denoiser_of(tmp_path)
     moved = max(float((before[n].float() - after[n].float()).abs().max()) for n in before)
@@ -108,7 +108,7 @@ def test_an_export_is_a_stock_pipeline(straight, tmp_path):
     assert damage(target, digests=True) is None
     card = (target / "README.md").read_text()
     assert "MIT" in card
-    assert "| images |" in card
+    assert "| stills |" in card
     pipe = WanPipeline.from_pretrained(target, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     ours = load_pipeline(open_checkpoint(straight, "toy"), straight)
@@ -134,16 +134,43 @@ def test_a_truncated_shard_is_a_sentence(straight, prompts, tmp_path):
     shard = next(tmp_path.glob("denoiser-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"^Expected \d+ bytes in .* truncated"):
-        images(tmp_path, 1, "--prompts", prompts)
+        stills(tmp_path, 1, "--prompts", prompts)
 
 
 def test_stages_out_of_order_are_a_sentence(straight, prompts, tmp_path):
     with pytest.raises(ValueError, match="no vae run"):
-        images(tmp_path / "new", 1, "--prompts", prompts)
+        stills(tmp_path / "new", 1, "--prompts", prompts)
     with pytest.raises(ValueError, match="start in a new folder"):
         run("vae", *SMALL, *BOX, "--out", straight, "--steps", 1)
     with pytest.raises(ValueError, match="Train the denoiser first"):
         export(vae_only(straight, tmp_path), tmp_path / "pipe", "toy")
+
+
+def test_a_denoiser_is_restarted_in_a_new_folder_alone(straight, prompts, tmp_path):
+    out, flag = tmp_path / "out", "--restart-denoiser"
+    for folder in ((), ("--resume", straight)):
+        with pytest.raises(ValueError, match=r"^Expected --restart-denoiser with a --resume"):
+            stills(straight, 1, "--prompts", prompts, flag, *folder)
+    assert open_checkpoint(straight, "toy").steps == {"vae": 3, "denoiser": 6}
+    sizes = ("--sizes", "5x16x16:2", "--shown", "5x16x16", "--steps", 2)
+    with pytest.raises(ValueError, match=flag):
+        run("vae", *SMALL, *BOX, *sizes, "--out", tmp_path / "no", "--resume", straight)
+    run("vae", *SMALL, *BOX, *sizes, "--out", out, "--resume", straight, flag)
+    found = open_checkpoint(out, "toy")
+    assert found.steps == {"vae": 5}
+    assert set(found.parts) == {"vae"}
+    assert [record["stage"] for record in found.runs] == ["vae", "vae"]
+    assert not list(out.glob("denoiser-*"))
+    assert "denoiser" not in (out / "history.jsonl").read_text()
+    with pytest.raises(ValueError, match="Go without"):
+        stills(tmp_path / "other", 1, "--resume", out, "--prompts", prompts, flag)
+
+
+def test_a_restarted_denoiser_forgets_the_old_one(straight, vae, prompts, tmp_path):
+    stills(tmp_path, 6, "--resume", straight, "--prompts", prompts, "--restart-denoiser")
+    assert open_checkpoint(tmp_path, "toy").steps == {"vae": 3, "denoiser": 6}
+    expected, found = denoiser_of(straight), denoiser_of(tmp_path)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def vae_only(straight: Path, target: Path) -> Path:
@@ -158,7 +185,7 @@ def vae_only(straight: Path, target: Path) -> Path:
 
 
 def test_the_script_says_in_a_sentence_what_is_missing(tmp_path):
-    command = ("images", "--data", tmp_path / "no", "--minutes", 1, "--out", tmp_path / "o")
+    command = ("stills", "--data", tmp_path / "no", "--minutes", 1, "--out", tmp_path / "o")
     done = subprocess.run(
         [sys.executable, "scripts/train.py", *map(str, command)],
         cwd=ROOT,

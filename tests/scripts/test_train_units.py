@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import ImageFont
 
 from scripts.data.names import Design
 from scripts.data.sprites import Sprites
@@ -20,6 +21,7 @@ from scripts.training.ema import Average
 from scripts.training.history import History
 from scripts.training.prefetch import Prefetch
 from scripts.training.recipe import TEXT_LENGTH
+from scripts.training.sheet import contact_sheet, wrap
 from scripts.training.source import Shapes, open_data
 from scripts.training.times import draw_times
 from scripts.training.tiny_image import TOY_IMAGE
@@ -99,6 +101,35 @@ def test_every_frame_count_of_the_pipeline_is_kept(tokenizer):
     for frames in (1, 7):
         made = pipe("a", height=16, width=16, num_frames=frames, num_inference_steps=1)
         assert made.frames.shape == (1, frames, 16, 16, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 128, 128), (49, 128, 128)])
+def test_samples_have_the_noise_levels_of_training(size):
+    """A schedule of two steps ends its first where half of the training's noise lies below."""
+    scheduler = TINY_VIDEO.build_scheduler(size)
+    scheduler.set_timesteps(2)
+    median = draw_times(20_001, TINY_VIDEO.tokens(*size), torch.Generator().manual_seed(0)).median()
+    assert float(scheduler.sigmas[1]) == pytest.approx(float(median), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("caption", "lines"), [("a cow", 1), ("a cow over a blue background", 2), ("cow " * 60, 4)]
+)
+def test_captions_of_a_sheet_stay_in_their_cell(caption, lines):
+    measure = ImageFont.load_default().getlength
+    wrapped = wrap(caption, 124)
+    assert len(wrapped) == lines
+    assert max(map(measure, wrapped)) <= 124
+    assert (" ".join(wrapped) == caption) is not wrapped[-1].endswith("...")
+    assert len(wrap("cow" * 60, 124)) == 1
+
+
+def test_a_sheet_has_room_for_its_longest_caption():
+    clip = torch.zeros(1, 64, 128, 3).numpy()
+    one = contact_sheet([clip] * 2, ["a cow", "a hat"], 7)
+    two = contact_sheet([clip] * 2, ["a cow", "a hat over a striped blue background"], 7)
+    assert one.width == two.width == 256
+    assert 8 < two.height - one.height < 16
 
 
 def test_archive_restores_bf16_exactly(tmp_path):
