@@ -54,12 +54,10 @@ class Backend(Protocol):
         ...
 
 
-def refuses_beyond_basics(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
-    """Why a kernel for exact entries in 16 or 32 bits cannot run a call."""
+def refuses_beyond_basics(q: Tensor, v: Tensor) -> str | None:
+    """Why a kernel for 16 or 32 bits cannot run a call."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"expected bfloat16, float16 or float32, got {q.dtype}."
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"expected a head dim of at most 256, got {max(q.shape[-1], v.shape[-1])}."
-    if plan.pools is not None or plan.tail != "none":
-        return "expected exact entries only, got pooled entries or a tail."
     return None

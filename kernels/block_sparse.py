@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput, refuses_beyond_basics
-from dit_sparse.kernels import hopper, portable
+from dit_sparse.kernels import approximate, hopper, portable
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.plan import BlockPlan
@@ -52,7 +52,7 @@ class TritonBackend:
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             return "expected inference, got inputs that require gradients."
-        return refuses_beyond_basics(q, k, v, plan)
+        return refuses_beyond_basics(q, v)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
@@ -84,9 +84,11 @@ class TritonBackend:
                 q.element_size(),
                 plan.q_blocks.size,
                 plan.k_blocks.size,
-                boxed=plan.box is not None,
+                boxed=plan.predicate is not None,
             )
             portable.launch(q, k, v, plan, scale, tile, result)
+        if approximate.needed(plan):
+            approximate.launch(q, k, v, plan, scale, result)
         return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend, select_backend
 from dit_sparse.backend import AttentionOutput, Backend
-from dit_sparse.plan import BlockPlan, Blocks, Pools
+from dit_sparse.plan import BlockPlan, Blocks
 from tests.block_cases import HEADS, LAYOUTS, Case, covering, plan_of, tensors_of
 from tests.oracle import masked_attention
 
@@ -259,12 +259,3 @@ class TestRefusals:
         plan = BlockPlan.from_mask(every, q_blocks, k_blocks)
         q, k, v = tensors_of(self.CASE, plan)
         assert f"powers of two, got {q_block} and {k_block}" in (self.sentence(plan, q, k, v) or "")
-
-    def test_pooled_entries_and_tails(self):
-        plan = plan_of(self.CASE)
-        q, k, v = tensors_of(self.CASE, plan)
-        pools = Pools((2,), torch.zeros_like(plan.offsets)[..., None])
-        for refused in (replace(plan, pools=pools), replace(plan, tail="zeroth")):
-            assert "exact entries only" in (self.sentence(refused, q, k, v) or "")
-            with pytest.raises(ValueError, match="triton: expected exact entries only"):
-                attend(q, k, v, refused, backend=interpreted())

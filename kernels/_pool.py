@@ -1,0 +1,124 @@
+"""Means and key-value covariances of blocks of tokens. Launched by `pool.py`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _means_fwd(
+    x_ptr, pooled_ptr, means_ptr, starts_ptr, order_ptr,
+    stride_b, stride_h, stride_n, order_stride_h, n_heads, n_blocks, pooled_rows,
+    D: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr,
+    FACTORS: tl.constexpr, HAS_ORDER: tl.constexpr, MEANS: tl.constexpr,
+):  # fmt: skip
+    """Every block once: its mean, and the means of its groups for the factors in FACTORS.
+
+    FACTORS has bit s set for factor 2**s. The rows of a factor begin behind those of the smaller
+    ones, and a block has as many as a whole block would, so that rows are found by arithmetic.
+    """
+    pid = tl.program_id(0)
+    block = pid % n_blocks
+    head = (pid // n_blocks) % n_heads
+    batch = pid // n_blocks // n_heads
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    col_inside = cols < D
+
+    start = tl.load(starts_ptr + block)
+    length = tl.load(starts_ptr + block + 1) - start
+    within = tl.arange(0, SIZE)
+    tokens = (start + within).to(tl.int64)
+    if HAS_ORDER:
+        tokens = tl.load(order_ptr + head * order_stride_h + tokens, mask=within < length, other=0)
+    x_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    inside = (within < length)[:, None] & col_inside[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
+    sums = x.to(tl.float32)
+
+    entry = (batch * n_heads + head).to(tl.int64)
+    if MEANS:
+        # In fp32: covariances are taken about it, where rounding would weigh a common offset.
+        mean = tl.sum(sums, 0) / length
+        means_ptr += (entry * n_blocks + block) * D
+        tl.store(means_ptr + cols, mean, mask=col_inside)
+    pooled_ptr += entry * pooled_rows * D
+    for s in tl.static_range(1, 8):
+        if FACTORS >> s:  # no larger factor, no more sums
+            groups: tl.constexpr = SIZE >> s if s < LOG_SIZE else 1
+            if s <= LOG_SIZE:
+                sums = tl.sum(tl.reshape(sums, [groups, 2, COLUMNS]), 1)
+            if (FACTORS >> s) & 1:
+                group = tl.arange(0, groups)
+                count = tl.minimum(tl.maximum(length - (group << s), 0), 1 << s)
+                mean = sums / tl.maximum(count, 1)[:, None]
+                rows = (block * groups + group).to(tl.int64)
+                ptrs = pooled_ptr + rows[:, None] * D + cols[None, :]
+                tl.store(ptrs, mean.to(pooled_ptr.dtype.element_ty), mask=col_inside[None, :])
+                pooled_ptr += n_blocks * groups * D
+
+
+@triton.jit
+def _covariance_fwd(
+    k_ptr, v_ptr, means_ptr, hidden_ptr, centre_ptr, sum_ptr, squares_ptr, each_ptr,
+    starts_ptr, order_ptr,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    order_stride_h, hidden_stride_b, n_heads, n_blocks, n_chunks, per_chunk,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, SUB: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    HAS_CENTRE: tl.constexpr, SUM: tl.constexpr, SQUARES: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Covariances H_j of a chunk of blocks, for some columns of v: their sum, their squared
+    norms (after `centre` is subtracted), or each of them."""
+    pid = tl.program_id(0)
+    chunk = pid % n_chunks
+    head = (pid // n_chunks) % n_heads
+    batch = pid // n_chunks // n_heads
+    entry = (batch * n_heads + head).to(tl.int64)
+    rows_d = tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    matrix = rows_d[:, None] * DV + cols[None, :]
+    matrix_inside = (rows_d < D)[:, None] & (cols < DV)[None, :]
+    k_ptr += batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+    v_ptr += batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+
+    total = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
+    centre = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
+    if HAS_CENTRE:
+        centre = tl.load(centre_ptr + entry * D * DV + matrix, mask=matrix_inside, other=0.0)
+    first = chunk * per_chunk
+    for block in range(first, tl.minimum(first + per_chunk, n_blocks)):
+        start = tl.load(starts_ptr + block)
+        stop = tl.load(starts_ptr + block + 1)
+        seen = 1.0
+        if HAS_HIDDEN:
+            unseen = tl.load(hidden_ptr + batch * hidden_stride_b + block)
+            seen = tl.where(unseen != 0, 0.0, 1.0)
+        mean_ptr = means_ptr + (entry * n_blocks + block) * D
+        mean = tl.load(mean_ptr + rows_d, mask=rows_d < D, other=0.0)
+        one = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
+        for sub in tl.static_range(SUB):
+            positions = start + sub * ROWS + tl.arange(0, ROWS)
+            inside = positions < stop
+            tokens = positions.to(tl.int64)
+            if HAS_ORDER:
+                tokens = tl.load(order_ptr + head * order_stride_h + tokens, mask=inside, other=0)
+            k_ptrs = k_ptr + tokens[:, None] * k_stride_n + rows_d[None, :]
+            k = tl.load(k_ptrs, mask=inside[:, None] & (rows_d < D)[None, :], other=0.0)
+            v_ptrs = v_ptr + tokens[:, None] * v_stride_n + cols[None, :]
+            v = tl.load(v_ptrs, mask=inside[:, None] & (cols < DV)[None, :], other=0.0)
+            # Rows past the end of the block hold zeros in v: what k has there does not count.
+            centred = (k.to(tl.float32) - mean[None, :]).to(v.dtype)
+            one = tl.dot(tl.trans(centred), v, one, input_precision="ieee")
+        one = one * seen
+        if SUM:
+            total += one
+        if SQUARES:
+            squares = tl.sum(tl.sum((one - centre) * (one - centre), 1), 0)
+            at = (entry * n_blocks + block) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(squares_ptr + at, squares)
+        if EACH:
+            each = each_ptr + (entry * n_blocks + block) * D * DV
+            scaled = one / (stop - start)
+            tl.store(each + matrix, scaled.to(each_ptr.dtype.element_ty), mask=matrix_inside)
+    if SUM:
+        sum_ptr += (entry * n_chunks + chunk) * D * DV
+        tl.store(sum_ptr + matrix, total, mask=matrix_inside)

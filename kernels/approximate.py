@@ -1,0 +1,81 @@
+"""Adds a plan's pooled entries and its tail to the result for its exact entries, on any GPU.
+
+The exact entries are the work of another kernel. Pooled rows are few, so this one is a second,
+short pass over the queries, and the other stays as fast as it is without them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels._approximate import _approximate_fwd
+from dit_sparse.kernels.pool import Means, covariance_sum, covariances, pool
+from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.plan import BlockPlan
+
+_BYTE = torch.uint8
+_TAILS = {"none": 0, "zeroth": 1, "first": 2, "block": 3}
+
+
+def needed(plan: BlockPlan) -> bool:
+    """Whether a plan has anything beside exact entries."""
+    return plan.pools is not None or plan.tail != "none"
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
+) -> None:
+    """Adds to `result`, which holds the softmax over the plan's exact entries.
+
+    Args:
+        q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
+        k, v: in plan order, unit stride along D.
+    """
+    out, lse = result
+    batch, heads, n_queries, head_dim = q.shape
+    value_dim = v.shape[-1]
+    factors = () if plan.pools is None else plan.pools.factors
+    has_tail = plan.tail != "none"
+    keys = pool(k, plan.k_blocks, factors=factors, means=has_tail)
+    values = pool(v, plan.k_blocks, factors=factors, means=has_tail)
+    slope = _slope(k, v, plan, keys)
+    order = plan.offsets if plan.order is None else plan.order.index
+    hidden = plan.offsets if plan.hidden is None else plan.hidden.view(_BYTE)
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    wide = max(block_d, block_dv) > 128
+    _approximate_fwd[(batch * heads * plan.q_blocks.n,)](
+        q, keys.pooled, values.pooled, keys.blocks, values.blocks,
+        keys.blocks if slope is None else slope, out, lse,
+        plan.indices, plan.offsets, plan.full, plan.partial,
+        plan.offsets if plan.pools is None else plan.pools.counts,
+        plan.visited.view(_BYTE) if has_tail else plan.offsets, hidden,
+        plan.k_blocks.starts, plan.q_blocks.starts, order,
+        *q.stride()[:3], *out.stride()[:3], *list_strides(plan),
+        order.stride(0) if plan.order is not None and order.ndim == 2 else 0,
+        plan.k_blocks.n if plan.hidden is not None and plan.hidden.shape[0] > 1 else 0,
+        heads, plan.q_blocks.n, plan.k_blocks.n, n_queries, keys.pooled.shape[2],
+        scale, scale * LOG2_E,
+        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=plan.q_blocks.size,
+        BLOCK_N=32 if wide or q.element_size() == 4 else 64, CHUNK=min(block_d, 32 if wide else 64),
+        SIZE=plan.k_blocks.size, FACTORS=sum(factors), N_FACTORS=len(factors),
+        TAIL=_TAILS[plan.tail], HAS_HIDDEN=plan.hidden is not None,
+        HAS_ORDER=plan.order is not None,
+        num_warps=8 if plan.q_blocks.size >= 128 and max(block_d, block_dv) > 64 else 4,
+        num_stages=2,
+    )  # fmt: skip
+
+
+def _slope(k: Tensor, v: Tensor, plan: BlockPlan, keys: Means) -> Tensor | None:
+    """Key-value covariance per token, in the dtype of `k`: of all tokens, or of each block."""
+    if plan.tail == "block":
+        return covariances(k, v, plan.k_blocks, keys.blocks)
+    if plan.tail != "first":
+        return None
+    total = covariance_sum(k, v, plan.k_blocks, keys.blocks, plan.hidden)
+    lengths = plan.k_blocks.lengths
+    if plan.hidden is not None:
+        lengths = lengths * ~plan.hidden
+    tokens = lengths.sum(-1).view(-1, 1, 1, 1).clamp(min=1)
+    return (total / tokens).to(k.dtype)

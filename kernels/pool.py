@@ -1,0 +1,158 @@
+"""Summaries of blocks of tokens, each token read once: means, pooled rows, covariances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.grid import Permutation
+from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
+from dit_sparse.kernels.portable import padded
+from dit_sparse.plan import Blocks
+
+_CHUNKS = 16  # partial sums of a head's covariance: enough programs to fill a GPU, few matrices
+
+
+@dataclass(frozen=True)
+class Means:
+    """Pooled rows of one tensor.
+
+    Args:
+        pooled: `[B, H, R, D]`, for every factor g in turn `n * ceil(size / g)` rows: those of
+            block j begin at row `j * ceil(size / g)` of the factor, whatever the block's length.
+        blocks: fp32 `[B, H, n, D]`, the mean of every block.
+    """
+
+    pooled: Tensor
+    blocks: Tensor
+
+
+def pool(
+    x: Tensor,
+    blocks: Blocks,
+    *,
+    factors: tuple[int, ...] = (),
+    means: bool = True,
+    order: Permutation | None = None,
+) -> Means:
+    """Means over blocks and over groups of consecutive tokens in them, summed in fp32.
+
+    Args:
+        x: `[B, H, N, D]`, unit stride along D.
+        blocks: cut of the N tokens; a size of a power of two.
+        factors: pool factors, powers of two from 2 to 128.
+        means: whether to make the blocks' means; else `Means.blocks` is empty.
+        order: leads from the order of `x` to that of the blocks.
+    """
+    batch, heads, _, dim = x.shape
+    rows = sum(blocks.n * -(-blocks.size // factor) for factor in factors)
+    pooled = x.new_empty(batch, heads, rows, dim)
+    of_blocks = x.new_empty(batch, heads, blocks.n if means else 0, dim, dtype=torch.float32)
+    index = blocks.starts if order is None else order.index
+    columns = min(padded(dim), 64)
+    _means_fwd[(batch * heads * blocks.n, -(-dim // columns))](
+        x, pooled, of_blocks, blocks.starts, index,
+        *x.stride()[:3], index.stride(0) if index.ndim == 2 else 0, heads, blocks.n, rows,
+        D=dim, COLUMNS=columns, SIZE=blocks.size, LOG_SIZE=blocks.size.bit_length() - 1,
+        FACTORS=sum(factors), HAS_ORDER=order is not None, MEANS=means,
+        num_warps=4 if blocks.size <= 128 else 8,
+    )  # fmt: skip
+    return Means(pooled, of_blocks)
+
+
+def covariance_sum(
+    k: Tensor, v: Tensor, blocks: Blocks, means: Tensor, hidden: Tensor | None = None
+) -> Tensor:
+    """`sum_j H_j` fp32 `[B, H, D, D_v]` over the blocks that are not hidden.
+
+    Takes the memory of at most 16 blocks' covariances, however many blocks there are.
+
+    Args:
+        k, v: in the order of the blocks, unit stride along D.
+        means: mean keys, fp32 `[B, H, n, D]`.
+        hidden: bool `[1 or B, n]`.
+    """
+    batch, heads = k.shape[:2]
+    chunks = min(_CHUNKS, blocks.n)
+    parts = k.new_empty(batch, heads, chunks, k.shape[-1], v.shape[-1], dtype=torch.float32)
+    _launch(k, v, blocks, means, chunks, hidden=hidden, total=parts)
+    return parts.sum(2)
+
+
+def covariances(k: Tensor, v: Tensor, blocks: Blocks, means: Tensor) -> Tensor:
+    """Every H_j divided by the tokens of its block, in the dtype of `k`: `[B, H, n, D, D_v]`."""
+    each = k.new_empty(*k.shape[:2], blocks.n, k.shape[-1], v.shape[-1])
+    _launch(k, v, blocks, means, blocks.n, each=each)
+    return each
+
+
+def covariance_norms(
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    means: Tensor,
+    *,
+    centred: bool,
+    order: Permutation | None = None,
+) -> Tensor:
+    """Frobenius norms fp32 `[B, H, n]` of every H_j, or of its deviation from their mean.
+
+    No H_j is stored; their deviations take a second pass over k and v.
+
+    Args:
+        order: leads from the order of `k` and `v` to that of the blocks.
+    """
+    centre = None
+    if centred:
+        chunks = min(_CHUNKS, blocks.n)
+        parts = k.new_empty(*k.shape[:2], chunks, k.shape[-1], v.shape[-1], dtype=torch.float32)
+        _launch(k, v, blocks, means, chunks, total=parts, order=order)
+        centre = parts.sum(2) / blocks.n
+    tiles = -(-v.shape[-1] // _columns(v))
+    squares = k.new_empty(*k.shape[:2], blocks.n, tiles, dtype=torch.float32)
+    _launch(k, v, blocks, means, blocks.n, centre=centre, squares=squares, order=order)
+    return squares.sum(-1).sqrt()
+
+
+def _columns(v: Tensor) -> int:
+    return min(padded(v.shape[-1]), 64)
+
+
+def _launch(
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    means: Tensor,
+    chunks: int,
+    *,
+    order: Permutation | None = None,
+    hidden: Tensor | None = None,
+    centre: Tensor | None = None,
+    total: Tensor | None = None,
+    squares: Tensor | None = None,
+    each: Tensor | None = None,
+) -> None:
+    """Writes those of `total`, `squares` and `each` that are given."""
+    batch, heads, _, dim = k.shape
+    index = blocks.starts if order is None else order.index
+    rows, columns = min(blocks.size, 64), _columns(v)
+    _covariance_fwd[(batch * heads * chunks, -(-v.shape[-1] // columns))](
+        k, v, means, _or(hidden, k, torch.uint8), _or(centre, k), _or(total, k), _or(squares, k),
+        _or(each, k), blocks.starts, index,
+        *k.stride()[:3], *v.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
+        hidden.stride(0) if hidden is not None and hidden.shape[0] > 1 else 0,
+        heads, blocks.n, chunks, -(-blocks.n // chunks),
+        D=dim, DV=v.shape[-1], BLOCK_D=padded(dim), COLUMNS=columns, ROWS=rows,
+        SUB=blocks.size // rows, HAS_ORDER=order is not None, HAS_HIDDEN=hidden is not None,
+        HAS_CENTRE=centre is not None, SUM=total is not None, SQUARES=squares is not None,
+        EACH=each is not None, num_warps=8 if padded(dim) > 64 else 4,
+    )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor, seen as bytes where it is bool, or any other in its place."""
+    if tensor is None:
+        return other
+    return tensor if dtype is None else tensor.view(dtype)
