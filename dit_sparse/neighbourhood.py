@@ -51,6 +51,8 @@ class Axis(Protocol):
 
     def intervals(self) -> Intervals: ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Neighbourhood:

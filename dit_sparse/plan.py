@@ -121,8 +121,8 @@ class BlockPlan:
 
     Lists are rows of `indices`: the row of (batch b, head h, query block i) starts at
     `offsets[b, h, i]` and holds `full[b, h, i]` entries that need no mask, then
-    `partial[b, h, i]` entries masked by the predicate, then the entries of each pool factor; each part
-    ascends. A leading dimension of 1 is shared by all batch entries or heads.
+    `partial[b, h, i]` entries masked by the predicate, then the entries of each pool factor; each
+    part ascends. A leading dimension of 1 is shared by all batch entries or heads.
 
     Args:
         q_blocks, k_blocks: how queries and keys are cut.

@@ -58,7 +58,8 @@ class BoxPredicate:
         return (fits & self.guard) == self.guard
 
     def to(self, device: torch.device | str) -> BoxPredicate:
-        return BoxPredicate(*(t.to(device) for t in self.operands), guard=self.guard)
+        lower, upper, above, below = (t.to(device) for t in self.operands)
+        return BoxPredicate(lower, upper, above, below, self.guard)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,16 @@ import math
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple, TypeAlias
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_sparse.grid import TokenGrid
-
-Extents: TypeAlias = tuple[int, int, int]
+from dit_sparse.neighbourhood import Axis, Intervals, Neighbourhood
+from dit_sparse.per_axis import Extents
+from dit_sparse.tile_lists import Reach, cuts
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,27 @@ class WindowShape:
     tile: Extents
 
 
-@cache
 def best_tile(grid: TokenGrid, window: Extents, stride: Extents, block: int) -> Extents:
     """The tile of at most `block` tokens for which the visited blocks take the least time."""
-    visits = [
-        {t: _visits(extent, w, s, t) for t in range(1, min(extent, block) + 1)}
-        for extent, w, s in zip(grid.shape, window, stride, strict=True)
+    axes = map(Neighbourhood, grid.shape, window, stride)
+    return best_tile_for((tuple(axes),), block)
+
+
+@cache
+def best_tile_for(heads: tuple[tuple[Axis, ...], ...], block: int) -> Extents:
+    """The same for any windows, one triple for each head or each kind of heads."""
+    grid = TokenGrid(*(axis.extent for axis in heads[0]))
+    kinds = [
+        [{t: _visits(axis, t) for t in range(1, min(axis.extent, block) + 1)} for axis in axes]
+        for axes in dict.fromkeys(heads)
     ]
 
     def cost(tile: Extents) -> tuple[float, int]:
-        axes = [v[t] for v, t in zip(visits, tile, strict=True)]
-        return _time(grid, tile, axes, block), sum(tile)
+        time = sum(
+            _time(tile, [visits[t] for visits, t in zip(kind, tile, strict=True)], block)
+            for kind in kinds
+        )
+        return time, sum(tile)
 
     return min(_shapes(grid, block), key=cost)
 
@@ -106,7 +117,7 @@ class _Search:
         shares = [x.share for x, n in zip(axes, self.grid.shape, strict=True) if n > 1]
         even = self.density ** (1 / (len(shares) or 1))
         uneven = max((abs(math.log(share / even)) for share in shares), default=0.0)
-        time = _time(self.grid, tile, [x.visits for x in axes], self.block) / got
+        time = _time(tile, [x.visits for x in axes], self.block) / got
         return _Found(
             miss=max(abs(math.log(got / self.density)), _NEAR),
             cost=math.log(time) + _EVEN * uneven,
@@ -117,11 +128,13 @@ class _Search:
 
 
 class _Visits(NamedTuple):
-    """Along one axis: tiles, pairs of tiles with a visible key, and pairs with all visible."""
+    """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, and
+    whether all tiles are of one size."""
 
     tiles: int
     visited: int
     full: int
+    even: bool
 
 
 class _Choice(NamedTuple):
@@ -133,7 +146,7 @@ class _Choice(NamedTuple):
 
     @staticmethod
     def of(extent: int, window: int, tile: int) -> _Choice:
-        visits = _visits(extent, window, min(tile, window), tile)
+        visits = _visits(Neighbourhood(extent, window, min(tile, window)), tile)
         return _Choice(window, visits.visited / visits.tiles**2, visits)
 
 
@@ -144,16 +157,20 @@ def _choices(extent: int, tile: int, everything: bool) -> list[_Choice]:
     return [_Choice.of(extent, window, tile) for window in (*windows, extent)]
 
 
-def _visits(extent: int, window: int, stride: int, tile: int) -> _Visits:
-    low, high = (t.tolist() for t in span(extent, window, stride))
-    tiles = math.ceil(extent / tile)
-    visited = full = 0
-    for first in range(0, extent, tile):
-        last = min(first + tile, extent) - 1
-        visited += high[last] // tile - low[first] // tile + 1
-        stop = tiles if high[first] == extent - 1 else (high[first] + 1) // tile
-        full += max(0, stop - math.ceil(low[last] / tile))
-    return _Visits(tiles, visited, full)
+@cache
+def _visits(axis: Axis, tile: int) -> _Visits:
+    intervals = _intervals(axis)
+    along = cuts(intervals.runs, tile, tile)
+    reach = Reach.of(intervals, torch.tensor(along))
+    tiles = len(along) - 1
+    even = tiles * tile == axis.extent
+    return _Visits(tiles, int(reach.count.sum()), int(reach.full_count.sum()), even)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is remembered must serve training too
+def _intervals(axis: Axis) -> Intervals:
+    return axis.intervals()
 
 
 # Time of a short block and of a masked one, relative to a whole one (H200, head dim 128). Masked
@@ -167,11 +184,9 @@ _EVEN = 0.75
 _NEAR = math.log(1.1)
 
 
-def _time(grid: TokenGrid, tile: Extents, axes: Sequence[_Visits], block: int) -> float:
+def _time(tile: Extents, axes: Sequence[_Visits], block: int) -> float:
     """Estimated time of all visited blocks, in whole blocks; the counts are products of axes."""
-    whole = math.prod(tile) == block and not any(
-        extent % t for extent, t in zip(grid.shape, tile, strict=True)
-    )
+    whole = math.prod(tile) == block and all(axis.even for axis in axes)
     visited, full = math.prod(a.visited for a in axes), math.prod(a.full for a in axes)
     return full * (1.0 if whole else _SHORT) + (visited - full) * _MASKED
 
@@ -196,7 +211,5 @@ def _shapes(grid: TokenGrid, block: int) -> list[Extents]:
 
 def span(extent: int, window: int, stride: int) -> tuple[Tensor, Tensor]:
     """First and last visible key of every position of one axis, int64 `[extent]` each."""
-    position = torch.arange(extent)
-    leader = (position // stride * stride + stride // 2).clamp(max=extent - 1)
-    low = (leader - window // 2).clamp(0, extent - window)
-    return low, low + window - 1
+    intervals = Neighbourhood(extent, window, stride).intervals()
+    return intervals.low, intervals.high

@@ -24,6 +24,7 @@ LAYERS = (
         "levels",
         "selection",
         "neighbourhood",
+        "per_axis",
         "tile_lists",
         "tiling",
         "window_plan",
@@ -111,7 +112,7 @@ def run_fresh(code: str) -> str:
 def test_the_walk_sees_the_package():
     assert {"dit_sparse.plan", "dit_sparse.kernels.reference", "dit_sparse.methods"} <= set(MODULES)
     assert "dit_sparse.pipelines.family" in MODULES
-    assert "dit_sparse.orders" in set(imports("dit_sparse.methods.window"))
+    assert "dit_sparse.orders" in set(imports("dit_sparse.window_plan"))
 
 
 @pytest.mark.parametrize("module", MODULES)

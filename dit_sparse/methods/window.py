@@ -3,27 +3,30 @@
 Generalized neighbourhood attention (arXiv 2504.16922): per axis a window of w tokens, pushed
 inwards at the borders so that every query reads exactly w keys, and a stride s that lets groups of
 s queries share the window of their middle one. Stride 1 is neighbourhood attention (NATTEN,
-arXiv 2204.07143); stride = tile with windows of odd multiples of the tile is sliding tile
-attention (arXiv 2502.04507). Text and reference images are read by all queries and read all keys.
+arXiv 2204.07143), dilated it is DiNAT's (arXiv 2209.15001); stride = window is blocked attention;
+stride = tile with windows of odd multiples of the tile is sliding tile attention
+(arXiv 2502.04507). Text and reference images are read by all queries and read all keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor
 
-from dit_sparse import orders
-from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
+from dit_sparse import per_axis
+from dit_sparse.grid import TokenGrid
 from dit_sparse.method import CallContext, PlanScope
-from dit_sparse.plan import BlockPlan, Blocks, BoxPredicate
-from dit_sparse.tiling import Extents, WindowShape, best_tile, span, window_for_density
+from dit_sparse.neighbourhood import Borders, Neighbourhood
+from dit_sparse.per_axis import Extents
+from dit_sparse.plan import BlockPlan
+from dit_sparse.tiling import WindowShape, best_tile_for, window_for_density
+from dit_sparse.window_plan import Axes, plan_windows
 
-_AXES = ("frames", "height", "width")
 _DEFAULT_DENSITY = 0.3
+
+_Window: TypeAlias = tuple[int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -32,22 +35,30 @@ class WindowMethod:
 
     Args:
         window: tokens (int) or share of the axis (float) per axis, as (frames, height, width),
-            or (height, width) for images.
+            (height, width) for images or (width,) for sequences; one integer for all axes; a tuple
+            of such windows, one per head; or "auto" (or nothing) for a density.
         density: instead of a window: the share of blocks to visit, spread evenly over the axes;
             windows are then odd multiples of the tile. 0.3 if neither is given.
         stride: queries per axis that share one window, at most the window; one number or one per
             axis. By default 1 for a window and the tile for a density.
+        dilation: distance of neighbouring keys of a window; one number or one per axis.
+            Window times dilation is at most the axis.
+        causal: hide what comes later along an axis; true or false for all axes or for each.
+        borders: what windows do at the borders: move "inward", or be "truncated".
         tile: tokens per axis of the tiles that blocks are cut from; by default the shape that
-            should take the least time on this grid.
+            should take the least time on this grid. Tokens of one dilation group count.
         block: tokens a block holds at most: 64 or 128.
 
     Raises:
         ValueError: numbers of another type or range; the sentence names the axis.
     """
 
-    window: tuple[int | float, ...] | None = None
+    window: int | _Window | tuple[_Window, ...] | Literal["auto"] | None = None
     density: float | None = None
     stride: int | tuple[int, ...] | None = None
+    dilation: int | tuple[int, ...] = 1
+    causal: bool | tuple[bool, ...] = False
+    borders: Borders = "inward"
     tile: tuple[int, ...] | None = None
     block: int = 128
 
@@ -55,6 +66,8 @@ class WindowMethod:
     scope: ClassVar[PlanScope] = "layout"
 
     def __post_init__(self) -> None:
+        if self.window == "auto":
+            object.__setattr__(self, "window", None)
         if self.window is not None and self.density is not None:
             raise ValueError(
                 f"Expected a window or a density, got both ({self.window} and {self.density})."
@@ -67,203 +80,110 @@ class WindowMethod:
             )
         if type(self.block) is not int or self.block not in (64, 128):
             raise ValueError(f"Expected a block of 64 or 128 tokens, got {self.block!r}.")
-        per_axis = isinstance(self.stride, (tuple, list))
-        if self.stride is not None and not per_axis and not _count(self.stride):
+        if self.borders not in get_args(Borders):
             raise ValueError(
-                "Expected a stride of at least 1, as one integer or one per axis, "
-                f"got {self.stride!r}."
+                f"Expected borders among {', '.join(get_args(Borders))}, got {self.borders!r}."
             )
-        for name in ("window", "tile", *(["stride"] if per_axis else [])):
-            value = getattr(self, name)
-            if value is not None:  # a list would leave the method without a hash
-                object.__setattr__(self, name, _axes(value, name))
+        self._freeze_axes()
+        rules = (self.dilation != 1, self.causal is not False, self.borders != "inward")
+        if self.window is None and any(rules):
+            raise ValueError(
+                "Expected a window for dilation, causality or truncated borders, got none. A "
+                "density finds plain windows only: give window=."
+            )
+
+    def _freeze_axes(self) -> None:
+        """Checks what has one value per axis; lists would leave the method without a hash."""
+        frozen: dict[str, object] = {}
+        if self.window is not None and not per_axis.is_count(self.window):
+            heads = self.window if _per_head(self.window) else (self.window,)
+            checked = tuple(per_axis.checked(w, "window", shares=True) for w in heads)  # type: ignore[union-attr]
+            frozen["window"] = checked if _per_head(self.window) else checked[0]
+        for name, value in (("stride", self.stride), ("dilation", self.dilation)):
+            if isinstance(value, (tuple, list)):
+                frozen[name] = per_axis.checked(value, name)
+            elif value is not None and not per_axis.is_count(value):
+                raise ValueError(
+                    f"Expected a {name} of at least 1, as one integer or one per axis, "
+                    f"got {value!r}."
+                )
+        if self.tile is not None:
+            frozen["tile"] = per_axis.checked(self.tile, "tile")
+        if not isinstance(self.causal, bool):
+            frozen["causal"] = per_axis.flags(self.causal, "causal")
+        for name, fixed in frozen.items():
+            object.__setattr__(self, name, fixed)
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
 
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
-        layout, grid = ctx.layout, ctx.layout.grid
-        shape = self.shape_on(grid)
-        spans = [span(*a) for a in zip(grid.shape, shape.window, shape.stride, strict=True)]
-        order = orders.lift(orders.tile(grid, shape.tile), layout)
-        blocks = Blocks.of_runs(_runs(layout, orders.tile_runs(grid, shape.tile)), self.block)
-        tokens = _Tokens.of(layout, order.index, spans)
-        visited, full = _classify(tokens, blocks)
-        real = _real_keys(layout, blocks)
-        masked = bool((visited & ~full).any())
-        plan = BlockPlan.from_mask(
-            visited & real,
-            blocks,
-            blocks,
-            full=full & real if masked else None,
-            box=_pack(tokens, grid) if masked else None,
-            order=order,
-        )
-        return plan.to(q.device)
+        shapes = self.shapes_on(ctx.layout.grid)
+        heads = [self._axes(ctx.layout.grid, shape.window, shape.stride) for shape in shapes]
+        return plan_windows(ctx.layout, heads, shapes[0].tile, self.block, q.device)
 
-    def shape_on(self, grid: TokenGrid) -> WindowShape:
-        """Window, stride and tile in tokens on a grid.
+    def shape_on(self, grid: TokenGrid, head: int = 0) -> WindowShape:
+        """Window, stride and tile of a head in tokens on a grid; see `shapes_on`."""
+        shapes = self.shapes_on(grid)
+        return shapes[head % len(shapes)]
+
+    def shapes_on(self, grid: TokenGrid) -> tuple[WindowShape, ...]:
+        """Windows, strides and their tile in tokens on a grid, one for each head or one for all.
 
         Raises:
-            ValueError: a window or a tile larger than its axis, a stride larger than its window
-                (one stride for all axes is 1 along an axis of one token), or two numbers on a
-                grid of several frames; the sentence names the axis.
+            ValueError: a window times its dilation or a tile larger than its axis, a stride larger
+                than its window (one number for all axes is 1 along an axis of one token), or fewer
+                numbers than the grid has axes; the sentence names the axis.
         """
-        tile = None if self.tile is None else _tokens(self.tile, "tile", grid, grid.shape)
+        tile = None if self.tile is None else per_axis.tokens(self.tile, "tile", grid, grid.shape)
         if self.window is None:
             shape = window_for_density(grid, self.density or _DEFAULT_DENSITY, self.block, tile)
             if self.stride is None:
-                return shape
-            window = shape.window
+                return (shape,)
+            windows: tuple[Extents, ...] = (shape.window,)
         else:
-            window = _tokens(self.window, "window", grid, grid.shape)
+            windows = self._windows(grid)
+        strides = [self._stride(grid, window) for window in windows]
+        pairs = list(zip(windows, strides, strict=True))
+        if tile is None:
+            tile = best_tile_for(tuple(self._axes(grid, *pair) for pair in pairs), self.block)
+        return tuple(WindowShape(window, stride, tile) for window, stride in pairs)
+
+    def _windows(self, grid: TokenGrid) -> tuple[Extents, ...]:
+        if isinstance(self.window, int):
+            given: tuple[_Window, ...] = (per_axis.everywhere(self.window, grid),)
+        else:
+            given = self.window if _per_head(self.window) else (self.window,)  # type: ignore[assignment]
+        step = self._dilation(grid)
+        frames, rows, columns = (n // d for n, d in zip(grid.shape, step, strict=True))
+        limits = (frames, rows, columns)
+        return tuple(per_axis.tokens(window, "window", grid, limits, step) for window in given)
+
+    def _stride(self, grid: TokenGrid, window: Extents) -> Extents:
         stride = self.stride or 1
         if isinstance(stride, int):
-            stride = tuple(stride if extent > 1 else 1 for extent in grid.shape)
-        stride = _tokens(stride, "stride", grid, window)
-        return WindowShape(window, stride, tile or best_tile(grid, window, stride, self.block))
+            stride = per_axis.everywhere(stride, grid)
+        return per_axis.tokens(stride, "stride", grid, window)
+
+    def _dilation(self, grid: TokenGrid) -> Extents:
+        step = self.dilation
+        if isinstance(step, int):
+            step = per_axis.everywhere(step, grid)
+        return per_axis.tokens(step, "dilation", grid, grid.shape)
+
+    def _axes(self, grid: TokenGrid, window: Extents, stride: Extents) -> Axes:
+        causal = (self.causal,) * 3 if isinstance(self.causal, bool) else self.causal
+        ahead = map(bool, per_axis.of_rank(causal, "causal", grid))
+        frames, rows, columns = (
+            Neighbourhood(*numbers, self.borders)
+            for numbers in zip(grid.shape, window, stride, self._dilation(grid), ahead, strict=True)
+        )
+        return frames, rows, columns
 
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _axes(value: object, name: str) -> tuple[int | float, ...]:
-    """One number per axis as a tuple; windows may have shares among them."""
-    shares = name == "window"
-    if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
-        raise ValueError(
-            f"Expected {name} as (frames, height, width) or (height, width), got {value!r}. "
-            "Give one number per axis."
-        )
-    for axis, size in zip(_AXES[-len(value) :], value, strict=True):
-        if not _count(size) and not (shares and isinstance(size, float) and 0.0 < size <= 1.0):
-            share = ", or a share of the axis above 0.0 and at most 1.0" if shares else ""
-            raise ValueError(
-                f"Expected a {name} along {axis} of at least 1 token, an integer{share}, "
-                f"got {size!r}."
-            )
-    return tuple(value)
-
-
-def _tokens(
-    values: tuple[int | float, ...], name: str, grid: TokenGrid, limits: Extents
-) -> Extents:
-    """Tokens per axis from counts and shares; two values mean (height, width) of an image."""
-    if len(values) == 2 and grid.frames == 1:
-        values = (1, *values)
-    if len(values) != 3:
-        raise ValueError(
-            f"Expected {name} as (frames, height, width) for the grid {grid}, got {values}."
-        )
-    tokens = []
-    for axis, extent, limit, size in zip(_AXES, grid.shape, limits, values, strict=True):
-        if isinstance(size, float):
-            tokens.append(max(1, round(size * extent)))
-        elif size <= limit:
-            tokens.append(size)
-        else:
-            raise ValueError(
-                f"Expected a {name} along {axis} between 1 and {limit} tokens, "
-                f"got {size!r} on the grid {grid}."
-            )
-    return tokens[0], tokens[1], tokens[2]
-
-
-def _runs(layout: TokenLayout, tiles: list[int]) -> list[int]:
-    """Token runs that no block may straddle: tiles, text spans, and where padding begins."""
-    runs: list[int] = []
-    seen = False
-    for segment in layout.segments:
-        if isinstance(segment, TextSpan):
-            cuts = sorted({0, segment.length, *(segment.valid or ())})
-            runs += [b - a for a, b in pairwise(cuts)]
-        elif seen:
-            runs.append(segment.length)
-        else:
-            runs += tiles
-            seen = True
-    return runs
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Coordinates and windows of every token in plan order, int64 `[N, 3]`.
-
-    A context token (text, reference image) has `context` set; its row reads everything and its
-    column is read by all, whatever the other fields say.
-    """
-
-    at: Tensor
-    low: Tensor
-    high: Tensor
-    context: Tensor  # bool [N]
-
-    @staticmethod
-    def of(layout: TokenLayout, index: Tensor, spans: list[tuple[Tensor, Tensor]]) -> _Tokens:
-        start, grid = layout.grid_start, layout.grid
-        position = index - start
-        inside = (position >= 0) & (position < grid.length)
-        at = grid.coordinates()[position.clamp(0, grid.length - 1)]
-        low = torch.stack([low[at[:, a]] for a, (low, _) in enumerate(spans)], dim=-1)
-        high = torch.stack([high[at[:, a]] for a, (_, high) in enumerate(spans)], dim=-1)
-        return _Tokens(at, low, high, ~inside)
-
-
-def _classify(tokens: _Tokens, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """bool `[1, 1, n, n]` twice: blocks with any visible element, blocks with all visible."""
-    of = blocks.of_token[:, None].expand(-1, 3)
-
-    def per_block(values: Tensor, reduce: str) -> Tensor:
-        empty = values.new_zeros(blocks.n, 3)
-        return empty.scatter_reduce(0, of, values, reduce, include_self=False)
-
-    k_min, k_max = per_block(tokens.at, "amin"), per_block(tokens.at, "amax")
-    any_low, any_high = per_block(tokens.low, "amin"), per_block(tokens.high, "amax")
-    all_low, all_high = per_block(tokens.low, "amax"), per_block(tokens.high, "amin")
-    visited = ((k_max >= any_low[:, None]) & (k_min <= any_high[:, None])).all(-1)
-    full = ((k_min >= all_low[:, None]) & (k_max <= all_high[:, None])).all(-1)
-    context = tokens.context[blocks.starts[:-1].long()]
-    always = context[:, None] | context
-    return (visited | always)[None, None], (full | always)[None, None]
-
-
-def _real_keys(layout: TokenLayout, blocks: Blocks) -> Tensor:
-    """bool `[1 or B, 1, 1, n]`: key blocks that are not padding."""
-    starts = blocks.starts[:-1].long()
-    rows = []
-    for entry in range(layout.batch or 1):
-        real = torch.zeros(blocks.n, dtype=torch.bool)
-        for start, stop in layout.valid_ranges(entry) if layout.batch else [(0, layout.length)]:
-            real |= (starts >= start) & (starts < stop)
-        rows.append(real)
-    return torch.stack(rows)[:, None, None]
-
-
-def _pack(tokens: _Tokens, grid: TokenGrid) -> BoxPredicate:
-    """Packs coordinates into fields of one int32 (see `BoxPredicate`)."""
-    guard, ones, shift = 0, 0, 0
-    packed = {name: torch.zeros_like(tokens.at[:, 0]) for name in ("at", "low", "high")}
-    for axis, extent in enumerate(grid.shape):
-        bits = (extent - 1).bit_length()
-        for name, value in packed.items():
-            value += getattr(tokens, name)[:, axis] << shift
-        ones |= ((1 << bits) - 1) << shift
-        guard |= 1 << (shift + bits)
-        shift += bits + 1
-    if shift > 31:
-        raise ValueError(
-            f"Expected a grid whose coordinates fit 31 bits (a guard bit per axis), got {grid}."
-        )
-    context = tokens.context
-    return BoxPredicate(
-        lower=torch.where(context, 0, packed["low"]).int()[None],
-        upper=torch.where(context, ones, packed["high"]).int()[None],
-        above=torch.where(context, ones, packed["at"]).int(),
-        below=torch.where(context, 0, packed["at"]).int(),
-        guard=guard,
-    )
+def _per_head(window: object) -> bool:
+    return isinstance(window, (tuple, list)) and isinstance(next(iter(window), None), (tuple, list))
