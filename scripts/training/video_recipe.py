@@ -14,7 +14,7 @@ from scripts.training import whole
 from scripts.training.recipe import Card, Pipeline, Size
 from scripts.training.stage import Stage
 from scripts.training.times import time_shift
-from scripts.training.wan_denoiser import WanDenoiser, close_gates
+from scripts.training.wan_denoiser import WanDenoiser, avert_from_padding, close_gates
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -104,6 +104,7 @@ class VideoRecipe:
 
         transformer = WanTransformer3DModel(**self.transformer)
         close_gates(transformer)
+        avert_from_padding(transformer)
         config = UMT5Config(vocab_size=self.vocabulary, **self.text)
         return WanDenoiser(UMT5EncoderModel(config), transformer)
 

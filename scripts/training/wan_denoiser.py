@@ -6,10 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH
+
+#: Logit of padding in a fresh model, and the share of a query's norm that makes it.
+_PADDING_LOGIT, _SHARE = -12.0, 0.75
+
+#: Value of the number in a key that tells padding: small beside a token's, large beside RMSNorm's
+#: epsilon.
+_TRACE = 0.05
+
+#: Mean square of GELU of a normal number.
+_GELU_POWER = 0.425
 
 
 class PaddedText:
@@ -87,3 +98,44 @@ def close_gates(transformer: Any) -> None:
     nn.init.zeros_(transformer.condition_embedder.time_proj.bias)
     for block in transformer.blocks:
         nn.init.zeros_(block.attn2.to_out[0].weight)
+
+
+@torch.no_grad()
+def avert_from_padding(transformer: Any) -> None:
+    """Has the cross-attention of a fresh `WanTransformer3DModel` read text and not its padding.
+
+    The stock pipeline pads a caption of a dozen tokens to 512 and masks nothing. A model with stock
+    initialisation spends 96 % of its cross-attention on padding at first, and after 11,500 steps of
+    training 90 to 99 % still: text hardly reached the picture.
+
+    Padding is the zero vector, so without biases in the text embedder its key is the bias of `to_k`
+    alone, which RMSNorm blows up to full length. That bias is one number in each head, where tokens
+    have 0, and queries have a large negative number there. With few of the numbers of a head
+    the others stay free; the key of padding does not turn in training, as the biases that make it
+    are frozen; and its logit is so low that hardly any gradient comes from it. With a logit of -6.5
+    and half of the attention on text, 200 steps of a small trial brought all of it back to padding;
+    with -12, 60 to 80 % was on text after 400.
+
+    The text embedder is made to keep the size of what it reads. Stock weights shrink it to a fifth,
+    values included.
+    """
+    embedder = transformer.condition_embedder.text_embedder
+    for layer, power in ((embedder.linear_1, 1.0), (embedder.linear_2, _GELU_POWER)):
+        nn.init.normal_(layer.weight, std=(layer.in_features * power) ** -0.5)
+        nn.init.zeros_(layer.bias).requires_grad_(False)
+    for block in transformer.blocks:
+        attn = block.attn2
+        size = attn.to_k.out_features // attn.heads
+        marked = slice(None, None, size)  # the first number of each head
+        nn.init.zeros_(attn.to_k.weight[marked])
+        nn.init.zeros_(attn.to_k.bias).requires_grad_(False)[marked] = _TRACE
+        # After RMSNorm the key of padding is sqrt(size) there, times this weight, and 0 elsewhere.
+        attn.norm_k.weight[marked] = -_PADDING_LOGIT / (_SHARE * math.sqrt(size))
+        nn.init.zeros_(attn.to_q.bias)[marked] = -_SHARE * math.sqrt(
+            size * _query_power(attn.to_q) / (1 - _SHARE**2)
+        )
+
+
+def _query_power(layer: nn.Linear) -> float:
+    """Mean square of what a layer makes of normalised input, without its bias."""
+    return float(layer.weight.square().sum(1).mean())

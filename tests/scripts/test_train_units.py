@@ -72,6 +72,46 @@ def test_short_text_equals_the_padding_of_the_stock_pipeline(tokenizer):
     assert (shorter - stock).abs().max() > 1e-4  # the number of padding tokens matters
 
 
+def masses_on_text(pipe, prompts: list[str]) -> list[float]:
+    """Share of cross-attention on the prompts' own tokens in the default call, by layer."""
+    shares = []
+    tokens = torch.tensor([len(pipe.tokenizer(prompt)["input_ids"]) for prompt in prompts])
+
+    def measure(attn, arguments, _):
+        hidden, text, *_ = arguments
+        assert text.shape[1] == 512
+        q, k = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(text))
+        q, k = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        real = torch.arange(512) < tokens[:, None, None, None]
+        shares.append(float((weights * real).sum(-1).mean()))
+
+    for block in pipe.transformer.blocks:
+        block.attn2.register_forward_hook(measure)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_frames": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
+    pipe(prompts, height=64, width=64, output_type="latent", **arguments)
+    return shares
+
+
+def test_a_fresh_model_attends_to_the_text_and_not_to_its_padding(tokenizer):
+    torch.manual_seed(0)
+    pipe = TINY_VIDEO.build_pipeline(TINY_VIDEO.build_vae(), TINY_VIDEO.build_denoiser(), tokenizer)
+    shares = masses_on_text(pipe, ["a red circle", "a blue circle moves left over a background"])
+    assert len(shares) == 2 * TINY_VIDEO.transformer["num_layers"]
+    assert min(shares) > 0.4
+
+
+def test_training_cannot_turn_the_key_of_padding():
+    denoiser = TOY.build_denoiser()
+    embedder = denoiser.transformer.condition_embedder.text_embedder
+    assert not embedder(torch.zeros(1, embedder.linear_1.in_features)).any()
+    fixed = [embedder.linear_1.bias, embedder.linear_2.bias]
+    fixed += [block.attn2.to_k.bias for block in denoiser.transformer.blocks]
+    assert not any(bias.requires_grad for bias in fixed)
+    assert all(bias.any() for bias in fixed[2:])
+
+
 def test_the_flow_is_the_one_that_the_scheduler_integrates():
     """With the true flow, one Euler step from pure noise ends at the clean latents."""
     clean, noise = torch.randn(2, 1, 4, 1, 2, 2).unbind()
