@@ -48,7 +48,8 @@ class SparseMethod(Protocol):
         """How far a plan carries.
 
         `"layout"` plans depend on the layout alone and are made once for it, `"layer"` plans once
-        per layer, `"call"` plans are made anew from q and k.
+        per layer, `"call"` plans are made anew from q and k. A `"layout"` plan may be asked for
+        before the forward, with q and k that have a shape and a device but no values.
         """
         ...
 

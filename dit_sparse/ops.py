@@ -1,4 +1,4 @@
-"""Attention as one opaque operator: all that torch.compile sees of the toolkit.
+"""Attention and reordering as opaque operators: all that torch.compile sees of the toolkit.
 
 Layers, steps, plans and schedules live behind the operator, on the host. The layer arrives as a
 tensor, because a Python number would be a constant of the graph and cost one graph per layer.
@@ -35,15 +35,31 @@ class Core(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keywords: Keywords) -> Tensor: ...
 
 
+class Gate(Protocol):
+    """What runs behind the operator that reorders tokens."""
+
+    def reorder(self, x: Tensor) -> Tensor: ...
+
+
 _numbers = itertools.count()
-_cores: weakref.WeakValueDictionary[int, Core] = weakref.WeakValueDictionary()
+_enrolled: weakref.WeakValueDictionary[int, Core | Gate] = weakref.WeakValueDictionary()
 
 
-def enrol(core: Core) -> Tensor:
-    """Makes a core reachable from compiled code; returns its ticket, an int64 CPU tensor."""
+def enrol(core: Core | Gate) -> Tensor:
+    """Makes it reachable from compiled code; returns its ticket, an int64 CPU tensor."""
     number = next(_numbers)
-    _cores[number] = core
+    _enrolled[number] = core
     return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def _behind(ticket: Tensor) -> Any:
+    found = _enrolled.get(int(ticket))
+    if found is None:
+        raise RuntimeError(
+            "Expected the attention processor that this graph was compiled with to be alive, got "
+            "one that was removed. Compile the transformer again."
+        )
+    return found
 
 
 # A captured CUDA graph would replay the schedule's decisions of the step it was captured in. Torch
@@ -69,12 +85,7 @@ def attend(
 
     The rest are `Keywords`, one by one, as the schema of an operator wants them.
     """
-    core = _cores.get(int(ticket))
-    if core is None:
-        raise RuntimeError(
-            "Expected the attention processor that this graph was compiled with to be alive, got "
-            "one that was removed. Compile the transformer again."
-        )
+    core = _behind(ticket)
     keywords = Keywords(mask, scale, dropout_p, is_causal, enable_gqa, backend)
     return core.attend(query, key, value, keywords).contiguous()
 
@@ -82,3 +93,15 @@ def attend(
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@torch.library.custom_op("dit_sparse::reorder", mutates_args=(), **_tags)
+def reorder(x: Tensor, ticket: Tensor) -> Tensor:
+    """Runs the gate that `ticket` names on a tensor; a contiguous copy of the same shape."""
+    out = _behind(ticket).reorder(x).contiguous()
+    return out.clone() if out.data_ptr() == x.data_ptr() else out  # no operator returns its input
+
+
+@reorder.register_fake
+def _(x: Tensor, ticket: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

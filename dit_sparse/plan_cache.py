@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_sparse.attention import select_backend
 from dit_sparse.backend import Backend
 from dit_sparse.grid import TokenLayout
+from dit_sparse.hoist import TokenOrder, common_order
 from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan
@@ -27,10 +28,20 @@ class PlannedCall:
         plan: what to compute.
         choices: by shapes, strides and dtype of the call: the backend and the refusals of those
             preferred to it.
+        inside: the same for tensors that stand in the plan's order already, by that order.
     """
 
     plan: BlockPlan
     choices: dict[Any, tuple[Backend, tuple[str, ...]]] = field(default_factory=dict)
+    inside: dict[TokenOrder, PlannedCall | None] = field(default_factory=dict)
+
+    def within(self, order: TokenOrder) -> PlannedCall | None:
+        """The call on tensors in this order, which need no permutation; `None` if the plan has
+        another one."""
+        if order not in self.inside:
+            same = order.agrees(self.plan.order)
+            self.inside[order] = PlannedCall(replace(self.plan, order=None)) if same else None
+        return self.inside[order]
 
     def backend(
         self, q: Tensor, k: Tensor, v: Tensor, name: str | None
@@ -43,8 +54,17 @@ class PlannedCall:
         return self.choices[kind]
 
 
-#: by the method that plans the layer and, where it asks for that, the layer
-_Plans: TypeAlias = dict[tuple[SparseMethod, int | None], PlannedCall]
+@dataclass
+class _LayoutPlans:
+    """Everything planned for a layout.
+
+    Args:
+        plans: by the method that plans the layer and, where it asks for that, the layer.
+        order: the order that all of them share, once it was asked for.
+    """
+
+    plans: dict[tuple[SparseMethod, int | None], PlannedCall] = field(default_factory=dict)
+    order: TokenOrder | str | Literal[False] | None = False
 
 
 class PlanCache:
@@ -57,25 +77,61 @@ class PlanCache:
 
     def __init__(self, method: SparseMethod) -> None:
         self._method = method
-        self._plans: OrderedDict[tuple[TokenLayout, torch.device, bool], _Plans] = OrderedDict()
-        self._latest: tuple[TokenLayout, tuple[torch.device, bool], _Plans] | None = None
+        self._kept: OrderedDict[tuple[TokenLayout, torch.device, bool], _LayoutPlans]
+        self._kept = OrderedDict()
+        self._latest: tuple[TokenLayout, tuple[torch.device, bool], _LayoutPlans] | None = None
 
     def __len__(self) -> int:
         """Number of plans kept."""
-        return sum(map(len, self._plans.values()))
+        return sum(len(of.plans) for of in self._kept.values())
 
     def get(self, q: Tensor, k: Tensor, context: CallContext) -> PlannedCall:
         """The plan of a call on q, k `[B, H, N, D]`."""
-        method = self._method.at(context) if isinstance(self._method, Schedule) else self._method
+        method = self._serving(context)
         if method.scope == "call":
             return _planned(method, q, k, context)
-        plans = self._of(context.layout, q.device)
+        plans = self._of(context.layout, q.device).plans
         key = (method, context.layer if method.scope == "layer" else None)
         if key not in plans:
             plans[key] = _planned(method, q, k, context)
         return plans[key]
 
-    def _of(self, layout: TokenLayout, device: torch.device) -> _Plans:
+    def order(self, q: Tensor, layout: TokenLayout, layers: int) -> TokenOrder | str | None:
+        """The order that the plans of all layers share, before any layer has run.
+
+        The answer is the same for all steps of a generation, so that what a cache keeps of one step
+        has the order of the next; plans are made for it.
+
+        Args:
+            q: of the shape and on the device of the queries to come; its values are not read.
+            layout: of the forward.
+            layers: how many attention modules there are.
+
+        Returns:
+            The order; why there is none; `None` when nothing is reordered.
+        """
+        kept = self._of(layout, q.device)
+        if kept.order is False:
+            kept.order = self._common(q, [CallContext(layout, n, layers) for n in range(layers)])
+        return kept.order
+
+    def _common(self, q: Tensor, contexts: list[CallContext]) -> TokenOrder | str | None:
+        orders = []
+        for context in contexts:
+            method = self._serving(context)
+            always = isinstance(self._method, Schedule) and self._method.always_dense(context)
+            if always or method.dense_reason(context) is not None:
+                continue
+            if method.scope != "layout":
+                what = "each layer" if method.scope == "layer" else "q and k"
+                return f"method {method.name} plans from {what}"
+            orders.append(self.get(q, q, context).plan.order)
+        return common_order(orders, contexts[0].layout)
+
+    def _serving(self, context: CallContext) -> SparseMethod:
+        return self._method.at(context) if isinstance(self._method, Schedule) else self._method
+
+    def _of(self, layout: TokenLayout, device: torch.device) -> _LayoutPlans:
         """The plans for a layout."""
         # What backends compute from a plan stays with it, and autograd refuses tensors that were
         # made in inference mode: training has plans of its own.
@@ -83,12 +139,12 @@ class PlanCache:
         latest = self._latest  # all layers of a forward ask with the same object: spare the hash
         if latest is not None and latest[0] is layout and latest[1] == place:
             return latest[2]
-        plans = self._plans.setdefault((layout, *place), {})
-        self._plans.move_to_end((layout, *place))
-        if len(self._plans) > _KEPT_LAYOUTS:
-            self._plans.popitem(last=False)
-        self._latest = (layout, place, plans)
-        return plans
+        kept = self._kept.setdefault((layout, *place), _LayoutPlans())
+        self._kept.move_to_end((layout, *place))
+        if len(self._kept) > _KEPT_LAYOUTS:
+            self._kept.popitem(last=False)
+        self._latest = (layout, place, kept)
+        return kept
 
 
 @torch.inference_mode(False)  # a method may remember tensors for its next plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ class LayerRecord:
         name: module name in the transformer.
         sparse: calls that ran a plan.
         dense: calls that did not, by reason.
+        hoisted: sparse calls whose tokens the whole forward kept in the order of the plan.
+        permuted: sparse calls that permuted q, k and v themselves, by reason.
         backend: the backend of the latest sparse call.
         refusals: why the backends preferred to that one did not run.
         planned: the latest plan; a copy of the record goes without.
@@ -31,6 +33,8 @@ class LayerRecord:
     name: str
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
+    hoisted: int = 0
+    permuted: Counter[str] = field(default_factory=Counter)
     backend: str | None = None
     refusals: tuple[str, ...] = ()
     planned: PlannedCall | None = None
@@ -65,6 +69,8 @@ class LayerRecord:
             dense=self.dense.total(),
             reasons=dict(self.dense),
             refusals=self.refusals,
+            hoisted=self.hoisted,
+            permuted=dict(self.permuted),
         )
 
     def _settle(self) -> None:
@@ -94,6 +100,8 @@ class LayerSummary:
         sparse, dense: numbers of calls.
         reasons: why calls were dense, with counts.
         refusals: why backends preferred to `backend` did not run.
+        hoisted: sparse calls whose tokens were put into the order of the plan at the model's entry.
+        permuted: why other sparse calls permuted q, k and v in the layer, with counts.
     """
 
     transformer: str
@@ -106,6 +114,8 @@ class LayerSummary:
     dense: int
     reasons: Mapping[str, int]
     refusals: tuple[str, ...] = ()
+    hoisted: int = 0
+    permuted: Mapping[str, int] = field(default_factory=dict)
 
 
 _HEADER = ("layer", "module", "method", "backend", "density", "sparse", "dense")
@@ -142,10 +152,17 @@ class Summary:
     @property
     def reasons(self) -> dict[str, int]:
         """Why calls were dense, over all layers, the most frequent reason first."""
-        total: Counter[str] = Counter()
-        for row in self.rows:
-            total.update(row.reasons)
-        return dict(total.most_common())
+        return _total(row.reasons for row in self.rows)
+
+    @property
+    def hoisted(self) -> int:
+        """Sparse calls whose tokens were put into the order of the plan at the model's entry."""
+        return sum(row.hoisted for row in self.rows)
+
+    @property
+    def permuted(self) -> dict[str, int]:
+        """Why other sparse calls permuted in the layer, the most frequent reason first."""
+        return _total(row.permuted for row in self.rows)
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -160,6 +177,8 @@ class Summary:
             "density": self.density,
             "backends": list(self.backends),
             "reasons": self.reasons,
+            "hoisted": self.hoisted,
+            "permuted": self.permuted,
             "refusals": list(self.refusals),
             "layers": [asdict(row) for row in self.rows],
         }
@@ -169,8 +188,18 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         lines += [f"dense {count} times: {reason}" for reason, count in self.reasons.items()]
+        if self.hoisted:
+            lines.append(f"tokens reordered once per forward: {self.hoisted} sparse calls")
+        lines += [f"reordered in the layer {n} times: {why}" for why, n in self.permuted.items()]
         lines += [f"backend passed over: {refusal}" for refusal in self.refusals]
         return "\n".join(lines)
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total.most_common())
 
 
 def _cells(row: LayerSummary) -> tuple[str, ...]:

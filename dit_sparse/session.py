@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from dit_sparse.attention import attend, dense_attention
 from dit_sparse.forward import Forward, StockCall, hides_only_padding, is_key_mask, place
 from dit_sparse.grid import TokenLayout
+from dit_sparse.hoist import TokenFlow, TokenOrder
 from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.methods.schedule import Schedule
-from dit_sparse.plan_cache import PlanCache
+from dit_sparse.plan_cache import PlanCache, PlannedCall
 from dit_sparse.record import LayerRecord
 
 logger = logging.getLogger("dit_sparse")
@@ -47,6 +49,8 @@ class Session:
 
     def _reset(self) -> None:
         self._forward: Forward | None = None
+        self.tokens = TokenFlow()
+        self._apart = ""  # why layers permute for themselves
         self._plans = PlanCache(self.method)
         self._masks: dict[TokenLayout, bool] = {}
         self._places: dict[Any, tuple[TokenLayout | str, Tensor | None]] = {}  # of this forward
@@ -64,12 +68,45 @@ class Session:
         self._generation_calls["forwards"] += 1
         self._places.clear()
         self._forward = forward
+        self.tokens.start(None)
+        self._apart = "tokens were not put into the order of the plans at the model's entry"
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The sequence of the forward that runs, if it is known."""
+        return None if self._forward is None else self._forward.layout
+
+    def hoist(self, q: Tensor, gates: Collection[int]) -> TokenOrder | None:
+        """Decides whether the tokens of the forward that has begun take the order of the plans.
+
+        Args:
+            q: of the shape and on the device of the queries to come; its values are not read.
+            gates: numbers of the entrances where tokens are going to be put into that order.
+
+        Returns:
+            The order, to be put on everything that has one value per token.
+        """
+        layout = self.layout
+        if layout is None:
+            return None
+        order = self._plans.order(q, layout, len(self.layers))
+        if isinstance(order, str):
+            self.keep_apart(order)
+            return None
+        self.tokens.start(order, gates)
+        return order
+
+    def keep_apart(self, reason: str) -> None:
+        """Says why the layers of the forward that has begun permute for themselves."""
+        self._apart = reason
+        self.tokens.start(None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: StockCall) -> Tensor:
         """One attention call of the forward that runs.
 
         Args:
-            q, k, v: `[B, H, N, D]`, any strides, in the model's order.
+            q, k, v: `[B, H, N, D]`, any strides, in the order of the forward: the model's, unless
+                its tokens were put into another.
             call: what the stock processor asked for.
 
         Returns:
@@ -88,15 +125,32 @@ class Session:
         layout = self._place(q, k, call, forward)
         if isinstance(layout, str):
             self.pass_through(call.layer, layout)
-            return call.run(q, k, v)
+            return _in_model_order(self.tokens.inside(), call.run, q, k, v)
         context = CallContext(layout, call.layer, len(self.layers), forward.step, forward.steps)
+        order = self.tokens.inside()
         reason = self.method.dense_reason(context)
-        if reason is not None:
+        if reason is not None:  # attention with all tokens is the same in any order of them
             self._count_dense(call.layer, reason)
             if call.chosen:
                 return call.run(q, k, v)
             return dense_attention(q, k, v, scale=call.scale, layout=layout)
         planned = self._plans.get(q, k, context)
+        record = self.layers[call.layer]
+        if order is not None:
+            within = planned.within(order)
+            if within is not None:
+                record.hoisted += 1
+                return self._run(within, call, q, k, v)
+            record.permuted["its order is not that of the other layers"] += 1
+            return _in_model_order(order, partial(self._run, planned, call), q, k, v)
+        if planned.plan.order is not None:
+            record.permuted[self._apart] += 1
+        return self._run(planned, call, q, k, v)
+
+    def _run(
+        self, planned: PlannedCall, call: StockCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """A sparse call on tensors in the order that the plan begins with."""
         backend, refusals = planned.backend(q, k, v, self.backend)
         out = attend(q, k, v, planned.plan, scale=call.scale, backend=backend).out
         self._generation_calls["sparse"] += 1
@@ -176,6 +230,24 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+
+def _in_model_order(
+    order: TokenOrder | None,
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> Tensor:
+    """What `run` makes of q, k, v `[B, H, N, D]` in the model's order, put back into `order`.
+
+    For what may depend on the position of a token, such as a mask.
+    """
+    if order is None:
+        return run(q, k, v)
+    q, k, v = (order.undo(x, 2) if x.shape[2] in order.by_length else x for x in (q, k, v))
+    out = run(q, k, v)
+    return order.put(out, 2) if out.shape[2] in order.by_length else out
 
 
 def _longest(steps: int | None) -> int:

@@ -24,6 +24,7 @@ def apply(
     options: Mapping[str, Any] | None = None,
     backend: str | None = None,
     steps: int | None = None,
+    hoist: bool = True,
 ) -> T:
     """Makes the self-attention of a pipeline or transformer sparse.
 
@@ -40,6 +41,8 @@ def apply(
         options: options of a method given by name.
         backend: name of the only attention backend to use; `None` for the best one per call.
         steps: number of denoising steps, where the pipeline cannot say.
+        hoist: put tokens into the order of the plans once per forward, where all layers share one;
+            otherwise every layer permutes q, k and v. `summary` says which happened.
 
     Returns:
         `target`.
@@ -63,7 +66,7 @@ def apply(
         for name, spec in specs.items()
     ]
     for transformer, attachments, clock in prepared:
-        attach(transformer, attachments, clock)
+        attach(transformer, attachments, clock, hoist=hoist)
     return target
 
 

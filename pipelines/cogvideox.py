@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens
 
 
 def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -29,4 +29,8 @@ FAMILY = Family(
     pipelines=("CogVideoXPipeline",),
     model="zai-org/CogVideoX-2b",
     side=8,
+    hoist=Hoist(
+        arguments=(Tokens("image_rotary_emb", axis=0),),
+        outputs=(Tokens("patch_embed"),),
+    ),
 )

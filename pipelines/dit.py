@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens
 
 
 def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -26,4 +26,5 @@ FAMILY = Family(
     layout=layout,
     pipelines=("DiTPipeline",),
     model="facebook/DiT-XL-2-256",
+    hoist=Hoist(outputs=(Tokens("pos_embed"),), leaves="proj_out_2"),
 )

@@ -16,6 +16,52 @@ from dit_sparse.grid import TokenLayout
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """A place where tensors with one value per token pass.
+
+    Args:
+        name: of an argument of the transformer's forward, or of one of its modules, whose output
+            is meant.
+        axis: the token dimension, of the joint sequence or of the images alone. Tensors with fewer
+            dimensions or one element there belong to no token in particular.
+        items: which elements of a tuple; `None` for all.
+        grid: whether the tokens stand along three dimensions (frames, height, width), of which
+            `axis` is the first, as a convolution leaves them.
+    """
+
+    name: str
+    axis: int = 1
+    items: tuple[int, ...] | None = None
+    grid: bool = False
+
+
+def never(transformer: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    """Nothing that a family's forward is given ties its tokens to their places."""
+    return None
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """Where the tokens of a forward can be put into another order, and where back.
+
+    Everything in between must treat each token alone but for attention.
+
+    Args:
+        arguments: those of the forward that have one value per token.
+        outputs: modules that make tokens, or rotary embeddings for them.
+        leaves: module whose output has the model's order again; what comes after it, an unpatchify
+            say, wants that.
+        refuses: says from the transformer and its bound arguments why this forward must keep the
+            model's order, or `None`.
+    """
+
+    arguments: tuple[Tokens, ...] = ()
+    outputs: tuple[Tokens, ...] = ()
+    leaves: str = "proj_out"
+    refuses: Callable[[nn.Module, Mapping[str, Any]], str | None] = never
+
+
+@dataclass(frozen=True)
 class Family:
     """Facts about the transformers of one model family.
 
@@ -35,6 +81,7 @@ class Family:
             lengths that `layout` reads, so that they say nothing else in any forward.
         side: what the pipelines want height and width in pixels to be a multiple of, whatever
             their VAE and patches are.
+        hoist: where tokens can be reordered once per forward; `None` if that is not known.
     """
 
     name: str
@@ -46,10 +93,21 @@ class Family:
     model: str
     makes_masks: bool = False
     side: int = 1
+    hoist: Hoist | None = None
 
     def attends(self, module_name: str) -> bool:
         """Whether the module of this name is the family's self-attention."""
         return re.fullmatch(self.attention, module_name) is not None
+
+
+def given(*names: str) -> Callable[[nn.Module, Mapping[str, Any]], str | None]:
+    """Refuses forwards with any of these arguments, which are tied to the places of tokens."""
+
+    def refuses(transformer: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+        found = next((name for name in names if arguments.get(name) is not None), None)
+        return None if found is None else f"{found} are in the order of the model"
+
+    return refuses
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens, given
 from dit_sparse.pipelines.memo import once_per_tensor
 
 
@@ -84,4 +84,8 @@ FAMILY = Family(
     layout=layout,
     pipelines=("FluxPipeline", "FluxKontextPipeline"),
     model="black-forest-labs/FLUX.1-dev",
+    hoist=Hoist(
+        arguments=(Tokens("hidden_states"), Tokens("img_ids", axis=-2)),
+        refuses=given("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
 )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens
 from dit_sparse.pipelines.text import text_span
 
 
@@ -30,6 +30,14 @@ def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout((grid, text))
 
 
+def first_frame_apart(transformer: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    """`token_replace` finds the first frame by its place in the sequence."""
+    config: Any = transformer.config
+    if config.image_condition_type == "token_replace":
+        return "the first frame's tokens are modulated apart"
+    return None
+
+
 FAMILY = Family(
     name="hunyuan_video",
     transformers=("HunyuanVideoTransformer3DModel",),
@@ -40,4 +48,8 @@ FAMILY = Family(
     model="hunyuanvideo-community/HunyuanVideo",
     makes_masks=True,
     side=16,
+    hoist=Hoist(
+        outputs=(Tokens("x_embedder"), Tokens("rope", axis=0)),
+        refuses=first_frame_apart,
+    ),
 )

@@ -17,6 +17,7 @@ from dit_sparse.method import SparseMethod
 from dit_sparse.pipelines.clock import StepClock
 from dit_sparse.pipelines.core import CONTEXT_PARALLEL, AttentionCore
 from dit_sparse.pipelines.family import Family, family_of
+from dit_sparse.pipelines.hoist import Entrance, replaced
 from dit_sparse.pipelines.lengths import NotALength
 from dit_sparse.pipelines.processor import sparse_processor
 from dit_sparse.session import Session
@@ -45,7 +46,8 @@ class Installation:
     session: Session
     clock: StepClock
     attachments: tuple[Attachment, ...]
-    hook: RemovableHandle
+    entrance: Entrance
+    hooks: tuple[RemovableHandle, ...]
 
     def check(self, transformer: nn.Module) -> None:
         """Refuses a forward that would not do what was asked for.
@@ -123,19 +125,35 @@ def prepare(
 
 
 def attach(
-    transformer: nn.Module, attachments: Mapping[str, Attachment], clock: StepClock
+    transformer: nn.Module,
+    attachments: Mapping[str, Attachment],
+    clock: StepClock,
+    *,
+    hoist: bool = True,
 ) -> Installation:
-    """Gives prepared processors to the modules and registers the hook; replaces what was there."""
+    """Gives prepared processors to the modules and registers hooks; replaces what was there.
+
+    Args:
+        hoist: whether tokens may be put into the order of the plans once per forward.
+    """
     detach(transformer)
     for attachment in attachments.values():
         _set_processor(attachment.module, attachment.sparse)
     first = next(iter(attachments.values()))
+    family, session = family_of(transformer), first.sparse.core.session
+    closed = None if hoist else "hoist=False"
+    heads: Any = first.module.heads
+    entrance = Entrance.of(transformer, family.hoist, session, heads, closed)
     installation = Installation(
-        family=family_of(transformer),
-        session=first.sparse.core.session,
+        family=family,
+        session=session,
         clock=clock,
         attachments=tuple(attachments.values()),
-        hook=transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+        entrance=entrance,
+        hooks=(
+            transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
+            transformer.register_forward_hook(after_forward, always_call=True),
+        ),
     )
     setattr(transformer, _ATTRIBUTE, installation)
     return installation
@@ -153,16 +171,20 @@ def detach(transformer: nn.Module) -> None:
         if attachment.module.processor is attachment.sparse:
             _carry_backend(attachment.sparse, attachment.stock)
             _set_processor(attachment.module, attachment.stock)
-    installation.hook.remove()
+    installation.entrance.remove()
+    for hook in installation.hooks:
+        hook.remove()
     delattr(transformer, _ATTRIBUTE)
 
 
 @torch.compiler.disable
-def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The forward pre-hook: reads layout and step, and tells the session."""
+def before_forward(
+    transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The forward pre-hook: reads layout and step, tells the session, and reorders arguments."""
     installation = installation_of(transformer)
     if installation is None:
-        return
+        return None
     installation.check(transformer)
     arguments = _bind(transformer, args, kwargs)
     moment = installation.clock.read(arguments.get("timestep"))
@@ -180,6 +202,25 @@ def before_forward(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             makes_masks=installation.family.makes_masks,
         )
     )
+    order = installation.entrance.begin(transformer, arguments)
+    if order is None:
+        return None
+    changed = installation.entrance.changed(order, arguments)
+    signature = _signature(type(transformer))  # type: ignore[arg-type]
+    return replaced(signature, args, kwargs, changed)
+
+
+@torch.compiler.disable
+def after_forward(transformer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook; without an output when the forward raised."""
+    installation = installation_of(transformer)
+    if installation is None:
+        return
+    flow = installation.session.tokens
+    if output is None:
+        flow.start(None)
+    else:
+        flow.end()
 
 
 def _bind(

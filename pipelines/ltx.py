@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens
 
 
 def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -42,4 +42,8 @@ FAMILY = Family(
     pipelines=("LTXPipeline",),
     model="Lightricks/LTX-Video",
     side=32,
+    hoist=Hoist(
+        arguments=(Tokens("hidden_states"), Tokens("timestep")),
+        outputs=(Tokens("rope"),),
+    ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens
 from dit_sparse.pipelines.lengths import NotALength
 
 
@@ -37,4 +37,5 @@ FAMILY = Family(
     pipelines=("PixArtSigmaPipeline",),
     model="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     side=8,
+    hoist=Hoist(outputs=(Tokens("pos_embed"),)),
 )

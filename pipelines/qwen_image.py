@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens, given
 from dit_sparse.pipelines.text import text_span
 
 
@@ -47,4 +47,9 @@ FAMILY = Family(
     pipelines=("QwenImagePipeline",),
     model="Qwen/Qwen-Image",
     makes_masks=True,
+    hoist=Hoist(
+        arguments=(Tokens("hidden_states"),),
+        outputs=(Tokens("pos_embed", axis=0, items=(0,)),),
+        refuses=given("controlnet_block_samples"),
+    ),
 )

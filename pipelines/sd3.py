@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens, given
 
 
 def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -27,4 +27,8 @@ FAMILY = Family(
     layout=layout,
     pipelines=("StableDiffusion3Pipeline",),
     model="stabilityai/stable-diffusion-3.5-medium",
+    hoist=Hoist(
+        outputs=(Tokens("pos_embed"),),
+        refuses=given("block_controlnet_hidden_states"),
+    ),
 )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, Hoist, Tokens
 
 
 def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
@@ -24,6 +24,14 @@ def layout(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
     )
 
 
+def short_control(transformer: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    """VACE pads a control video that has fewer tokens than the picture, behind its last."""
+    control = arguments.get("control_hidden_states")
+    if control is None or control.shape[2:] == arguments["hidden_states"].shape[2:]:
+        return None
+    return "control_hidden_states have another size than the video"
+
+
 FAMILY = Family(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
@@ -33,4 +41,13 @@ FAMILY = Family(
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     side=16,
+    hoist=Hoist(
+        arguments=(Tokens("timestep"),),
+        outputs=(
+            Tokens("rope"),
+            Tokens("patch_embedding", axis=2, grid=True),
+            Tokens("vace_patch_embedding", axis=2, grid=True),
+        ),
+        refuses=short_control,
+    ),
 )

@@ -95,6 +95,15 @@ class Schedule:
             return "dense_layers"
         return self._dense_step(ctx) or self._at(ctx).dense_reason(ctx)
 
+    def always_dense(self, ctx: CallContext) -> bool:
+        """Whether the calls of a layer are dense whatever the step, which is not looked at."""
+        if ctx.layout.length < self.min_tokens:
+            return True
+        if any(n % ctx.layers == ctx.layer for n in self.dense_layers):
+            return True
+        method = self._at(ctx)
+        return isinstance(method, Schedule) and method.always_dense(ctx)
+
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         return self.at(ctx).plan(q, k, ctx)
 

@@ -91,7 +91,9 @@ def test_hunyuan_image_to_video(condition: str, tiny: Any, probe: Any) -> None:
         pipe(**tiny_call("hunyuan_video", pipe))
     arguments = forwards[0].arguments
     config = dict(pipe.transformer.config) | {"image_condition_type": condition}
+    del config["_use_default_values"]  # would take the condition out again
     transformer = diffusers.HunyuanVideoTransformer3DModel.from_config(config)
+    assert transformer.config.image_condition_type == condition
     watch = probe(transformer)
     base = watch.run(arguments)
     one = torch.zeros_like(arguments["hidden_states"])
