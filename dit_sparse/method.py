@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class CallContext:
         layers: how many there are.
         step: number of the denoising step, counted from 0; `None` when it cannot be known.
         steps: how many steps the generation takes; `None` when it cannot be known.
+        values: v `[B, H, N, D_v]` of the call, where it is known.
     """
 
     layout: TokenLayout
@@ -30,6 +31,7 @@ class CallContext:
     layers: int = 1
     step: int | None = None
     steps: int | None = None
+    values: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @runtime_checkable

@@ -1,0 +1,77 @@
+"""PSA's importance of block pairs: the highest weight between a few sampled queries and keys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_sparse.frame import Frame
+
+Norm = Literal["softmax", "max"]
+_CHUNK = 1 << 26  # scores formed at a time
+
+
+def sampled_tokens(frame: Frame, heads: int, count: int, seed: int) -> Tensor:
+    """Positions in the model's order of `count` tokens of every block: int64 `[H, n, count]`.
+
+    Every head draws places within a block once, without repeating any; all blocks use the same. A
+    place beyond the end of a short block stands for its last token.
+
+    Args:
+        seed: equal seeds draw equal places, on any device.
+    """
+    blocks = frame.blocks
+    generator = torch.Generator().manual_seed(seed)  # on the host, so that devices agree
+    places = torch.rand(heads, blocks.size, generator=generator).argsort(-1)[:, :count]
+    places = places.sort(-1).values.to(blocks.starts.device, non_blocking=True)
+    within = torch.minimum(places[:, None], blocks.lengths.long()[:, None] - 1)
+    tokens = within + blocks.starts[:-1].long()[:, None]
+    if frame.order is None:
+        return tokens
+    index = frame.order.index.expand(heads, -1)
+    return index.gather(-1, tokens.flatten(1)).view_as(tokens)
+
+
+def sampled_importance(
+    q: Tensor, k: Tensor, frame: Frame, *, share: int = 4, norm: Norm = "softmax", seed: int = 0
+) -> Tensor:
+    """Importance of every key block for every query block: fp32 `[B, H, n, n]`, rows sum to 1.
+
+    Args:
+        q, k: `[B, H, N, D]` in the model's order; k may have fewer heads, each for several of q.
+        share: one in so many tokens of a block is sampled.
+        norm: `"softmax"`: the highest softmax weight of a sampled pair, as the paper has it
+            (section 3.2); `"max"`: the highest weight relative to the query's best block, as the
+            public code has it, which ranks a query with a flat row as high as one with a peak.
+        seed: of the places within blocks.
+    """
+    batch, heads, _, dim = q.shape
+    blocks = frame.blocks
+    count = max(1, blocks.size // share)
+    at_q = sampled_tokens(frame, heads, count, seed)
+    at_k = sampled_tokens(frame, heads, count, seed + 1)
+    keys = _take(k.repeat_interleave(heads // k.shape[1], dim=1), at_k.flatten(1))
+    hidden = None if frame.hidden is None else frame.hidden[:, None, None]
+    rows = max(1, _CHUNK // (batch * heads * count * count * blocks.n))
+    parts = []
+    for at in at_q.split(rows, dim=1):
+        queries = _take(q, at.flatten(1)) * dim**-0.5
+        scores = (queries @ keys.transpose(-2, -1)).float()
+        scores = scores.view(batch, heads, -1, blocks.n, count)
+        best = scores.amax(-1)  # [B, H, queries, n]
+        if hidden is not None:
+            best = best.masked_fill(hidden, -torch.inf)
+            scores = scores.masked_fill(hidden[..., None], -torch.inf)
+        base = best.amax(-1) if norm == "max" else scores.flatten(-2).logsumexp(-1)
+        weight = (best - base[..., None]).exp()
+        parts.append(weight.unflatten(2, (-1, count)).amax(3))
+    importance = torch.cat(parts, dim=2)
+    return importance / importance.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def _take(x: Tensor, tokens: Tensor) -> Tensor:
+    """Rows `[B, H, m, D]` of x `[B, H, N, D]` at the positions `[H, m]`."""
+    index = tokens[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1])
+    return x.gather(2, index)

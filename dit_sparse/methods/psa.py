@@ -1,0 +1,171 @@
+"""Pyramid sparse attention: levels between reading a key block and skipping it.
+
+PSA (arXiv 2512.04025): the most important key blocks of a query block are read exactly, the next
+ones as means of 2, 4 and 8 keys, the others not at all; or, an option that neither paper nor code
+has, as one mean each, so that no mass is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from dit_sparse import options, orders, pyramid, selection
+from dit_sparse.frame import Frame, frame_of
+from dit_sparse.importance import Norm, sampled_importance
+from dit_sparse.method import CallContext, PlanScope
+from dit_sparse.plan import BlockPlan, Tail
+
+_FACTORS = (1, 2, 4, 8)
+_CAPS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class PsaMethod:
+    """PSA: exact, pooled by 2, 4 or 8, or skipped, by the importance of a block.
+
+    Args:
+        ends: cumulative shares where the levels 1, 2, 4 and 8 end, ascending; an end equal to the
+            one before leaves a level out.
+        allocation: shares of the blocks (quantile) or of the importance (mass).
+        importance: highest weight between sampled tokens (sampled) or weight between block means
+            (means), which costs less.
+        norm: of the sampled importance: softmax as in the paper, or max as in the public code.
+        similarity: thresholds of the likeness of keys for the levels 2, 4 and 8: a block of less
+            likeness is read at a finer level; none for no such cap.
+        skipped: whether skipped blocks are dropped or read as one mean each (mean).
+        forced: blocks read exactly in any case, among self, neighbours and first_frame.
+        order: order of the picture's tokens, one of raster, FHW and the other axis orders, tile,
+            morton, hilbert.
+        block: tokens of a block: 64 or 128.
+        seed: of the sampled places in a block; they change from step to step and layer to layer.
+        reuse_steps: denoising steps that a plan serves before a new one is made.
+        share_branches: whether the further forwards of a step (guidance) use the plan of the first.
+
+    Raises:
+        ValueError: ends or other options out of range.
+    """
+
+    ends: tuple[float, ...] = (0.05, 0.10, 0.15, 0.25)
+    allocation: pyramid.Allocation = "quantile"
+    importance: Literal["sampled", "means"] = "sampled"
+    norm: Norm = "softmax"
+    similarity: tuple[float, ...] | None = None
+    skipped: Literal["drop", "mean"] = "drop"
+    forced: tuple[str, ...] = ()
+    order: str = "hilbert"
+    block: int = 128
+    seed: int = 0
+    reuse_steps: int = 1
+    share_branches: bool = False
+
+    name: ClassVar[str] = "psa"
+    scope: ClassVar[PlanScope] = "call"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", _ends(self.ends))
+        if self.similarity is not None:
+            object.__setattr__(self, "similarity", _similarity(self.similarity))
+        options.check_choice("allocation", self.allocation, ("quantile", "mass"))
+        options.check_choice("importance", self.importance, ("sampled", "means"))
+        options.check_choice("norm", self.norm, ("softmax", "max"))
+        options.check_choice("skipped", self.skipped, ("drop", "mean"))
+        options.check_choice("order", self.order, orders.NAMES)
+        options.check_block(self.block)
+        options.check_reuse(self.reuse_steps)
+        object.__setattr__(self, "forced", options.forced_names(self.forced))
+
+    def dense_reason(self, ctx: CallContext) -> str | None:
+        return None
+
+    def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        """The plan of a call.
+
+        Raises:
+            ValueError: ends that leave every block of this layout skipped.
+        """
+        frame = frame_of(ctx.layout, self.block, self.order, device=q.device)
+        importance = selection.of_picture(self._importance(q, k, ctx, frame), frame)
+        level = pyramid.levels(
+            importance, self._ends_on(frame), self.allocation, candidates=frame.candidates
+        )
+        if self.similarity is not None:
+            keys = k if frame.order is None else frame.order(k)
+            thresholds = dict(zip(_CAPS, self.similarity, strict=True))
+            cap = pyramid.similarity_cap(keys, frame.blocks, thresholds)
+            cap = cap.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            level = pyramid.capped(level, cap)
+        forced = selection.forced_blocks(frame, self.forced)
+        if forced is not None:
+            level = level.masked_fill(forced, 1)
+        tail: Tail = "zeroth" if self.skipped == "mean" else "none"
+        return selection.plan_of_selection(
+            level, frame, factors=self._factors, room=self._room(frame), tail=tail
+        )
+
+    @property
+    def _factors(self) -> tuple[int, ...]:
+        """The pool factors that occur."""
+        before = (0.0, *self.ends)
+        used = {g for g, a, b in zip(_FACTORS, before, self.ends, strict=False) if b > a}
+        if self.similarity is not None:  # a cap may move blocks to any finer level
+            used = {g for g in _FACTORS if g <= max(used)}
+        return tuple(sorted(used - {1}))
+
+    def _importance(self, q: Tensor, k: Tensor, ctx: CallContext, frame: Frame) -> Tensor:
+        if self.importance == "means":
+            scores = selection.of_picture(selection.pooled_scores(q, k, frame), frame)
+            return scores.softmax(-1).nan_to_num(0.0)
+        moment = (ctx.step or 0) * ctx.layers + ctx.layer
+        seed = self.seed * 1_000_003 + 2 * moment
+        return sampled_importance(q, k, frame, norm=self.norm, seed=seed)
+
+    def _ends_on(self, frame: Frame) -> dict[int, float]:
+        """Ends by factor; a default too small for a small picture reads one block exactly."""
+        ends = dict(zip(_FACTORS, self.ends, strict=True))
+        if self.allocation == "mass" or int(self.ends[-1] * frame.candidates + 1e-9) >= 1:
+            return ends
+        if self.ends != PsaMethod.ends:
+            raise ValueError(
+                f"Expected ends of at least {1 / frame.candidates:.3g} for {frame.candidates} key "
+                f"blocks of {self.block} tokens, got {self.ends}. Raise the last end or take "
+                "smaller blocks."
+            )
+        return {factor: max(end, 1 / frame.candidates) for factor, end in ends.items()}
+
+    def _room(self, frame: Frame) -> int | None:
+        if self.allocation == "mass" or self.forced:
+            return None
+        return max(1, int(self.ends[-1] * frame.candidates + 1e-9))
+
+
+def _ends(value: object) -> tuple[float, ...]:
+    shares = isinstance(value, (tuple, list)) and len(value) == len(_FACTORS)
+    if not shares or not all(options.is_number(end) for end in value):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"Expected ends as four shares, for the levels 1, 2, 4 and 8, got {value!r}."
+        )
+    ends = tuple(map(float, value))  # type: ignore[call-overload]
+    if not ends[0] >= 0.0 or not 0.0 < ends[-1] <= 1.0:
+        raise ValueError(f"Expected ends from 0 to 1, the last one above 0, got {ends}.")
+    if list(ends) != sorted(ends):
+        raise ValueError(
+            f"Expected ascending ends, got {ends}. Each is the share where its level ends, counted "
+            "from the most important block."
+        )
+    return ends
+
+
+def _similarity(value: object) -> tuple[float, ...]:
+    shares = isinstance(value, (tuple, list)) and len(value) == len(_CAPS)
+    if not shares or not all(
+        options.is_number(t) and -1.0 <= t <= 1.0
+        for t in value  # type: ignore[attr-defined]
+    ):
+        raise ValueError(
+            "Expected similarity as three cosines from -1 to 1, for the levels 2, 4 and 8, "
+            f"got {value!r}."
+        )
+    return tuple(map(float, value))  # type: ignore[call-overload]

@@ -1,0 +1,166 @@
+"""Which key blocks a query block reads: scores of block pairs, and rules that choose by them.
+
+Everything stays on the device of the tensors: no rule looks at a value on the host. Scores are
+fp32 `[B, H, n_q, n_k]`; a score of -inf is never chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_sparse import correction
+from dit_sparse.frame import Frame
+from dit_sparse.levels import plan_of_levels
+from dit_sparse.plan import BlockPlan, Tail
+
+
+def block_means(x: Tensor, frame: Frame) -> Tensor:
+    """Mean of every block, over its real number of tokens: fp32 `[B, H, n, D]`.
+
+    Args:
+        x: `[B, H, N, D]` in the model's order.
+    """
+    if x.is_cuda:
+        try:
+            from dit_sparse.kernels.pool import pool
+        except ImportError:  # no Triton
+            pass
+        else:
+            x = x if x.stride(-1) == 1 else x.contiguous()
+            return pool(x, frame.blocks, order=frame.order).blocks
+    return correction.block_means(_ordered(x, frame), frame.blocks)
+
+
+def covariance_norms(k: Tensor, v: Tensor, frame: Frame, *, centred: bool) -> Tensor:
+    """Frobenius norm of every block's key-value covariance, fp32 `[B, H, n]`.
+
+    Args:
+        k, v: `[B, H, N, D]` and `[B, H, N, D_v]` in the model's order.
+        centred: norms of the deviations from the mean over blocks.
+    """
+    if k.is_cuda:
+        try:
+            from dit_sparse.kernels import pool
+        except ImportError:
+            pass
+        else:
+            k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+            means = pool.pool(k, frame.blocks, order=frame.order).blocks
+            return pool.covariance_norms(
+                k, v, frame.blocks, means, centred=centred, order=frame.order
+            )
+    k, v = _ordered(k, frame), _ordered(v, frame)
+    return correction.covariance_norms(k, v, frame.blocks, centred=centred)
+
+
+def pooled_scores(q: Tensor, k: Tensor, frame: Frame) -> Tensor:
+    """Scores of mean queries against mean keys, scaled by `D ** -0.5`: fp32 `[B, H, n, n]`.
+
+    Args:
+        q, k: `[B, H, N, D]` in the model's order; k may have fewer heads, each for several of q.
+    """
+    queries, keys = block_means(q, frame), block_means(k, frame)
+    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (queries * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+
+
+def of_picture(scores: Tensor, frame: Frame) -> Tensor:
+    """The scores with -inf for all blocks but the picture's: text is no matter of choice."""
+    return scores.masked_fill(frame.context, -torch.inf) if frame.has_context else scores
+
+
+def top_k(scores: Tensor, count: int) -> Tensor:
+    """bool: the `count` highest scores of each row, fewer where fewer are above -inf."""
+    best = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    return chosen.scatter_(-1, best.indices, best.values > -torch.inf)
+
+
+def top_p(scores: Tensor, mass: float) -> Tensor:
+    """bool: the fewest blocks of each row that hold this share of the softmax over its scores.
+
+    A block is chosen while those above it hold less than `mass`, so that one always is.
+    """
+    share = scores.softmax(-1).nan_to_num_()  # a row of -inf has no shares
+    ranked, block = share.sort(dim=-1, descending=True)
+    before = ranked.cumsum(-1) - ranked
+    chosen = (before < mass) & (ranked > 0)
+    return torch.zeros_like(chosen).scatter_(-1, block, chosen)
+
+
+def above(scores: Tensor, threshold: float) -> Tensor:
+    """bool: blocks whose softmax share is at least `threshold` times that of the row's best."""
+    best = scores.amax(-1, keepdim=True)
+    return (scores - best).exp() >= threshold
+
+
+def forced_blocks(frame: Frame, names: tuple[str, ...]) -> Tensor | None:
+    """bool `[n, n]`: pairs of picture blocks that are read whatever their score.
+
+    Args:
+        names: of `FORCED`: `"self"`, `"neighbours"` (and self), `"first_frame"`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    for name in names:
+        if name not in FORCED:
+            raise ValueError(f"Expected forced blocks among {', '.join(FORCED)}, got {name!r}.")
+    if not names:
+        return None
+    number = torch.arange(frame.blocks.n, device=frame.context.device)
+    distance = (number[:, None] - number).abs()
+    forced = torch.zeros_like(distance, dtype=torch.bool)
+    if "self" in names:
+        forced |= distance == 0
+    if "neighbours" in names:
+        forced |= distance <= 1
+    if "first_frame" in names:
+        forced |= frame.first
+    return forced & ~frame.context
+
+
+FORCED = ("self", "neighbours", "first_frame")
+
+
+def plan_of_selection(
+    level: Tensor,
+    frame: Frame,
+    *,
+    factors: tuple[int, ...] = (),
+    room: int | None = None,
+    tail: Tail = "none",
+) -> BlockPlan:
+    """The plan of a choice among the picture's blocks, with text added.
+
+    Text and reference images read every key and are read by every query, exactly; padding is not
+    read at all.
+
+    Args:
+        level: uint8 `[B, H, n, n]`, see `plan_of_levels`.
+        factors: the pool factors that occur.
+        room: the most picture blocks that a row may list; `None`: all of them.
+        tail: the plan's field of this name.
+    """
+    room = frame.blocks.n if room is None else room
+    if frame.has_context:
+        level = level.masked_fill(frame.context[:, None] | frame.context, 1)
+        room = frame.blocks.n  # the rows of text read all
+    if frame.hidden is not None:
+        level = level.masked_fill(frame.hidden[:, None, None], 0)
+    return plan_of_levels(
+        level,
+        frame.blocks,
+        frame.blocks,
+        factors=factors,
+        room=room,
+        tail=tail,
+        hidden=frame.hidden,
+        order=frame.order,
+    )
+
+
+def _ordered(x: Tensor, frame: Frame) -> Tensor:
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if frame.order is None else frame.order(x)
