@@ -25,7 +25,7 @@ class Picture:
     Attributes:
         file: Its name in the shard, unique in the set.
         design: Code of its design.
-        source: Package or icon set that drew it.
+        source: Package that it comes from.
         motion: What a clip does by itself, see `pixels.own_motion`; "" for stills.
         psnr: dB of the stored frames against the resampled source.
     """
