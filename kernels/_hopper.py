@@ -14,6 +14,7 @@ import triton.language as tl
 @triton.jit
 def _block_sparse_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
+    norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
     q_starts_ptr, order_ptr, lower_ptr, upper_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
@@ -23,7 +24,7 @@ def _block_sparse_fwd_hopper(
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
     n_heads, n_q_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -62,6 +63,11 @@ def _block_sparse_fwd_hopper(
         rows = head.to(tl.int64) * box_stride_h + rows
         lower = tl.load(lower_ptr + rows, mask=row_inside, other=0)
         upper = tl.load(upper_ptr + rows, mask=row_inside, other=0) | guard
+    if BOUND:  # scores cannot rise above it, so no running maximum is needed
+        norms = norm_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries
+        limit = q_start + tl.arange(0, BLOCK_M)
+        m_i = tl.load(norms + limit, mask=limit < n_queries, other=0.0)
+        m_i = m_i * tl.load(longest_ptr + batch * n_heads + head) * scale_log2
     # The weights of the block before, as bits: a loop-carried bfloat16 tile would be sent through
     # shared memory, and the product with it waited for.
     behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
@@ -70,9 +76,17 @@ def _block_sparse_fwd_hopper(
         k = k_desc.load([k_row + tl.load(starts_ptr + it), k_col])
         scores = tl.dot(q, tl.trans(k))
         v = v_desc.load([v_row + tl.load(starts_ptr + tl.maximum(it - 1, 0)), v_col])
-        acc = acc * alpha[:, None]
+        if not BOUND:
+            acc = acc * alpha[:, None]
         acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
-        if PARTIAL:
+        if BOUND:
+            scores = scores * scale_log2
+            if RAGGED:
+                bias = tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))
+                scores = scores + bias[None, :]
+            p = tl.math.exp2(scores - m_i[:, None])
+            l_i += tl.sum(p, 1)
+        elif PARTIAL:
             # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
             number = tl.load(indices_ptr + it)
             above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
@@ -91,14 +105,16 @@ def _block_sparse_fwd_hopper(
         else:
             m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
             p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
-        alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
+        if not BOUND:
+            alpha = tl.math.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_new
         behind = p.to(v.dtype).to(tl.int16, bitcast=True)
 
     v_start = tl.load(starts_ptr + tl.maximum(steps - 1, 0), mask=steps > 0, other=0)
     v = v_desc.load([v_row + v_start, v_col])
-    acc = acc * alpha[:, None]
+    if not BOUND:
+        acc = acc * alpha[:, None]
     acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
 
     rows = q_start + tl.arange(0, BLOCK_M)
@@ -114,7 +130,9 @@ def _block_sparse_fwd_hopper(
         out_inside = out_inside & (cols[None, :] < D)
     lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
     if PARTIAL:  # add the result so far, as if it were one more key of the row
-        before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+        before = (
+            tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+        )
         m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
         alpha = tl.math.exp2(m_i - m_new)
         weight = tl.math.exp2(before - m_new)
@@ -126,5 +144,9 @@ def _block_sparse_fwd_hopper(
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
+    if BOUND:
+        # All scores far below the bound: what is left of the weights may be too little to trust.
+        # 2^-126 is the least normal number; 17 bits of keys and 24 of precision stand above it.
+        lse = tl.where((l_i < 2.6e-26) & (steps > 0), float("inf"), lse)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptr + tokens, lse, mask=row_inside)

@@ -46,7 +46,7 @@ def _portable_fwd(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
-    HAS_ORDER: tl.constexpr, TMA: tl.constexpr,
+    HAS_ORDER: tl.constexpr, TMA: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -69,13 +69,17 @@ def _portable_fwd(
     tokens = rows.to(tl.int64)
     if HAS_ORDER:  # queries are read from, and results written to, the caller's order
         tokens = tl.load(order_ptr + rows, mask=row_inside, other=0)
+    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+    if REPAIR:  # noqa: SIM102
+        # Another kernel has marked the rows that its arithmetic could not hold.
+        if tl.max(tl.load(lse_ptr + tokens, mask=row_inside, other=0.0), 0) < float("inf"):
+            return
     cols = tl.arange(0, BLOCK_D)
     q_ptr += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     q_inside = row_inside[:, None] & (cols[None, :] < D)
     q = tl.load(q_ptr + tokens[:, None] * q_stride_n + cols[None, :], mask=q_inside, other=0.0)
 
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
     v_cols = tl.arange(0, BLOCK_DV)
 
     first = tl.load(offsets_ptr + row)

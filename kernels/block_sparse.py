@@ -23,11 +23,13 @@ class TritonBackend:
 
     Args:
         tile: run the portable kernel with this tile, for measurements and tests.
+        bound: let the Hopper kernel subtract a bound of the scores instead of their maximum.
         interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
             before Triton was imported. For tests: it is slow, and wrong in bfloat16.
     """
 
     tile: Tile | None = None
+    bound: bool = False
     interpreted: bool = False
 
     @property
@@ -76,20 +78,44 @@ class TritonBackend:
             ordered, k, v = permute((q, k, v), plan.order)
         elif plan.order is not None:  # the portable kernel gathers queries itself
             k, v = permute((k, v), plan.order)
-        done = on_hopper and hopper.launch(ordered, k, v, plan, scale, result)
-        if not done:
-            tile = self.tile or choose_tile(
-                _capability(q.device),
-                portable.padded(max(q.shape[-1], v.shape[-1])),
-                q.element_size(),
-                plan.q_blocks.size,
-                plan.k_blocks.size,
-                boxed=plan.predicate is not None,
-            )
-            portable.launch(q, k, v, plan, scale, tile, result)
+        if not (on_hopper and self._specialised(q, ordered, k, v, plan, scale, result)):
+            portable.launch(q, k, v, plan, scale, self._tile(q, v, plan), result)
         if approximate.needed(plan):
             approximate.launch(q, k, v, plan, scale, result)
         return result
+
+    def _specialised(
+        self,
+        q: Tensor,
+        ordered: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        result: AttentionOutput,
+    ) -> bool:
+        """Runs the Hopper kernel, and the portable one for what it leaves; false if it cannot."""
+        bound = self.bound and q.dtype == torch.bfloat16 and scale > 0
+        if not hopper.launch(ordered, k, v, plan, scale, result, bound=bound):
+            return False
+        tile = self._tile(q, v, plan)
+        if bound:
+            portable.launch(q, k, v, plan, scale, tile, result, part="repair")
+        if plan.predicate is not None and not (
+            plan.box and hopper.launch(ordered, k, v, plan, scale, result, partial=True)
+        ):
+            portable.launch(q, k, v, plan, scale, tile, result, part="partial")
+        return True
+
+    def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
+        return self.tile or choose_tile(
+            _capability(q.device),
+            portable.padded(max(q.shape[-1], v.shape[-1])),
+            q.element_size(),
+            plan.q_blocks.size,
+            plan.k_blocks.size,
+            boxed=plan.predicate is not None,
+        )
 
 
 BACKEND = TritonBackend()

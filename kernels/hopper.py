@@ -1,4 +1,4 @@
-"""Launches the warp-specialised Hopper kernel: for a plan's full entries, then its partial ones."""
+"""Launches the warp-specialised Hopper kernel, for a plan's full entries or its partial ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels.norms import norms
 from dit_sparse.kernels.portable import LOG2_E, TensorDescriptor, list_strides, padded
 from dit_sparse.plan import BlockPlan
+from dit_sparse.predicate import BoxPredicate
 
 # Read in SASS to be specialised and free of spills with 3.6 and 3.9, not tried with older ones.
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -85,27 +87,43 @@ def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
         and q.element_size() == 2
         and 64 <= padded(q.shape[-1]) <= 128
         and q.shape[-1] == v.shape[-1]
-        and plan.disk is None
         and plan.q_blocks.size == 128
         and plan.k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
     )
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    *,
+    partial: bool = False,
+    bound: bool = False,
 ) -> bool:
     """Writes `result`; false, and nothing written, if some strides do not allow it.
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order.
+        partial: whether to add the partial entries, masked by boxes, to `result`; otherwise
+            `result` gets the full entries.
+        bound: subtract a bound of each row's scores instead of their running maximum. Rows whose
+            scores are all too far below theirs get an infinite LSE: run the portable kernel's
+            repair. For full entries in bfloat16, which has the exponents of float32.
     """
     matrices = tuple(_Matrix.of(t) for t in (q, k, v))
     if any(matrix is None for matrix in matrices):
         return False
-    qm, km, vm = matrices
-    if (plan.k_blocks.ragged or plan.box) and not (km.ends_in_itself and vm.ends_in_itself):
+    _, km, vm = matrices
+    if (plan.k_blocks.ragged or partial) and not (km.ends_in_itself and vm.ends_in_itself):
         return False
-    contextvars.copy_context().run(_launch, q, (qm, km, vm), plan, scale, result)
+    lengths = norms(q, k) if bound else None
+    # In a context of its own, which leaves the allocator that others set alone.
+    contextvars.copy_context().run(
+        _launch, q, matrices, plan, scale, result, plan.box if partial else None, lengths
+    )
     return True
 
 
@@ -115,32 +133,32 @@ def _launch(
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
+    box: BoxPredicate | None,
+    lengths: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """In a context of its own, which leaves the allocator that others set alone."""
     triton.set_allocator(_scratch)
     qm, km, vm = matrices
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, keys = padded(head_dim), plan.k_blocks.size
-    starts, lengths = plan.spans
+    starts, counts = plan.spans
     order = starts if plan.order is None else plan.order.index
-    for partial in (False, True) if plan.box else (False,):
-        box = plan.box if partial else None
-        _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
-            q, km.describe([keys, dim]), vm.describe([keys, dim]),
-            *(_coordinates(plan) if box else (None, None)),
-            out, lse,
-            plan.offsets, plan.full, plan.partial, plan.indices, starts, lengths,
-            plan.q_blocks.starts, order,
-            box.lower if box else starts, box.upper if box else starts,
-            *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
-            *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-            box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
-            heads, plan.q_blocks.n, n_queries, scale * LOG2_E, box.guard if box else 0,
-            D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
-            RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None, PARTIAL=partial,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
+    _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
+        q, km.describe([keys, dim]), vm.describe([keys, dim]),
+        *(_coordinates(plan) if box else (None, None)),
+        out, lse, *(lengths or (lse, lse)),
+        plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
+        plan.q_blocks.starts, order,
+        box.lower if box else starts, box.upper if box else starts,
+        *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
+        heads, plan.q_blocks.n, n_queries, scale * LOG2_E, box.guard if box else 0,
+        D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
+        RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None, PARTIAL=box is not None,
+        BOUND=lengths is not None,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
 
 
 def _coordinates(plan: BlockPlan) -> Any:

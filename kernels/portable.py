@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ except ImportError:  # Triton before 3.4
 
 LOG2_E = 1.4426950408889634
 
+Part = Literal["all", "partial", "repair"]
+
 
 def launch(
     q: Tensor,
@@ -28,15 +30,16 @@ def launch(
     tile: Tile,
     result: AttentionOutput,
     *,
-    full: bool = True,
+    part: Part = "all",
 ) -> None:
-    """Writes `result`.
+    """Writes `result`, or what another kernel has left of it.
 
     Args:
         q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
         k, v: in plan order, unit stride along D.
-        full: whether to compute the full entries; otherwise `result` already holds them and the
-            partial ones are added to it.
+        part: `"all"`; `"partial"` where `result` already holds the full entries and the partial
+            ones are added to it; `"repair"` to compute the full entries again for query blocks with
+            an infinite LSE in `result`.
     """
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
@@ -44,7 +47,7 @@ def launch(
     block_d, block_dv = padded(head_dim), padded(value_dim)
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
-    masks = plan.predicate
+    masks = None if part == "repair" else plan.predicate
     lower, upper, above, below = masks.operands if masks else (starts,) * 4
     tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
     _portable_fwd[(batch * heads * plan.q_blocks.n,)](
@@ -61,8 +64,9 @@ def launch(
         heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, masks.guard if masks else 0,
         D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
         BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
-        FULL=full, RAGGED=plan.k_blocks.ragged, HAS_BOX=masks is not None,
+        FULL=part != "partial", RAGGED=plan.k_blocks.ragged, HAS_BOX=masks is not None,
         DISK=plan.disk is not None, HAS_ORDER=plan.order is not None, TMA=tma,
+        REPAIR=part == "repair",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

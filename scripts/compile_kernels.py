@@ -54,6 +54,7 @@ class Variant:
     ragged: bool
     box: bool = False
     full: bool = True
+    bound: bool = False
     order: bool = True
 
 
@@ -72,6 +73,7 @@ def variants() -> Iterator[Variant]:
     for head_dim in (64, 128):
         for ragged in (False, True):
             yield Variant("hopper", 90, head_dim, ragged)
+            yield Variant("hopper", 90, head_dim, ragged, bound=True)
         yield Variant("hopper", 90, head_dim, ragged=True, box=True)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
         for capability in (80, 90):
@@ -106,6 +108,8 @@ def compiled(variant: Variant) -> Report:
         "HAS_ORDER": variant.order,
         "TMA": tma,
         "PARTIAL": variant.box,
+        "BOUND": variant.bound,
+        "REPAIR": False,
     }
     if not variant.box:
         constants |= {"above_desc": None, "below_desc": None}
@@ -125,7 +129,9 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
     if descriptor is None:
         constants |= {"k_desc": None, "v_desc": None}
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
-    pointers |= {"order_ptr": "*i64", "lse_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("lse_ptr", "norm_ptr", "longest_ptr"), "*fp32") | {
+        "order_ptr": "*i64"
+    }
 
     def kind(name: str) -> str:
         if name in constants:

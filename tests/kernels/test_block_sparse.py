@@ -99,7 +99,7 @@ class TestInterpreted:
         if plan.order is not None:
             k, v = plan.order(k), plan.order(v)
         tile = tiles.Tile(32, warps=4, stages=1, tma=False)
-        portable.launch(q, k, v, plan, 64**-0.5, tile, result, full=False)
+        portable.launch(q, k, v, plan, 64**-0.5, tile, result, part="partial")
         if plan.order is not None:
             k, v = plan.order.undo(k), plan.order.undo(v)
         check(result, q, k, v, plan)
@@ -116,6 +116,28 @@ class TestInterpreted:
         result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
         ordered = (q, k, v) if plan.order is None else tuple(plan.order(x) for x in (q, k, v))
         assert hopper.launch(*ordered, plan, 64**-0.5, result)
+        if box:
+            assert hopper.launch(*ordered, plan, 64**-0.5, result, partial=True)
+        check(result, q, k, v, plan)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("ragged", [False, True])
+    @pytest.mark.parametrize("order", ["none", "head"])
+    def test_a_bound_instead_of_the_running_maximum(self, ragged: bool, order: str):
+        """Rows that the bound overtakes are marked, and computed again."""
+        case = Case(64, 128, 128, torch.float16, ragged=ragged, box=False, order=order)
+        plan = plan_of(case)
+        q, k, v = tensors_of(case, plan)
+        q = q / 8  # half precision holds no more of what stands below the bound
+        out_of_reach = torch.arange(0, q.shape[2], 300)
+        q[:, 0, out_of_reach] *= 1000
+        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        qo, ko, vo = (q, k, v) if plan.order is None else (plan.order(x) for x in (q, k, v))
+        assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, bound=True)
+        marked = result.lse == torch.inf
+        assert 0 < marked.sum() <= 2 * len(out_of_reach)
+        tile = tiles.Tile(32, warps=4, stages=1, tma=False)
+        portable.launch(q, ko, vo, plan, 64**-0.5, tile, result, part="repair")
         check(result, q, k, v, plan)
 
     def test_another_scale(self):
