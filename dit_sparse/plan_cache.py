@@ -16,6 +16,7 @@ from dit_sparse.hoist import TokenOrder, common_order
 from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_reuse import PlanReuse
 
 _KEPT_LAYOUTS = 8
 
@@ -28,11 +29,13 @@ class PlannedCall:
         plan: what to compute.
         choices: by shapes, strides and dtype of the call: the backend and the refusals of those
             preferred to it.
+        used: whether it has served a call.
         inside: the same for tensors that stand in the plan's order already, by that order.
     """
 
     plan: BlockPlan
     choices: dict[Any, tuple[Backend, tuple[str, ...]]] = field(default_factory=dict)
+    used: bool = False
     inside: dict[TokenOrder, PlannedCall | None] = field(default_factory=dict)
 
     def within(self, order: TokenOrder) -> PlannedCall | None:
@@ -79,7 +82,12 @@ class PlanCache:
         self._method = method
         self._kept: OrderedDict[tuple[TokenLayout, torch.device, bool], _LayoutPlans]
         self._kept = OrderedDict()
+        self._reuse = PlanReuse[PlannedCall]()
         self._latest: tuple[TokenLayout, tuple[torch.device, bool], _LayoutPlans] | None = None
+
+    def begin_generation(self) -> None:
+        """Forgets the plans that were made from q and k of another generation."""
+        self._reuse.clear()
 
     def __len__(self) -> int:
         """Number of plans kept."""
@@ -89,7 +97,7 @@ class PlanCache:
         """The plan of a call on q, k `[B, H, N, D]`."""
         method = self._serving(context)
         if method.scope == "call":
-            return _planned(method, q, k, context)
+            return self._reuse.get(method, q, context, lambda: _planned(method, q, k, context))
         plans = self._of(context.layout, q.device).plans
         key = (method, context.layer if method.scope == "layer" else None)
         if key not in plans:

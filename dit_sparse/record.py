@@ -20,6 +20,7 @@ class LayerRecord:
         name: module name in the transformer.
         sparse: calls that ran a plan.
         dense: calls that did not, by reason.
+        reused: sparse calls whose plan had served another call before.
         hoisted: sparse calls whose tokens the whole forward kept in the order of the plan.
         permuted: sparse calls that permuted q, k and v themselves, by reason.
         backend: the backend of the latest sparse call.
@@ -33,6 +34,7 @@ class LayerRecord:
     name: str
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
+    reused: int = 0
     hoisted: int = 0
     permuted: Counter[str] = field(default_factory=Counter)
     backend: str | None = None
@@ -47,6 +49,8 @@ class LayerRecord:
             self._settle()
             self.planned = planned
         self.sparse += 1
+        self.reused += planned.used
+        planned.used = True
         self.repeats += 1
         self.backend, self.refusals = backend, refusals
 
@@ -69,6 +73,7 @@ class LayerRecord:
             dense=self.dense.total(),
             reasons=dict(self.dense),
             refusals=self.refusals,
+            reused=self.reused,
             hoisted=self.hoisted,
             permuted=dict(self.permuted),
         )
@@ -100,6 +105,7 @@ class LayerSummary:
         sparse, dense: numbers of calls.
         reasons: why calls were dense, with counts.
         refusals: why backends preferred to `backend` did not run.
+        reused: sparse calls whose plan had served another call before, of this layer or another.
         hoisted: sparse calls whose tokens were put into the order of the plan at the model's entry.
         permuted: why other sparse calls permuted q, k and v in the layer, with counts.
     """
@@ -114,6 +120,7 @@ class LayerSummary:
     dense: int
     reasons: Mapping[str, int]
     refusals: tuple[str, ...] = ()
+    reused: int = 0
     hoisted: int = 0
     permuted: Mapping[str, int] = field(default_factory=dict)
 
@@ -155,6 +162,11 @@ class Summary:
         return _total(row.reasons for row in self.rows)
 
     @property
+    def reused(self) -> int:
+        """Sparse calls whose plan had served another call before."""
+        return sum(row.reused for row in self.rows)
+
+    @property
     def hoisted(self) -> int:
         """Sparse calls whose tokens were put into the order of the plan at the model's entry."""
         return sum(row.hoisted for row in self.rows)
@@ -177,6 +189,7 @@ class Summary:
             "density": self.density,
             "backends": list(self.backends),
             "reasons": self.reasons,
+            "reused": self.reused,
             "hoisted": self.hoisted,
             "permuted": self.permuted,
             "refusals": list(self.refusals),

@@ -63,6 +63,7 @@ class Session:
             self._warn_if_all_dense()
             self._generation_calls.clear()
             self._masks.clear()
+            self._plans.begin_generation()
         elif self._generation_calls["forwards"] >= _longest(forward.steps):
             self._warn_if_all_dense()
         self._generation_calls["forwards"] += 1
@@ -126,7 +127,7 @@ class Session:
         if isinstance(layout, str):
             self.pass_through(call.layer, layout)
             return _in_model_order(self.tokens.inside(), call.run, q, k, v)
-        context = CallContext(layout, call.layer, len(self.layers), forward.step, forward.steps)
+        context = CallContext(layout, call.layer, len(self.layers), forward.step, forward.steps, v)
         order = self.tokens.inside()
         reason = self.method.dense_reason(context)
         if reason is not None:  # attention with all tokens is the same in any order of them
