@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 from dit_sparse.attention import attend, select_backend
 from dit_sparse.bench import Timing, environment, time_interleaved
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.kernels.block_sparse import TritonBackend
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan, Blocks
@@ -133,7 +134,7 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     make_plan = planner(case, "cuda", q)
     plan = make_plan()
     variants: dict[str, Callable[[], Any]] = dict(dense_variants(q, k, v))
-    sparse = (
+    sparse: tuple[str, ...] = (
         ("triton", "flex")
         if with_flex and case.tokens <= FLEX_TOKENS and case.density == 0.2
         else ("triton",)
@@ -141,6 +142,9 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     for name in sparse:
         backend, _ = select_backend(q, k, v, plan, name)
         variants[name] = lambda backend=backend: attend(q, k, v, plan, backend=backend)
+    bounded = TritonBackend(bound=True)
+    variants["bound"] = lambda: attend(q, k, v, plan, backend=bounded)
+    sparse += ("bound",)
     variants["plan"] = make_plan
     times = time_interleaved(variants, "cuda", rounds=rounds)
     rows = [row_of(case, name, times, plan.density if name in sparse else 1.0) for name in variants]

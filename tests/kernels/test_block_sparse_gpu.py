@@ -79,6 +79,18 @@ class TestCompiled:
         assert (backend.name, refusals) == ("triton", ())
         check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
 
+    @pytest.mark.parametrize("head_dim", [64, 72, 128])
+    @pytest.mark.parametrize("box", [False, True])
+    @pytest.mark.parametrize("ragged", [False, True])
+    def test_a_bound_instead_of_the_running_maximum(self, head_dim: int, box: bool, ragged: bool):
+        """Some rows' scores are far below their bound, and some far apart."""
+        case = Case(head_dim, 128, 128, torch.bfloat16, ragged, box, "head", tokens=2304)
+        plan, (q, k, v) = on_gpu(case)
+        q[:, :, ::300] *= 300
+        k[:, :, 700:702] *= 20
+        backend = block_sparse.TritonBackend(bound=True)
+        check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
+
     @pytest.mark.parametrize("case", COMPILED[::3], ids=str)
     @pytest.mark.parametrize("tma", [False, True])
     def test_the_portable_kernel(self, case: Case, tma: bool):
