@@ -191,6 +191,19 @@ class SlidingTiles:
         return Intervals(place, low, high, (self.extent,))
 
 
+@dataclass(frozen=True)
+class Within:
+    """Every query reads the keys at most `reach` away; fewer at the borders."""
+
+    extent: int
+    reach: int
+
+    def intervals(self) -> Intervals:
+        place = torch.arange(self.extent)
+        low, high = place - self.reach, place + self.reach
+        return Intervals(place, low.clamp(min=0), high.clamp(max=self.extent - 1), (self.extent,))
+
+
 def whole(extent: int) -> Neighbourhood:
     """An axis along which everything is visible."""
     return Neighbourhood(extent, extent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -22,7 +23,9 @@ def is_share(value: object) -> bool:
     return isinstance(value, float) and 0.0 < value <= 1.0  # NaN fails too
 
 
-def checked(value: object, name: str, *, shares: bool = False) -> tuple[int | float, ...]:
+def checked(
+    value: object, name: str, *, shares: bool = False, unit: str = "token"
+) -> tuple[int | float, ...]:
     """One number per axis as a tuple.
 
     Args:
@@ -30,6 +33,7 @@ def checked(value: object, name: str, *, shares: bool = False) -> tuple[int | fl
             (width,).
         name: what they are, for the sentence.
         shares: whether shares of an axis may be among them.
+        unit: what is counted, for the sentence.
 
     Raises:
         ValueError: anything else.
@@ -43,10 +47,20 @@ def checked(value: object, name: str, *, shares: bool = False) -> tuple[int | fl
         if not is_count(size) and not (shares and is_share(size)):
             share = ", or a share of the axis above 0.0 and at most 1.0" if shares else ""
             raise ValueError(
-                f"Expected a {name} along {axis} of at least 1 token, an integer{share}, "
+                f"Expected a {name} along {axis} of at least 1 {unit}, an integer{share}, "
                 f"got {size!r}."
             )
     return tuple(value)
+
+
+def counts(value: object, name: str, *, unit: str = "token") -> tuple[int, ...]:
+    """`checked` without shares: integers."""
+    return tuple(int(n) for n in checked(value, name, unit=unit))
+
+
+def per_head(value: object) -> bool:
+    """Whether a value has, in place of numbers, a tuple of numbers for each head."""
+    return isinstance(value, (tuple, list)) and bool(value) and isinstance(value[0], (tuple, list))
 
 
 def flags(value: object, name: str) -> tuple[bool, ...]:
@@ -78,6 +92,17 @@ def of_rank(values: Sequence[int | float], name: str, grid: TokenGrid) -> tuple[
     return (*[1] * missing, *values)
 
 
+def clipped(values: Sequence[int], name: str, grid: TokenGrid) -> Extents:
+    """Tokens per axis; more than the axis has mean all of it.
+
+    Raises:
+        ValueError: another rank than the grid's.
+    """
+    ranked = of_rank(values, name, grid)
+    frames, rows, columns = (min(int(n), m) for n, m in zip(ranked, grid.shape, strict=True))
+    return frames, rows, columns
+
+
 def everywhere(value: int, grid: TokenGrid) -> Extents:
     """One number for all axes; 1 along an axis of one token, which has no other."""
     frames, rows, columns = (value if extent > 1 else 1 for extent in grid.shape)
@@ -90,6 +115,8 @@ def tokens(
     grid: TokenGrid,
     limits: Extents,
     dilation: Extents = (1, 1, 1),
+    *,
+    round_up: bool = False,
 ) -> Extents:
     """Tokens per axis from counts and shares.
 
@@ -97,6 +124,7 @@ def tokens(
         values: one per axis; shares are of the positions that remain of an axis after dilation.
         limits: the most tokens per axis.
         dilation: named in the sentence where it is what limits.
+        round_up: whether shares are rounded up, not to the nearest.
 
     Raises:
         ValueError: another rank than the grid's, or a number beyond its limit.
@@ -106,7 +134,10 @@ def tokens(
         AXES, grid.shape, limits, of_rank(values, name, grid), dilation, strict=True
     ):
         if isinstance(size, float):
-            found.append(min(limit, max(1, round(size * extent / step))))
+            wanted = size * extent / step
+            # A little less, because 0.1 * 30 is a little more than 3.
+            nearest = math.ceil(wanted - 1e-9) if round_up else round(wanted)
+            found.append(min(limit, max(1, nearest)))
         elif size <= limit:
             found.append(size)
         else:
@@ -116,3 +147,9 @@ def tokens(
                 f"got {size!r} on the grid {grid}{dilated}."
             )
     return found[0], found[1], found[2]
+
+
+def check_block(block: object) -> None:
+    """Raises `ValueError` unless a block is of a size that all kernels take."""
+    if type(block) is not int or block not in (64, 128):
+        raise ValueError(f"Expected a block of 64 or 128 tokens, got {block!r}.")

@@ -78,8 +78,7 @@ class WindowMethod:
                 f"Expected a density above 0 and at most 1, got {density!r}. Give a share of the "
                 "blocks, such as 0.3."
             )
-        if type(self.block) is not int or self.block not in (64, 128):
-            raise ValueError(f"Expected a block of 64 or 128 tokens, got {self.block!r}.")
+        per_axis.check_block(self.block)
         if self.borders not in get_args(Borders):
             raise ValueError(
                 f"Expected borders among {', '.join(get_args(Borders))}, got {self.borders!r}."
@@ -96,9 +95,9 @@ class WindowMethod:
         """Checks what has one value per axis; lists would leave the method without a hash."""
         frozen: dict[str, object] = {}
         if self.window is not None and not per_axis.is_count(self.window):
-            heads = self.window if _per_head(self.window) else (self.window,)
+            heads = self.window if per_axis.per_head(self.window) else (self.window,)
             checked = tuple(per_axis.checked(w, "window", shares=True) for w in heads)  # type: ignore[union-attr]
-            frozen["window"] = checked if _per_head(self.window) else checked[0]
+            frozen["window"] = checked if per_axis.per_head(self.window) else checked[0]
         for name, value in (("stride", self.stride), ("dilation", self.dilation)):
             if isinstance(value, (tuple, list)):
                 frozen[name] = per_axis.checked(value, name)
@@ -153,7 +152,7 @@ class WindowMethod:
         if isinstance(self.window, int):
             given: tuple[_Window, ...] = (per_axis.everywhere(self.window, grid),)
         else:
-            given = self.window if _per_head(self.window) else (self.window,)  # type: ignore[assignment]
+            given = self.window if per_axis.per_head(self.window) else (self.window,)  # type: ignore[assignment]
         step = self._dilation(grid)
         frames, rows, columns = (n // d for n, d in zip(grid.shape, step, strict=True))
         limits = (frames, rows, columns)
@@ -183,7 +182,3 @@ class WindowMethod:
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _per_head(window: object) -> bool:
-    return isinstance(window, (tuple, list)) and isinstance(next(iter(window), None), (tuple, list))

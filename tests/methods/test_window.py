@@ -308,7 +308,7 @@ class TestTile:
 def _time(plan: BlockPlan) -> float:
     whole = not plan.q_blocks.ragged
     full, partial = int(plan.full.sum()), int(plan.partial.sum())
-    return full * (1.0 if whole else tiling._SHORT) + partial * tiling._MASKED
+    return full * (1.0 if whole else tiling.SHORT) + partial * tiling.MASKED
 
 
 class TestRefusals:

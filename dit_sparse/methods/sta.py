@@ -1,0 +1,70 @@
+"""Sliding tile attention (arXiv 2502.04507): windows of whole tiles, so that nothing is masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dit_sparse import per_axis
+from dit_sparse.grid import TokenGrid
+from dit_sparse.method import CallContext, PlanScope
+from dit_sparse.neighbourhood import SlidingTiles
+from dit_sparse.per_axis import Extents
+from dit_sparse.plan import BlockPlan
+from dit_sparse.window_plan import Axes, plan_windows
+
+
+@dataclass(frozen=True)
+class SlidingTileMethod:
+    """Every tile of queries reads the tiles around it, moved inwards at the borders.
+
+    With an odd number of tiles that divide the grid this is a window of `tile * window` tokens
+    strided by the tile. Tiles need not divide the grid: those at the far borders are smaller.
+
+    Args:
+        window: tiles per axis, as (frames, height, width), (height, width) for images, or a tuple
+            of these, one per head. An even number reads as many as the next odd one; as many as
+            the grid has, or more, read all of the axis.
+        tile: tokens of a tile per axis, likewise; more than the axis has mean all of it.
+        block: tokens a block holds at most: 64 or 128. Larger tiles take several.
+
+    Raises:
+        ValueError: numbers below 1; the sentence names the axis.
+    """
+
+    window: tuple[int, ...] | tuple[tuple[int, ...], ...] = (3, 3, 3)
+    tile: tuple[int, ...] = (6, 8, 8)
+    block: int = 128
+
+    name: ClassVar[str] = "sta"
+    scope: ClassVar[PlanScope] = "layout"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tile", per_axis.counts(self.tile, "tile"))
+        per_axis.check_block(self.block)
+        heads = self.window if per_axis.per_head(self.window) else (self.window,)
+        checked = tuple(per_axis.counts(w, "window", unit="tile") for w in heads)
+        object.__setattr__(
+            self, "window", checked if per_axis.per_head(self.window) else checked[0]
+        )
+
+    def dense_reason(self, ctx: CallContext) -> str | None:
+        return None
+
+    def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        grid = ctx.layout.grid
+        tile = per_axis.clipped(self.tile, "tile", grid)
+        heads = self.window if per_axis.per_head(self.window) else (self.window,)
+        axes = [_axes(grid, tile, window) for window in heads]  # type: ignore[arg-type]
+        return plan_windows(ctx.layout, axes, tile, self.block, q.device)
+
+
+def _axes(grid: TokenGrid, tile: Extents, window: tuple[int, ...]) -> Axes:
+    counts = per_axis.of_rank(window, "window", grid)
+    frames, rows, columns = (
+        SlidingTiles(extent, edge, int(count))
+        for extent, edge, count in zip(grid.shape, tile, counts, strict=True)
+    )
+    return frames, rows, columns
