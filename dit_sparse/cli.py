@@ -163,6 +163,45 @@ def sample(
 
 
 @app.command()
+def plan(
+    grid: Annotated[str, typer.Option(help="Tokens: 21x45x80 (frames x rows x columns) or 64x64.")],
+    window: Annotated[
+        str | None, typer.Option(help="Tokens (9x15x24) or shares of the grid (1.0x0.3x0.3).")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="In place of a window.")] = None,
+    stride: Annotated[str | None, typer.Option(help="Try only this stride: 3x5x8.")] = None,
+    tile: Annotated[str | None, typer.Option(help="Try only this tile: 3x5x8.")] = None,
+    block: Annotated[int, typer.Option(help="Tokens of a block: 64 or 128.")] = 128,
+    text: Annotated[int, typer.Option(help="Text tokens in the sequence.")] = 0,
+    top: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="Also draw all candidates here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
+    output_format: Format = "text",
+) -> None:
+    """Count what a window costs on a grid, and pick the tile and stride to run it with."""
+    with _sentences(output_format):
+        from dit_sparse.commands import plan as planning
+        from dit_sparse.commands.words import value_of
+
+        sizes, shares = tuple[int, ...] | None, tuple[int | float, ...] | None
+        report = planning.plan(
+            planning.Request(
+                grid=grid,
+                window=None if window is None else value_of(window, shares, "window"),
+                density=density,
+                stride=None if stride is None else value_of(stride, sizes, "--stride"),
+                tile=None if tile is None else value_of(tile, sizes, "--tile"),
+                block=block,
+                text=text,
+                top=top,
+            )
+        )
+        if plot is not None:
+            planning.plot(report, plot)
+        _print(report.to_dict(), str(report), "json" if as_json else output_format)
+
+
+@app.command()
 def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
     output_format: Format = "text",

@@ -176,7 +176,7 @@ def _intervals(axis: Axis) -> Intervals:
 # Time of a short block and of a masked one, relative to a whole one (H200, head dim 128). Masked
 # blocks gather in the few rows of tiles at the border, whose programs run on when all others have
 # ended: their arithmetic alone would be 2.4.
-_SHORT, _MASKED = 1.2, 10.0
+SHORT, MASKED = 1.2, 10.0
 
 # What evenness may cost: a window whose share of an axis is twice as far off as another's must
 # take 0.6 of its time. More of it changes nothing on common grids, less of it gives bands.
@@ -188,7 +188,7 @@ def _time(tile: Extents, axes: Sequence[_Visits], block: int) -> float:
     """Estimated time of all visited blocks, in whole blocks; the counts are products of axes."""
     whole = math.prod(tile) == block and all(axis.even for axis in axes)
     visited, full = math.prod(a.visited for a in axes), math.prod(a.full for a in axes)
-    return full * (1.0 if whole else _SHORT) + (visited - full) * _MASKED
+    return full * (1.0 if whole else SHORT) + (visited - full) * MASKED
 
 
 def _blocks(grid: TokenGrid, tile: Extents) -> int:

@@ -1,0 +1,219 @@
+"""What tiles and strides make of a window, by counting: visited blocks and the speedup they allow.
+
+A window is a box, so the key tiles that a tile of queries visits are an interval along each axis,
+and every count is a product over the axes: hundreds of small operations, whatever the grid. The
+counts are those of the plan that `dit_sparse.methods.window` makes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from dit_sparse.grid import TokenGrid
+from dit_sparse.neighbourhood import Neighbourhood
+from dit_sparse.per_axis import Extents
+from dit_sparse.tile_lists import Reach, cuts
+from dit_sparse.tiling import MASKED, SHORT
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile and a stride for a window, and what they cost.
+
+    Args:
+        tile, stride: in tokens along (frames, height, width).
+        blocks: blocks of the sequence, text included.
+        visited: pairs of a query and a key block that are read.
+        full: those of them without a masked element.
+        worst: the most entries of any query block of the picture.
+        density: share of the score matrix that is computed.
+        whole: whether every block of the picture holds as many tokens as a block may.
+        dense: entries of a dense kernel with blocks of that size.
+    """
+
+    tile: Extents
+    stride: Extents
+    blocks: int
+    visited: int
+    full: int
+    worst: int
+    density: float
+    whole: bool
+    dense: int
+
+    @property
+    def partial(self) -> int:
+        """Visited entries that are masked by coordinates."""
+        return self.visited - self.full
+
+    @property
+    def bound(self) -> float:
+        """Speedup over dense attention if every visited entry took as long as a dense one."""
+        return self.dense / self.visited
+
+    @property
+    def worst_bound(self) -> float:
+        """The same for the query block that reads most, which is what a single wave waits for."""
+        return math.sqrt(self.dense) / self.worst
+
+    @property
+    def speedup(self) -> float:
+        """Estimated speedup: short and masked entries at the time that was measured for them."""
+        return self.dense / (self.full * (1.0 if self.whole else SHORT) + self.partial * MASKED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        derived = ("partial", "bound", "worst_bound", "speedup")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Every way to cut a grid for a window.
+
+    Args:
+        grid: of the picture.
+        window: tokens along (frames, height, width), pushed inwards at the borders.
+        block: tokens a block holds at most.
+        text: further tokens that every query reads and that read everything.
+
+    Raises:
+        ValueError: a window larger than the grid, or sizes below 1 (text: below 0).
+    """
+
+    grid: TokenGrid
+    window: Extents
+    block: int = 128
+    text: int = 0
+
+    def __post_init__(self) -> None:
+        for extent, window in zip(self.grid.shape, self.window, strict=True):
+            Neighbourhood(extent, window)
+        if self.block < 1 or self.text < 0:
+            raise ValueError(
+                f"Expected a block of at least 1 token and text of at least 0, got {self.block} "
+                f"and {self.text}."
+            )
+
+    @property
+    def limit(self) -> float:
+        """Speedup if not one element outside the windows were computed."""
+        n, text = self.grid.length, self.text
+        read = n * (math.prod(self.window) + text) + text * (n + text)
+        return (n + text) ** 2 / read
+
+    def candidates(
+        self,
+        *,
+        strides: Iterable[Extents] | None = None,
+        tiles: Iterable[Extents] | None = None,
+    ) -> list[Candidate]:
+        """Candidates, the fastest first; among equals the one with the most cubic tile.
+
+        Args:
+            strides: those to try; by default 1, so that each query has its own window, and for
+                every tile once or twice its size along each axis, so that its queries share one.
+            tiles: those to try; by default all of at most `block` tokens.
+        """
+        fixed = None if strides is None else tuple(strides)
+        found = [
+            self.count(tile, stride)
+            for tile in (self._tiles() if tiles is None else tiles)
+            for stride in (self._strides(tile) if fixed is None else fixed)
+        ]
+        return sorted(found, key=lambda c: (-c.speedup, sum(c.tile), c.stride))
+
+    def count(self, tile: Extents, stride: Extents) -> Candidate:
+        """One candidate.
+
+        Raises:
+            ValueError: a stride larger than the window, or a tile of more than `block` tokens.
+        """
+        if min(tile) < 1 or math.prod(tile) > self.block:
+            raise ValueError(
+                f"Expected a tile of 1 to {self.block} tokens, the block, got {tile}. Use larger "
+                "blocks or a smaller tile."
+            )
+        axes = [
+            self._known(*axis)
+            for axis in zip(self.grid.shape, self.window, stride, tile, strict=True)
+        ]
+        tiles = math.prod(a.tiles for a in axes)
+        text = math.ceil(self.text / self.block)
+        around = 2 * tiles * text + text**2
+        n, total = self.grid.length, self.grid.length + self.text
+        area = math.prod(a.area for a in axes) + 2 * n * self.text + self.text**2
+        return Candidate(
+            tile=tile,
+            stride=stride,
+            blocks=tiles + text,
+            visited=math.prod(a.visited for a in axes) + around,
+            full=math.prod(a.full for a in axes) + around,
+            worst=math.prod(a.worst for a in axes) + text,
+            density=area / total**2,
+            whole=math.prod(tile) == self.block and all(a.even for a in axes),
+            dense=math.ceil(total / self.block) ** 2,
+        )
+
+    def _tiles(self) -> list[Extents]:
+        frames, height, width = (min(extent, self.block) for extent in self.grid.shape)
+        return [
+            (f, h, w)
+            for f in range(1, frames + 1)
+            for h in range(1, min(height, self.block // f) + 1)
+            for w in range(1, min(width, self.block // (f * h)) + 1)
+        ]
+
+    def _strides(self, tile: Extents) -> list[Extents]:
+        along = [sorted({min(t, w), min(2 * t, w)}) for t, w in zip(tile, self.window, strict=True)]
+        shared = (_triple(stride) for stride in itertools.product(*along))
+        return list(dict.fromkeys([(1, 1, 1), *shared]))
+
+    @cached_property
+    def _counts(self) -> dict[tuple[int, int, int, int], _Axis]:
+        return {}
+
+    def _known(self, extent: int, window: int, stride: int, tile: int) -> _Axis:
+        key = (extent, window, stride, tile)
+        if key not in self._counts:
+            self._counts[key] = _Axis.of(Neighbourhood(extent, window, stride), tile)
+        return self._counts[key]
+
+
+class _Axis(NamedTuple):
+    """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, the most of
+    one tile, pairs of tokens in visited tiles, and whether all tiles are of one size."""
+
+    tiles: int
+    visited: int
+    full: int
+    worst: int
+    area: int
+    even: bool
+
+    @staticmethod
+    def of(rule: Neighbourhood, tile: int) -> _Axis:
+        intervals = rule.intervals()
+        cut = torch.tensor(cuts(intervals.runs, tile, tile))
+        reach = Reach.of(intervals, cut)
+        keys = cut[reach.first + reach.count] - cut[reach.first]
+        return _Axis(
+            tiles=len(cut) - 1,
+            visited=int(reach.count.sum()),
+            full=int(reach.full_count.sum()),
+            worst=int(reach.count.max()),
+            area=int((cut.diff() * keys).sum()),
+            even=(len(cut) - 1) * tile == rule.extent,
+        )
+
+
+def _triple(values: Sequence[int]) -> Extents:
+    frames, height, width = values
+    return frames, height, width

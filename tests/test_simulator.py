@@ -1,0 +1,128 @@
+"""The simulator's counts are those of plans, and its figures those that were published."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+from dit_sparse.methods.window import WindowMethod
+from dit_sparse.simulator import Candidate, Simulator
+from dit_sparse.tiling import best_tile
+
+Q = torch.empty(1, 1, 1, 1)
+
+
+def assert_counts(simulator: Simulator, candidate: Candidate) -> None:
+    """The numbers of a candidate against the lists of the plan."""
+    method = WindowMethod(
+        window=simulator.window,
+        stride=candidate.stride,
+        tile=candidate.tile,
+        block=simulator.block,
+    )
+    layout = TokenLayout.of(simulator.grid, text_last=simulator.text)
+    plan = method.plan(Q, Q, CallContext(layout))
+    assert candidate.blocks == plan.q_blocks.n
+    assert (candidate.full, candidate.partial) == (int(plan.full.sum()), int(plan.partial.sum()))
+    picture = candidate.blocks - -(-simulator.text // simulator.block)
+    assert candidate.worst == int((plan.full + plan.partial)[0, 0, :picture].max())
+    assert candidate.density == pytest.approx(plan.density, rel=1e-9)
+    lengths = plan.q_blocks.lengths[:picture]
+    assert candidate.whole == bool((lengths == simulator.block).all())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_counts_are_those_of_the_plan(seed: int) -> None:
+    draw = random.Random(seed)
+    extents = [draw.randint(1, n) for n in (5, 12, 14)]
+    window = [draw.randint(1, extent) for extent in extents]
+    stride = tuple(draw.randint(1, w) for w in window)
+    block = draw.choice((64, 128))
+    tile = tuple(draw.randint(1, min(extent, 4)) for extent in extents)
+    text = draw.choice((0, 1, 77, 200))
+    simulator = Simulator(TokenGrid(*extents), tuple(window), block, text)  # type: ignore[arg-type]
+    assert_counts(simulator, simulator.count(tile, stride))  # type: ignore[arg-type]
+    for candidate in draw.sample(simulator.candidates(), 3):
+        assert_counts(simulator, candidate)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "tile", "stride", "bound", "worst", "full"),
+    [
+        # FLUX at 4K and HunyuanVideo as in the GNA paper (arXiv 2504.16922), where "worst" is what
+        # its simulator says.
+        ((1, 256, 256), (1, 80, 80), (1, 16, 8), (1, 1, 1), 7.51, 6.65, 0.50),
+        ((1, 256, 256), (1, 80, 80), (1, 8, 8), (1, 1, 1), 8.96 / 4, 8.46 / 2, 0.76),
+        ((1, 256, 256), (1, 80, 80), (1, 16, 8), (1, 16, 8), 9.58, 9.31, 0.87),
+        ((1, 256, 256), (1, 80, 80), (1, 16, 8), (1, 16, 16), 10.24, 10.24, 1.0),
+        ((30, 48, 80), (18, 24, 24), (2, 8, 8), (1, 1, 1), 5.44, 3.60, 0.17),
+        ((30, 48, 80), (18, 24, 24), (2, 8, 8), (16, 8, 8), 11.11, 11.11, 1.0),
+        ((21, 45, 80), (21, 15, 24), (3, 5, 8), (3, 5, 8), 8.80, 9.38, 1.0),
+    ],
+)
+def test_published_figures(
+    grid: tuple[int, int, int],
+    window: tuple[int, int, int],
+    tile: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    bound: float,
+    worst: float,
+    full: float,
+) -> None:
+    found = Simulator(TokenGrid(*grid), window).count(tile, stride)
+    assert found.bound == pytest.approx(bound, rel=2e-3)
+    assert found.worst_bound == pytest.approx(worst, rel=2e-3)
+    assert found.full / found.visited == pytest.approx(full, abs=5e-3)
+
+
+def test_limit_is_the_share_of_visible_pairs() -> None:
+    assert Simulator(TokenGrid(1, 256, 256), (1, 80, 80)).limit == pytest.approx(10.24)
+    grid, text = TokenGrid(1, 6, 7), 5
+    mask = torch.ones(47, 47)
+    mask[:42, :42] = 0
+    for row in range(42):
+        mask[row, :6] = 1  # any six keys: a window has as many everywhere
+    assert Simulator(grid, (1, 2, 3), text=text).limit == pytest.approx(47**2 / float(mask.sum()))
+
+
+@pytest.mark.parametrize("window", [(9, 15, 24), (3, 45, 80), (21, 7, 9)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (3, 5, 8)])
+def test_best_tile_is_the_one_that_the_method_takes(
+    window: tuple[int, int, int], stride: tuple[int, int, int]
+) -> None:
+    grid = TokenGrid(21, 45, 80)
+    best = Simulator(grid, window).candidates(strides=[stride])[0]
+    assert best.tile == best_tile(grid, window, stride, 128)
+
+
+def test_dense_is_no_speedup() -> None:
+    grid = TokenGrid(4, 8, 16)
+    found = Simulator(grid, grid.shape, text=128).count((1, 8, 16), (1, 1, 1))
+    assert (found.bound, found.worst_bound, found.speedup) == (1.0, 1.0, 1.0)
+    assert (found.density, found.partial) == (1.0, 0)
+
+
+def test_masked_and_short_entries_cost_more() -> None:
+    simulator = Simulator(TokenGrid(8, 16, 16), (4, 8, 8))
+    exact, shared = (simulator.count((2, 8, 8), stride) for stride in ((1, 1, 1), (4, 8, 8)))
+    assert shared.partial == 0 < exact.partial
+    assert shared.speedup == shared.bound
+    assert exact.speedup < exact.bound
+    short = simulator.count((2, 4, 8), (4, 8, 8))
+    assert short.speedup < short.bound
+
+
+def test_bad_input_is_refused() -> None:
+    grid = TokenGrid(2, 8, 8)
+    for make, sentence in (
+        (lambda: Simulator(grid, (3, 8, 8)), "at most 2"),
+        (lambda: Simulator(grid, (2, 8, 8), text=-1), "text of at least 0"),
+        (lambda: Simulator(grid, (2, 8, 8), 64).count((2, 8, 8), (1, 1, 1)), "1 to 64 tokens"),
+        (lambda: Simulator(grid, (2, 4, 4)).count((1, 1, 1), (1, 5, 1)), "stride of at most 4"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make()
