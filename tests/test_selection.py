@@ -72,12 +72,12 @@ class TestScores:
         cut = frame(layout, order=order)
         q, k, _ = qkv(layout)
         got = selection.pooled_scores(q, k, cut)
-        mean_q, mean_k = (
-            torch.stack(
-                [ordered(x, cut).double()[:, :, list(b)].mean(2) for b in ranges(cut.blocks)], 2
-            )
-            for x in (q, k)
-        )
+
+        def means(x: Tensor) -> Tensor:
+            rows = ordered(x, cut).double()
+            return torch.stack([rows[:, :, list(b)].mean(2) for b in ranges(cut.blocks)], 2)
+
+        mean_q, mean_k = means(q), means(k)
         expected = mean_q @ mean_k.transpose(-2, -1) / math.sqrt(16)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -8,6 +8,7 @@ has, as one mean each, so that no mass is dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -150,7 +151,7 @@ def _ends(value: object) -> tuple[float, ...]:
     ends = tuple(map(float, value))  # type: ignore[call-overload]
     if not ends[0] >= 0.0 or not 0.0 < ends[-1] <= 1.0:
         raise ValueError(f"Expected ends from 0 to 1, the last one above 0, got {ends}.")
-    if list(ends) != sorted(ends):
+    if not all(a <= b for a, b in pairwise(ends)):  # NaN fails too
         raise ValueError(
             f"Expected ascending ends, got {ends}. Each is the share where its level ends, counted "
             "from the most important block."
