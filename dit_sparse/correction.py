@@ -8,8 +8,7 @@ The kernels of `kernels/pool.py` compute the same on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.plan import Blocks
+
+_TOGETHER = 16  # blocks whose covariances are formed at a time
 
 
 class BlockMeans(NamedTuple):
@@ -54,16 +55,13 @@ def covariance_sum(k: Tensor, v: Tensor, blocks: Blocks, weights: Tensor | None 
 
 def covariances(k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Every H_j: `[..., n, D, D_v]`, as large as D_v blocks of keys. For definitions and tests."""
-    starts = blocks.starts.tolist()
-    centred = _centred(k, blocks)
-    each = [centred[..., a:b, :].transpose(-2, -1) @ v[..., a:b, :] for a, b in pairwise(starts)]
-    return torch.stack(each, dim=-3)
+    return torch.cat(list(_parts(k, v, blocks)), dim=-3)
 
 
 def covariance_norms(k: Tensor, v: Tensor, blocks: Blocks, *, centred: bool) -> Tensor:
     """Frobenius norms `[..., n]` of every H_j, or of its deviation from their mean.
 
-    A block's own are formed and dropped again, so that memory does not grow with the blocks.
+    A few are formed at a time and dropped again, so that memory does not grow with the blocks.
 
     Args:
         k, v: as for `covariance_sum`.
@@ -71,13 +69,11 @@ def covariance_norms(k: Tensor, v: Tensor, blocks: Blocks, *, centred: bool) -> 
             not).
     """
     mean = covariance_sum(k, v, blocks) / blocks.n if centred else None
-    keys = _centred(k, blocks)
-    starts = blocks.starts.tolist()
     norms = []
-    for a, b in pairwise(starts):
-        one = keys[..., a:b, :].transpose(-2, -1) @ v[..., a:b, :]
-        norms.append((one if mean is None else one - mean).square().sum((-2, -1)).sqrt())
-    return torch.stack(norms, dim=-1)
+    for part in _parts(k, v, blocks):
+        deviation = part if mean is None else part - mean[..., None, :, :]
+        norms.append(deviation.square().sum((-2, -1)).sqrt())
+    return torch.cat(norms, dim=-1)
 
 
 def merge(parts: Sequence[AttentionOutput]) -> AttentionOutput:
@@ -103,3 +99,14 @@ def _centred(k: Tensor, blocks: Blocks, weights: Tensor | None = None) -> Tensor
     of = blocks.of_token
     centred = k - block_means(k, blocks)[..., of, :]
     return centred if weights is None else centred * weights[of, None].to(k.dtype)
+
+
+def _parts(k: Tensor, v: Tensor, blocks: Blocks) -> Iterator[Tensor]:
+    """Every H_j in turn, some blocks at a time: `[..., few, D, D_v]`."""
+    centred = _centred(k, blocks)
+    places = torch.arange(blocks.size, device=k.device)
+    token = (blocks.starts[:-1, None] + places).clamp(max=blocks.total - 1)
+    inside = (places < blocks.lengths[:, None]).to(k.dtype)
+    for at, seen in zip(token.split(_TOGETHER), inside.split(_TOGETHER), strict=True):
+        keys = centred[..., at, :] * seen[..., None]
+        yield keys.transpose(-2, -1) @ v[..., at, :]

@@ -8,6 +8,8 @@ from torch import Tensor
 from dit_sparse.grid import Permutation
 from dit_sparse.plan import BlockPlan, Blocks, Pools, Tail
 
+_SORTED = 1 << 22  # block pairs sorted at a time, which bounds the memory that it takes
+
 
 def plan_of_levels(
     level: Tensor,
@@ -39,39 +41,57 @@ def plan_of_levels(
             f"Expected levels of dtype torch.uint8 and shape [1 or B, 1 or H, {expected[0]}, "
             f"{expected[1]}], got {level.dtype} {list(level.shape)}."
         )
-    n_k = k_blocks.n
-    # One integer key holds the part of the row and the block: sorting it puts every entry in place.
     classes = (1, *factors)
-    rank = torch.full_like(level, len(classes), dtype=torch.int32)
-    counts = []
-    for number, factor in enumerate(classes):
-        chosen = level == factor
-        rank.masked_fill_(chosen, number)
-        counts.append(chosen.sum(-1, dtype=torch.int32))
-    place = (rank * n_k + torch.arange(n_k, dtype=torch.int32, device=level.device)).sort(-1).values
-    count = torch.stack(counts).sum(0, dtype=torch.int32)
+    counts = torch.stack([(level == factor).sum(-1, dtype=torch.int32) for factor in classes])
+    count = counts.sum(0, dtype=torch.int32)
     if room is None:
-        indices = place[place < len(classes) * n_k]
-        ends = count.flatten().cumsum(0, dtype=torch.int64).view(count.shape)
-        offsets = ends - count
+        offsets = count.flatten().cumsum(0, dtype=torch.int64).view(count.shape) - count
     else:
-        indices = place[..., :room].flatten()
         rows = torch.arange(count.numel(), device=level.device).view(count.shape)
-        offsets = rows * min(room, n_k)
+        offsets = rows * min(room, k_blocks.n)
+    indices = _entries(level, classes, room)
     if indices.numel() > torch.iinfo(torch.int32).max:
         raise ValueError(
             f"Expected at most 2**31 - 1 entries in a plan, got {indices.numel()}. Use larger "
             "blocks or share lists between heads."
         )
-    return BlockPlan(
+    plan = BlockPlan(
         q_blocks=q_blocks,
         k_blocks=k_blocks,
-        indices=indices % n_k,
+        indices=indices,
         offsets=offsets.to(torch.int32),
         full=counts[0],
-        partial=torch.zeros_like(counts[0]),
-        pools=Pools(factors, torch.stack(counts[1:], -1)) if factors else None,
+        partial=torch.zeros_like(count),
+        pools=Pools(factors, counts[1:].movedim(0, -1)) if factors else None,
         tail=tail,
         hidden=hidden,
         order=order,
     )
+    if (
+        tail != "none"
+    ):  # kernels ask for it, and getting it from the lists would wait for the device
+        vars(plan)["visited"] = _rank(level, classes) < len(classes)
+    return plan
+
+
+def _rank(level: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """uint8: the number of the part of a row that every block goes to; `len(classes)`: to none."""
+    rank = torch.full_like(level, len(classes))
+    for number, factor in enumerate(classes):
+        rank.masked_fill_(level == factor, number)
+    return rank
+
+
+def _entries(level: Tensor, classes: tuple[int, ...], room: int | None) -> Tensor:
+    """int32 block numbers, row by row: those of every part ascending, then, up to `room`, others.
+
+    One integer key holds the part of the row and the block: sorting it puts every entry in place.
+    """
+    n_k = level.shape[-1]
+    block = torch.arange(n_k, dtype=torch.int32, device=level.device)
+    found = []
+    for rows in level.reshape(-1, n_k).split(max(1, _SORTED // n_k)):
+        key = _rank(rows, classes).int() * n_k + block
+        key = key.sort(-1).values
+        found.append(key[key < len(classes) * n_k] if room is None else key[:, :room].flatten())
+    return torch.cat(found) % n_k

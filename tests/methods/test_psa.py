@@ -91,7 +91,7 @@ class TestDefinition:
             method = PsaMethod(ends=(1.0, 1.0, 1.0, 1.0), allocation=allocation, block=64)
             level = torch.ones(2, 1, cut.blocks.n, cut.blocks.n)
             if cut.hidden is not None:
-                level = levels.masked_fill(cut.hidden[:, None, None], 0)
+                level = level.masked_fill(cut.hidden[:, None, None], 0)
             expected = repeated(level, cut, q, k, v)
             torch.testing.assert_close(run(method, layout, q, k, v), expected, rtol=1e-9, atol=1e-9)
 
