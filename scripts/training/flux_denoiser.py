@@ -8,6 +8,10 @@ and training on fewer would be another model. Two facts make 64 tokens equal 512
   from the caption sees padding alone. It then is the same vector at every place.
 * All text has the same position in Flux, so equal tokens stay equal through all blocks. One of them
   is computed, and as a key and value it is repeated for those left out (`RepeatedPadding`).
+
+In a fresh model the caption's own tokens get 0.8 % of the attention and padding 28 %. Nothing is
+done about that: the pooled text reaches every block by modulation, and in a small trial the loss
+told right captions from wrong ones after 300 steps.
 """
 
 from __future__ import annotations
