@@ -35,6 +35,8 @@ class DiskMethod:
         trained_tokens: length of the sequence that the model was trained on, text included, to
             multiply the scale of the scores by sqrt(ln(tokens) / ln(trained_tokens)) on a longer
             one; CLEAR's is 64 * 64 + 512 = 4608. By default the scale stays.
+        tile: tokens per axis of the tiles that blocks are cut from; by default the shape that
+            should take the least time on this grid.
         block: tokens a block holds at most: 64 or 128.
 
     Raises:
@@ -43,6 +45,7 @@ class DiskMethod:
 
     radius: int | float = 16
     trained_tokens: int | None = None
+    tile: tuple[int, ...] | None = None
     block: int = 128
 
     name: ClassVar[str] = "disk"
@@ -58,6 +61,8 @@ class DiskMethod:
         if trained is not None and (not per_axis.is_count(trained) or trained < 2):
             raise ValueError(f"Expected trained_tokens of at least 2, got {trained!r}.")
         per_axis.check_block(self.block)
+        if self.tile is not None:
+            object.__setattr__(self, "tile", per_axis.counts(self.tile, "tile"))
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
@@ -66,7 +71,7 @@ class DiskMethod:
         """The plan of a layout; waits for the device once.
 
         Raises:
-            ValueError: a grid of more than 32,767 rows or columns.
+            ValueError: a grid of more than 32,767 rows or columns, or a tile that does not fit it.
         """
         layout = ctx.layout
         frames, height, width = layout.grid.shape
@@ -77,7 +82,10 @@ class DiskMethod:
         reach = math.ceil(self.radius) - 1
         axes = (whole(frames), Within(height, reach), Within(width, reach))
         intervals = tuple(axis.intervals() for axis in axes)
-        tiling = tile_grid(intervals, best_tile_for((axes,), self.block), self.block, q.device)
+        tile = best_tile_for((axes,), self.block)
+        if self.tile is not None:
+            tile = per_axis.tokens(self.tile, "tile", layout.grid, layout.grid.shape)
+        tiling = tile_grid(intervals, tile, self.block, q.device)
         around = [Reach.of(i, cut) for i, cut in zip(intervals, tiling.cuts, strict=True)]
         visits, masked = _in_reach(Visits.of(around, q.device), tiling, self._limit)
         disk = _disk(tiling, layout, self._limit) if masked else None

@@ -275,9 +275,14 @@ class TestDisk:
             seen += starts[j + 1] - starts[j] if whole else int(row.sum())
         assert seen == keys
 
-    def test_tiles_are_told_apart_exactly(self):
-        plan = plan_on(DiskMethod(radius=13, block=64), TokenGrid(1, 48, 56))
-        mask = plan.to_mask()[0, 0][plan.order.index][:, plan.order.index]
+    @pytest.mark.parametrize("radius", [3, 4, 5, 13])
+    @pytest.mark.parametrize("tile", [None, (2, 3), (4, 5), (7, 2)])
+    def test_tiles_are_told_apart_exactly(self, radius: int, tile: tuple[int, int] | None):
+        """Also where corners are at the radius, neither nearer nor farther."""
+        grid = TokenGrid(1, 28, 26)
+        plan = plan_on(DiskMethod(radius=radius, tile=tile, block=64), grid)
+        at = grid.coordinates()[plan.order.index]
+        mask = ((at[:, None] - at) ** 2).sum(-1) < radius**2
         of = plan.q_blocks.of_token
         sizes = plan.q_blocks.lengths
         pairs = torch.zeros(plan.q_blocks.n, plan.k_blocks.n, dtype=torch.int64)
