@@ -42,6 +42,29 @@ def _soften(m_i, l_i, acc, scores, v):
 
 
 @triton.jit
+def _pooled_entries(m_i, l_i, acc, q, k_ptr, v_ptr, indices_ptr, starts_ptr, listed, scale_log2,
+                    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+                    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, S: tl.constexpr,
+                    GROUPS: tl.constexpr):  # fmt: skip
+    """The entries of factor 2**S, GROUPS rows each: several in a tile, or some tiles for one."""
+    within = tl.arange(0, BLOCK_N)
+    for first in range(0, listed * GROUPS, BLOCK_N):
+        nth = (first + within) // GROUPS
+        group = (first + within) % GROUPS
+        block = tl.load(indices_ptr + nth, mask=nth < listed, other=0)
+        length = tl.load(starts_ptr + block + 1) - tl.load(starts_ptr + block)
+        count = tl.minimum(length - (group << S), 1 << S)
+        inside = (nth < listed) & (count > 0)
+        k = _load_rows(k_ptr, block * GROUPS + group, inside, D, BLOCK_D)
+        v = _load_rows(v_ptr, block * GROUPS + group, inside, DV, BLOCK_DV)
+        bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32))
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(inside[None, :], scores + bias[None, :], float("-inf"))
+        m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
+    return m_i, l_i, acc
+
+
+@triton.jit
 def _approximate_fwd(
     q_ptr, k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, slope_ptr, out_ptr, lse_ptr,
     indices_ptr, offsets_ptr, full_ptr, partial_ptr, counts_ptr,
@@ -94,28 +117,30 @@ def _approximate_fwd(
         counts_ptr += row.to(tl.int64) * N_FACTORS
         for s in tl.static_range(1, 8):
             if (FACTORS >> s) & 1:
-                groups: tl.constexpr = SIZE >> s if SIZE >> s > 1 else 1
                 listed = tl.load(counts_ptr)
-                # A tile holds the rows of several entries, or a part of one entry's.
-                for first in range(0, listed * groups, BLOCK_N):
-                    nth = (first + within) // groups
-                    group = (first + within) % groups
-                    key_block = tl.load(indices_ptr + nth, mask=nth < listed, other=0)
-                    start = tl.load(starts_ptr + key_block)
-                    length = tl.load(starts_ptr + key_block + 1) - start
-                    count = tl.minimum(length - (group << s), 1 << s)
-                    inside = (nth < listed) & (count > 0)
-                    number = key_block * groups + group
-                    k = _load_rows(k_ptr, number, inside, D, BLOCK_D)
-                    v = _load_rows(v_ptr, number, inside, DV, BLOCK_DV)
-                    bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32))
-                    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-                    scores = tl.where(inside[None, :], scores + bias[None, :], float("-inf"))
-                    m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
+                m_i, l_i, acc = _pooled_entries(
+                    m_i,
+                    l_i,
+                    acc,
+                    q,
+                    k_ptr,
+                    v_ptr,
+                    indices_ptr,
+                    starts_ptr,
+                    listed,
+                    scale_log2,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    BLOCK_N,
+                    s,
+                    SIZE >> s if SIZE >> s > 1 else 1,
+                )
                 indices_ptr += listed
                 counts_ptr += 1
-                k_ptr += n_k_blocks * groups * D
-                v_ptr += n_k_blocks * groups * DV
+                k_ptr += n_k_blocks * (SIZE >> s if SIZE >> s > 1 else 1) * D
+                v_ptr += n_k_blocks * (SIZE >> s if SIZE >> s > 1 else 1) * DV
 
     # The tail's own mass, rescaled with all other sums whenever the maximum rises.
     tail = tl.zeros([BLOCK_M], tl.float32)

@@ -5,6 +5,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _store_groups(ptr, sums, block, n_blocks, length, cols,
+                  D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """Means of a block's groups of 2**S tokens; returns where the rows of the next factor begin."""
+    group = tl.arange(0, GROUPS)
+    count = tl.minimum(tl.maximum(length - (group << S), 0), 1 << S)
+    mean = sums / tl.maximum(count, 1)[:, None]
+    rows = (block * GROUPS + group).to(tl.int64)
+    ptrs = ptr + rows[:, None] * D + cols[None, :]
+    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=(cols < D)[None, :])
+    return ptr + n_blocks * GROUPS * D
+
+
+@triton.jit
 def _means_fwd(
     x_ptr, pooled_ptr, means_ptr, starts_ptr, order_ptr,
     stride_b, stride_h, stride_n, order_stride_h, n_heads, n_blocks, pooled_rows,
@@ -43,17 +56,11 @@ def _means_fwd(
     pooled_ptr += entry * pooled_rows * D
     for s in tl.static_range(1, 8):
         if FACTORS >> s:  # no larger factor, no more sums
-            groups: tl.constexpr = SIZE >> s if s < LOG_SIZE else 1
             if s <= LOG_SIZE:
-                sums = tl.sum(tl.reshape(sums, [groups, 2, COLUMNS]), 1)
+                sums = tl.sum(tl.reshape(sums, [SIZE >> s, 2, COLUMNS]), 1)
             if (FACTORS >> s) & 1:
-                group = tl.arange(0, groups)
-                count = tl.minimum(tl.maximum(length - (group << s), 0), 1 << s)
-                mean = sums / tl.maximum(count, 1)[:, None]
-                rows = (block * groups + group).to(tl.int64)
-                ptrs = pooled_ptr + rows[:, None] * D + cols[None, :]
-                tl.store(ptrs, mean.to(pooled_ptr.dtype.element_ty), mask=col_inside[None, :])
-                pooled_ptr += n_blocks * groups * D
+                pooled_ptr = _store_groups(pooled_ptr, sums, block, n_blocks, length, cols, D,
+                                           s, SIZE >> s if s < LOG_SIZE else 1)  # fmt: skip
 
 
 @triton.jit

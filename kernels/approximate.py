@@ -62,7 +62,7 @@ def launch(
         SIZE=plan.k_blocks.size, FACTORS=sum(factors), N_FACTORS=len(factors),
         TAIL=_TAILS[plan.tail], HAS_HIDDEN=plan.hidden is not None,
         HAS_ORDER=plan.order is not None,
-        num_warps=8 if plan.q_blocks.size >= 128 and max(block_d, block_dv) > 64 else 4,
+        num_warps=8 if plan.q_blocks.size >= 128 else 4,
         num_stages=2,
     )  # fmt: skip
 

@@ -29,7 +29,9 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
+from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels.tiles import choose_tile
 
@@ -56,6 +58,7 @@ class Variant:
     full: bool = True
     bound: bool = False
     order: bool = True
+    tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,38 @@ def variants() -> Iterator[Variant]:
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
             yield Variant("portable", capability, head_dim, ragged=True, box=True)
+
+
+def approximations() -> Iterator[Variant]:
+    """The kernels for pooled entries and tails, and for the summaries that they read."""
+    for head_dim in (64, 128):
+        for capability in (80, 90):
+            yield Variant("means", capability, head_dim, ragged=True)
+            yield Variant("covariance", capability, head_dim, ragged=True)
+            for tail in range(4):
+                yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
+
+
+def approximation(variant: Variant) -> Report:
+    """Compiles one of `approximations` as its launcher would."""
+    dim = variant.head_dim
+    functions = {
+        "means": (_means_fwd, 4),
+        "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
+        "approximate": (_approximate_fwd, 8),
+    }
+    function, warps = functions[variant.kernel]
+    constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BLOCK_M": Q_BLOCK}
+    constants |= {"BLOCK_N": 64, "CHUNK": 64, "SIZE": K_BLOCK, "LOG_SIZE": 7, "COLUMNS": 64}
+    constants |= {"ROWS": 64, "SUB": K_BLOCK // 64, "FACTORS": 14, "N_FACTORS": 3}
+    constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
+    constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
+    kernel = triton.compile(
+        _source(function, constants | {"EACH": False}, None),
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": warps, "num_stages": 2},
+    )
+    return _read(variant, kernel)
 
 
 def compiled(variant: Variant) -> Report:
@@ -126,9 +161,12 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
     names = [parameter.name for parameter in function.params]
     coordinates = f"tensordesc<i32[1, {K_BLOCK}]>"
     constants = {name: value for name, value in constants.items() if name in names}
-    if descriptor is None:
+    if descriptor is None and "k_desc" in names:
         constants |= {"k_desc": None, "v_desc": None}
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    sixteen = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "pooled_ptr", "slope_ptr", "each_ptr")
+    sums = ("means_ptr", "k_mean_ptr", "v_mean_ptr", "sum_ptr", "centre_ptr", "squares_ptr")
+    pointers = dict.fromkeys(sixteen, "*bf16") | dict.fromkeys(sums, "*fp32")
+    pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr"), "*u8")
     pointers |= dict.fromkeys(("lse_ptr", "norm_ptr", "longest_ptr"), "*fp32") | {
         "order_ptr": "*i64"
     }
@@ -140,7 +178,7 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
             return coordinates if name in ("above_desc", "below_desc") else str(descriptor)
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
-        return "fp32" if name == "scale_log2" else "i32"
+        return "fp32" if name in ("scale", "scale_log2") else "i32"
 
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
     return ASTSource(
@@ -172,6 +210,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
     arguments = parser.parse_args()
     reports = [compiled(variant) for variant in variants()]
+    reports += [approximation(variant) for variant in approximations()]
     if arguments.format == "json":
         print(json.dumps([asdict(report) for report in reports]))
         return

@@ -126,7 +126,7 @@ def _slopes(
     """Of each tail block, `H_j` per token; PISA's is that of all blocks (arXiv 2602.01077)."""
     if plan.tail == "block":
         return [_covariance(keys, values, block) / len(block) for block, _ in tail]
-    if plan.tail == "first":
+    if plan.tail == "first" and tail:
         blocks = _open(plan, b, _blocks(plan.k_blocks.starts))
         total = sum(_covariance(keys, values, block) for block in blocks)
         return [total / sum(map(len, blocks))] * len(tail)

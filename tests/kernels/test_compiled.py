@@ -66,3 +66,19 @@ def test_the_portable_kernel_fits_ampere(reports):
         assert counts["mma"] > 0, report
         assert counts["spills"] <= 2, report
         assert report["shared"] <= 101_376, report  # also sm_86 and sm_89
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_pooled_entries_and_tails_use_the_matrix_units(reports, capability: int):
+    for kernel in ("approximate", "covariance"):
+        for report in chosen(reports, kernel, capability):
+            counts = report["counts"]
+            assert counts["hgmma" if capability == 90 else "mma"] > 0, report
+            assert counts["spills"] <= 64, report  # outside the loops' products
+            assert report["shared"] <= (232_448 if capability == 90 else 101_376), report
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_means_take_no_local_memory(reports, capability: int):
+    for report in chosen(reports, "means", capability):
+        assert report["counts"]["spills"] == 0, report
