@@ -33,6 +33,7 @@ LAYERS = (
         "simulator",
         "tiling",
         "window_plan",
+        "window_table",
         "plan_check",
         "plan_io",
         "method",
@@ -42,7 +43,7 @@ LAYERS = (
     ),
     ("methods", "hoist"),
     ("attention",),
-    ("ops", "plan_cache", "plan_reuse", "record", "session"),
+    ("ops", "plan_cache", "plan_reuse", "record", "session", "window_search"),
     ("pipelines",),
     ("bench", "doctor", "media", "metrics", "commands", "cli", "__main__"),
 )

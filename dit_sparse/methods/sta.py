@@ -14,6 +14,7 @@ from dit_sparse.neighbourhood import SlidingTiles
 from dit_sparse.per_axis import Extents
 from dit_sparse.plan import BlockPlan
 from dit_sparse.window_plan import Axes, plan_windows
+from dit_sparse.window_table import load_table
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,54 @@ class SlidingTileMethod:
             the grid has, or more, read all of the axis.
         tile: tokens of a tile per axis, likewise; more than the axis has mean all of it.
         block: tokens a block holds at most: 64 or 128. Larger tiles take several.
+        table: a file that `window_table.save_table` wrote, with windows for each layer and head, in
+            place of `window` and `tile`; see `window_search.search`.
 
     Raises:
-        ValueError: numbers below 1; the sentence names the axis.
+        ValueError: numbers below 1 (the sentence names the axis), or a file that is no table.
+        OSError: the table cannot be read.
     """
 
     window: tuple[int, ...] | tuple[tuple[int, ...], ...] = (3, 3, 3)
     tile: tuple[int, ...] = (6, 8, 8)
     block: int = 128
+    table: str | None = None
 
     name: ClassVar[str] = "sta"
-    scope: ClassVar[PlanScope] = "layout"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tile", per_axis.counts(self.tile, "tile"))
         per_axis.check_block(self.block)
+        if self.table is not None:
+            load_table(self.table)  # what is wrong with it is said before the first call
         heads = self.window if per_axis.per_head(self.window) else (self.window,)
         checked = tuple(per_axis.counts(w, "window", unit="tile") for w in heads)
         object.__setattr__(
             self, "window", checked if per_axis.per_head(self.window) else checked[0]
         )
 
+    @property
+    def scope(self) -> PlanScope:
+        """A table has windows for each layer."""
+        return "layout" if self.table is None else "layer"
+
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
 
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        """The plan of a layer.
+
+        Raises:
+            ValueError: numbers for another rank, or a table for another grid or model.
+        """
         grid = ctx.layout.grid
-        tile = per_axis.clipped(self.tile, "tile", grid)
-        heads = self.window if per_axis.per_head(self.window) else (self.window,)
+        tile, heads = self.tile, self.window
+        if self.table is not None:
+            found = load_table(self.table)
+            tile, heads = found.tile, found.of_layer(ctx.layer, ctx.layers, grid)
+        elif not per_axis.per_head(heads):
+            heads = (heads,)  # type: ignore[assignment]
+        tile = per_axis.clipped(tile, "tile", grid)
         axes = [_axes(grid, tile, window) for window in heads]  # type: ignore[arg-type]
         return plan_windows(ctx.layout, axes, tile, self.block, q.device)
 
