@@ -14,8 +14,9 @@ from dit_sparse import orders
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.neighbourhood import Axis, Intervals
 from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_lists import Surroundings, write_lists
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
-from dit_sparse.tile_lists import Reach, Surroundings, Tiling, Visits, cuts, write_lists
+from dit_sparse.tile_lists import Reach, Tiling, Visits, cuts
 
 #: One rule for each of (frames, height, width).
 Axes: TypeAlias = tuple[Axis, Axis, Axis]

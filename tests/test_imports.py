@@ -30,6 +30,7 @@ LAYERS = (
         "neighbourhood",
         "per_axis",
         "tile_lists",
+        "plan_lists",
         "simulator",
         "tiling",
         "window_plan",

@@ -148,6 +148,10 @@ class TestTable:
         with pytest.raises(ValueError, match="Expected a table of windows"):
             SlidingTileMethod(table=str(tmp_path / "other"))
 
+    def test_no_file(self, tmp_path: Path):
+        with pytest.raises(ValueError, match=r"Expected to read a table of windows in .*No such"):
+            SlidingTileMethod(table=str(tmp_path / "none"))
+
     def test_the_method_runs_it(self, tmp_path: Path):
         path = str(save_table(TABLE, tmp_path / "windows.json"))
         method = methods.create("sta", {"table": path})

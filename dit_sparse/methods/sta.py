@@ -34,8 +34,8 @@ class SlidingTileMethod:
             place of `window` and `tile`; see `window_search.search`.
 
     Raises:
-        ValueError: numbers below 1 (the sentence names the axis), or a file that is no table.
-        OSError: the table cannot be read.
+        ValueError: numbers below 1 (the sentence names the axis), a file that is no table or
+            cannot be read.
     """
 
     window: tuple[int, ...] | tuple[tuple[int, ...], ...] = (3, 3, 3)
@@ -49,12 +49,23 @@ class SlidingTileMethod:
         object.__setattr__(self, "tile", per_axis.counts(self.tile, "tile"))
         per_axis.check_block(self.block)
         if self.table is not None:
-            load_table(self.table)  # what is wrong with it is said before the first call
+            self._check_table(self.table)
         heads = self.window if per_axis.per_head(self.window) else (self.window,)
         checked = tuple(per_axis.counts(w, "window", unit="tile") for w in heads)
         object.__setattr__(
             self, "window", checked if per_axis.per_head(self.window) else checked[0]
         )
+
+    @staticmethod
+    def _check_table(path: str) -> None:
+        """What is wrong with a table is said before the first call."""
+        try:
+            load_table(path)
+        except OSError as error:
+            raise ValueError(
+                f"Expected to read a table of windows in {path!r}, got {error.strerror!r}. Give a "
+                "file that save_table wrote."
+            ) from error
 
     @property
     def scope(self) -> PlanScope:
