@@ -55,6 +55,7 @@ class Variant:
     head_dim: int
     ragged: bool
     box: bool = False
+    disk: bool = False
     full: bool = True
     bound: bool = False
     order: bool = True
@@ -82,6 +83,8 @@ def variants() -> Iterator[Variant]:
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
             yield Variant("portable", capability, head_dim, ragged=True, box=True)
+            yield Variant("portable", capability, head_dim, ragged=True, disk=True)
+        yield Variant("portable", 90, head_dim, ragged=True, disk=True, full=False)
 
 
 def approximations() -> Iterator[Variant]:
@@ -124,7 +127,12 @@ def compiled(variant: Variant) -> Report:
     else:
         function = _portable_fwd
         chosen = choose_tile(
-            divmod(variant.capability, 10), variant.head_dim, 2, Q_BLOCK, K_BLOCK, boxed=variant.box
+            divmod(variant.capability, 10),
+            variant.head_dim,
+            2,
+            Q_BLOCK,
+            K_BLOCK,
+            boxed=variant.box or variant.disk,
         )
         warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
         tile = [1, 1, keys, variant.head_dim]
@@ -138,8 +146,8 @@ def compiled(variant: Variant) -> Report:
         "SUB": K_BLOCK // keys,
         "FULL": variant.full,
         "RAGGED": variant.ragged,
-        "HAS_BOX": variant.box,
-        "DISK": False,
+        "HAS_BOX": variant.box or variant.disk,
+        "DISK": variant.disk,
         "HAS_ORDER": variant.order,
         "TMA": tma,
         "PARTIAL": variant.box,
