@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.backend import AttentionOutput, Backend
+from dit_sparse.backend import Again, AttentionOutput, Backend, PreparingBackend
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check_for
@@ -85,22 +87,81 @@ def attend(
             backend runs the call.
     """
     _check(q, k, v, plan)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not scale > 0.0:
-        raise ValueError(f"Expected a scale above 0, got {scale}.")
-    scale *= plan.scale
-    if (group := q.shape[1] // k.shape[1]) > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scale = _scale(q, scale, plan)
     if backend is None or isinstance(backend, str):
         backend, _ = select_backend(q, k, v, plan, backend)
     elif (reason := backend.refuses(q, k, v, plan)) is not None:
         raise ValueError(f"No attention backend runs this call. {backend.name}: {reason}")
+    return _run(backend, plan, scale, q, k, v)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What one call of `attend` found out, for calls on tensors like those.
+
+    Args:
+        backend: the one that ran.
+        refusals: of those preferred to it.
+        again: the same attention without any check.
+    """
+
+    backend: Backend
+    refusals: tuple[str, ...]
+    again: Again
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[AttentionOutput, Prepared]:
+    """`attend`, and how to repeat it on tensors of the same `kind`; raises what `attend` does."""
+    _check(q, k, v, plan)
+    scale = _scale(q, scale, plan)
+    chosen, refusals = select_backend(q, k, v, plan, backend)
+    again: Again | None = None
+    whole = q.shape[1] == k.shape[1] and (plan.order is None or chosen.reorders)
+    if whole and isinstance(chosen, PreparingBackend):
+        out, again = chosen.prepare(q, k, v, plan, scale)
+    else:
+        out = _run(chosen, plan, scale, q, k, v)
+    return out, Prepared(chosen, refusals, again or partial(_run, chosen, plan, scale))
+
+
+def kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """Everything about the tensors of a call that decides who runs it, and how; hashable."""
+    return (
+        *(q.shape, q.stride(), q.dtype, q.device),
+        *(k.shape, k.stride(), k.dtype, k.device),
+        *(v.shape, v.stride(), v.dtype, v.device),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0,
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+    )
+
+
+def _run(
+    backend: Backend, plan: BlockPlan, scale: float, q: Tensor, k: Tensor, v: Tensor
+) -> AttentionOutput:
+    if (group := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     if plan.order is None or backend.reorders:
         return backend.run(q, k, v, plan, scale)
     order = plan.order
     out, lse = backend.run(order(q), order(k), order(v), plan, scale)
     return AttentionOutput(order.undo(out), order.undo(lse))
+
+
+def _scale(q: Tensor, scale: float | None, plan: BlockPlan) -> float:
+    """The factor of the scores: the caller's or the usual one, times the plan's."""
+    if scale is None:
+        return float(q.shape[-1] ** -0.5) * plan.scale
+    if not scale > 0.0:
+        raise ValueError(f"Expected a scale above 0, got {scale}.")
+    return scale * plan.scale
 
 
 def dense_attention(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +52,22 @@ class Backend(Protocol):
             plan: lists for these sizes.
             scale: factor of the scores before the softmax, above 0.
         """
+        ...
+
+
+#: Attention of q, k, v over a plan that was fixed before.
+Again: TypeAlias = Callable[[Tensor, Tensor, Tensor], AttentionOutput]
+
+
+@runtime_checkable
+class PreparingBackend(Backend, Protocol):
+    """A backend that can keep what it found out about a call for the next one like it."""
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[AttentionOutput, Again | None]:
+        """`run`, and the same for tensors of the same shapes, strides, dtypes and device whose
+        addresses are as divisible by 16; `None` where nothing can be kept. It keeps no tensor."""
         ...
 
 

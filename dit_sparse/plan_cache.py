@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dit_sparse.attention import select_backend
-from dit_sparse.backend import Backend
+from dit_sparse.attention import Prepared, kind, prepare
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenOrder, common_order
 from dit_sparse.method import CallContext, SparseMethod
@@ -23,20 +22,31 @@ _KEPT_LAYOUTS = 8
 
 @dataclass
 class PlannedCall:
-    """A plan and the backend chosen for each kind of tensors that it met.
+    """A plan, and what was found out about the calls that it served.
 
     Args:
         plan: what to compute.
-        choices: by shapes, strides and dtype of the call: the backend and the refusals of those
-            preferred to it.
+        prepared: by kind of tensors, scale and name of the only backend.
         used: whether it has served a call.
         inside: the same for tensors that stand in the plan's order already, by that order.
     """
 
     plan: BlockPlan
-    choices: dict[Any, tuple[Backend, tuple[str, ...]]] = field(default_factory=dict)
+    prepared: dict[Any, Prepared] = field(default_factory=dict)
     used: bool = False
     inside: dict[TokenOrder, PlannedCall | None] = field(default_factory=dict)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None
+    ) -> tuple[Tensor, Prepared]:
+        """Attention values, and who computed them; see `dit_sparse.attend`."""
+        key = (scale, backend, kind(q, k, v))
+        known = self.prepared.get(key)
+        if known is not None:
+            return known.again(q, k, v).out, known
+        output, known = prepare(q, k, v, self.plan, scale=scale, backend=backend)
+        self.prepared[key] = known
+        return output.out, known
 
     def within(self, order: TokenOrder) -> PlannedCall | None:
         """The call on tensors in this order, which need no permutation; `None` if the plan has
@@ -45,16 +55,6 @@ class PlannedCall:
             same = order.agrees(self.plan.order)
             self.inside[order] = PlannedCall(replace(self.plan, order=None)) if same else None
         return self.inside[order]
-
-    def backend(
-        self, q: Tensor, k: Tensor, v: Tensor, name: str | None
-    ) -> tuple[Backend, tuple[str, ...]]:
-        """The backend for a call and the refusals of those before it; see `select_backend`."""
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        kind = (q.dtype, q.shape, q.stride(), k.stride(), v.stride(), v.shape, grad)
-        if kind not in self.choices:
-            self.choices[kind] = select_backend(q, k, v, self.plan, name)
-        return self.choices[kind]
 
 
 @dataclass

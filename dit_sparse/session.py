@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_sparse.attention import attend, dense_attention
+from dit_sparse.attention import dense_attention
 from dit_sparse.forward import Forward, StockCall, hides_only_padding, is_key_mask, place
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenFlow, TokenOrder
@@ -152,10 +152,9 @@ class Session:
         self, planned: PlannedCall, call: StockCall, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """A sparse call on tensors in the order that the plan begins with."""
-        backend, refusals = planned.backend(q, k, v, self.backend)
-        out = attend(q, k, v, planned.plan, scale=call.scale, backend=backend).out
+        out, prepared = planned.run(q, k, v, call.scale, self.backend)
         self._generation_calls["sparse"] += 1
-        self.layers[call.layer].ran(planned, backend.name, refusals)
+        self.layers[call.layer].ran(planned, prepared.backend.name, prepared.refusals)
         return out
 
     def pass_through(self, layer: int, reason: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from dit_sparse.backend import AttentionOutput, refuses_beyond_basics
+from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
 from dit_sparse.kernels import approximate, hopper, portable
+from dit_sparse.kernels.launch import Launch, Repeat
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.plan import BlockPlan
@@ -59,30 +62,48 @@ class TritonBackend:
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
+        return self._on_device(q, k, v, plan, scale)[0]
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[AttentionOutput, Again | None]:
+        """`run`, and the same for tensors like these; see `dit_sparse.backend.PreparingBackend`."""
+        q, k, v = q.detach(), k.detach(), v.detach()  # objects of their own, to be told apart
+        result, launches = self._on_device(q, k, v, plan, scale)
+        if plan.order is not None or approximate.needed(plan) or self.bound:
+            return result, None  # there are other tensors between the launches
+        repeats = [one.repeatable((q, k, v, *result)) for one in launches]
+        ready = tuple(repeat for repeat in repeats if repeat is not None)
+        if len(ready) < len(repeats) or any(t.stride(-1) != 1 for t in (q, k, v)):
+            return result, None
+        return result, partial(_again, ready)
+
+    def _on_device(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[AttentionOutput, list[Launch]]:
         q, k, v = (_unit_stride(t) for t in (q, k, v))
-        if q.is_cuda and q.device.index != torch.cuda.current_device():
-            with torch.cuda.device(q.device):  # Triton launches on the current device
-                return self._run(q, k, v, plan, scale)
-        return self._run(q, k, v, plan, scale)
+        with _device_of(q):
+            return self._run(q, k, v, plan, scale)
 
     def _run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> AttentionOutput:
-        result = AttentionOutput(
-            _like(q, v.shape[-1]),
-            torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
-        )
+    ) -> tuple[AttentionOutput, list[Launch]]:
+        result = _empty(q, v)
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
         ordered = q
         if plan.order is not None and on_hopper:
             ordered, k, v = permute((q, k, v), plan.order)
         elif plan.order is not None:  # the portable kernel gathers queries itself
             k, v = permute((k, v), plan.order)
-        if not (on_hopper and self._specialised(q, ordered, k, v, plan, scale, result)):
-            portable.launch(q, k, v, plan, scale, self._tile(q, v, plan), result)
+        launches = []
+        if on_hopper:
+            launches = self._specialised(q, ordered, k, v, plan, scale, result)
+        if not launches:
+            tile = self._tile(q, v, plan)
+            launches = [portable.launch(q, k, v, plan, scale, tile, result)]
         if approximate.needed(plan):
             approximate.launch(q, k, v, plan, scale, result)
-        return result
+        return result, launches
 
     def _specialised(
         self,
@@ -93,19 +114,24 @@ class TritonBackend:
         plan: BlockPlan,
         scale: float,
         result: AttentionOutput,
-    ) -> bool:
-        """Runs the Hopper kernel, and the portable one for what it leaves; false if it cannot."""
+    ) -> list[Launch]:
+        """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         bound = self.bound and q.dtype == torch.bfloat16 and scale > 0
-        if not hopper.launch(ordered, k, v, plan, scale, result, bound=bound):
-            return False
+        first = hopper.launch(ordered, k, v, plan, scale, result, bound=bound)
+        if first is None:
+            return []
+        launches = [first]
         tile = self._tile(q, v, plan)
         if bound:
-            portable.launch(q, k, v, plan, scale, tile, result, part="repair")
-        if plan.predicate is not None and not (
-            plan.box and hopper.launch(ordered, k, v, plan, scale, result, partial=True)
-        ):
-            portable.launch(q, k, v, plan, scale, tile, result, part="partial")
-        return True
+            launches.append(portable.launch(q, k, v, plan, scale, tile, result, part="repair"))
+        if plan.predicate is not None:
+            masked = None
+            if plan.box:
+                masked = hopper.launch(ordered, k, v, plan, scale, result, partial=True)
+            if masked is None:
+                masked = portable.launch(q, k, v, plan, scale, tile, result, part="partial")
+            launches.append(masked)
+        return launches
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
         return self.tile or choose_tile(
@@ -119,6 +145,29 @@ class TritonBackend:
 
 
 BACKEND = TritonBackend()
+
+
+def _again(launches: Sequence[Repeat], q: Tensor, k: Tensor, v: Tensor) -> AttentionOutput:
+    """The launches on other tensors."""
+    result = _empty(q, v)
+    with _device_of(q):
+        hopper.repeat(launches, (q, k, v, *result))
+    return result
+
+
+def _empty(q: Tensor, v: Tensor) -> AttentionOutput:
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return AttentionOutput(_like(q, v.shape[-1]), lse)
+
+
+def _device_of(q: Tensor) -> AbstractContextManager[None]:
+    """Makes the device of q current, which Triton launches on."""
+    if not q.is_cuda or q.device.index == torch.cuda.current_device():
+        return _NOWHERE_ELSE
+    return torch.cuda.device(q.device)
+
+
+_NOWHERE_ELSE = nullcontext()
 
 
 @cache

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -12,10 +14,14 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor
+from dit_sparse.kernels.launch import launch as launch_kernel
 from dit_sparse.kernels.norms import norms
-from dit_sparse.kernels.portable import LOG2_E, TensorDescriptor, list_strides, padded
+from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.plan import BlockPlan
 from dit_sparse.predicate import BoxPredicate
+
+T = TypeVar("T")
 
 # Read in SASS to be specialised and free of spills with 3.6 and 3.9, not tried with older ones.
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -102,8 +108,8 @@ def launch(
     *,
     partial: bool = False,
     bound: bool = False,
-) -> bool:
-    """Writes `result`; false, and nothing written, if some strides do not allow it.
+) -> Launch | None:
+    """Writes `result`; `None`, and nothing written, if some strides do not allow it.
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order.
@@ -113,18 +119,36 @@ def launch(
             scores are all too far below theirs get an infinite LSE: run the portable kernel's
             repair. For full entries in bfloat16, which has the exponents of float32.
     """
-    matrices = tuple(_Matrix.of(t) for t in (q, k, v))
-    if any(matrix is None for matrix in matrices):
-        return False
-    _, km, vm = matrices
+    qm, km, vm = (_Matrix.of(t) for t in (q, k, v))
+    if qm is None or km is None or vm is None:
+        return None
     if (plan.k_blocks.ragged or partial) and not (km.ends_in_itself and vm.ends_in_itself):
-        return False
+        return None
     lengths = norms(q, k) if bound else None
-    # In a context of its own, which leaves the allocator that others set alone.
-    contextvars.copy_context().run(
-        _launch, q, matrices, plan, scale, result, plan.box if partial else None, lengths
-    )
-    return True
+    box = plan.box if partial else None
+    matrices = (qm, km, vm)
+    run = functools.partial(_launch, q, matrices, plan, scale, result, box, lengths)
+    return _with_scratch(run)
+
+
+def repeat(launches: Sequence[Repeat], tensors: Sequence[Tensor]) -> None:
+    """Runs launches of this kernel, and any others, again."""
+
+    def run() -> None:
+        for one in launches:
+            one(tensors)
+
+    _with_scratch(run)
+
+
+def _with_scratch(run: Callable[[], T]) -> T:
+    """Runs in a context of its own, which leaves the allocator that others set alone."""
+
+    def inside() -> T:
+        triton.set_allocator(_scratch)
+        return run()
+
+    return contextvars.copy_context().run(inside)
 
 
 def _launch(
@@ -135,15 +159,14 @@ def _launch(
     result: AttentionOutput,
     box: BoxPredicate | None,
     lengths: tuple[Tensor, Tensor] | None,
-) -> None:
-    triton.set_allocator(_scratch)
+) -> Launch:
     qm, km, vm = matrices
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, keys = padded(head_dim), plan.k_blocks.size
     starts, counts = plan.spans
     order = starts if plan.order is None else plan.order.index
-    _block_sparse_fwd_hopper[(batch * heads * plan.q_blocks.n,)](
+    arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         *(_coordinates(plan) if box else (None, None)),
         out, lse, *(lengths or (lse, lse)),
@@ -154,11 +177,21 @@ def _launch(
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
         heads, plan.q_blocks.n, n_queries, scale * LOG2_E, box.guard if box else 0,
-        D=head_dim, BLOCK_D=dim, BLOCK_M=plan.q_blocks.size, BLOCK_N=keys,
-        RAGGED=plan.k_blocks.ragged, HAS_ORDER=plan.order is not None, PARTIAL=box is not None,
-        BOUND=lengths is not None,
-        num_warps=4, num_stages=2,
     )  # fmt: skip
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": dim,
+        "BLOCK_M": plan.q_blocks.size,
+        "BLOCK_N": keys,
+        "RAGGED": plan.k_blocks.ragged,
+        "HAS_ORDER": plan.order is not None,
+        "PARTIAL": box is not None,
+        "BOUND": lengths is not None,
+    }
+    programs = batch * heads * plan.q_blocks.n
+    return launch_kernel(
+        _block_sparse_fwd_hopper, programs, arguments, constants, warps=4, stages=2
+    )
 
 
 def _coordinates(plan: BlockPlan) -> Any:

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._portable import _portable_fwd
+from dit_sparse.kernels.launch import Launch, TensorDescriptor
+from dit_sparse.kernels.launch import launch as launch_kernel
 from dit_sparse.kernels.tiles import Tile
 from dit_sparse.plan import BlockPlan
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4
-    TensorDescriptor = None
 
 LOG2_E = 1.4426950408889634
 
@@ -31,7 +28,7 @@ def launch(
     result: AttentionOutput,
     *,
     part: Part = "all",
-) -> None:
+) -> Launch:
     """Writes `result`, or what another kernel has left of it.
 
     Args:
@@ -50,7 +47,7 @@ def launch(
     masks = None if part == "repair" else plan.predicate
     lower, upper, above, below = masks.operands if masks else (starts,) * 4
     tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
-    _portable_fwd[(batch * heads * plan.q_blocks.n,)](
+    arguments = (
         q, k, v,
         TensorDescriptor.from_tensor(k, [1, 1, tile.keys, block_d]) if tma else None,
         TensorDescriptor.from_tensor(v, [1, 1, tile.keys, block_dv]) if tma else None,
@@ -62,13 +59,27 @@ def launch(
         order.stride(0) if order.ndim == 2 else 0,
         0 if lower.shape[0] == 1 else lower.stride(0),
         heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, masks.guard if masks else 0,
-        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        BLOCK_M=plan.q_blocks.size, BLOCK_N=tile.keys, SUB=plan.k_blocks.size // tile.keys,
-        FULL=part != "partial", RAGGED=plan.k_blocks.ragged, HAS_BOX=masks is not None,
-        DISK=plan.disk is not None, HAS_ORDER=plan.order is not None, TMA=tma,
-        REPAIR=part == "repair",
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    constants = {
+        "D": head_dim,
+        "DV": value_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "BLOCK_M": plan.q_blocks.size,
+        "BLOCK_N": tile.keys,
+        "SUB": plan.k_blocks.size // tile.keys,
+        "FULL": part != "partial",
+        "RAGGED": plan.k_blocks.ragged,
+        "HAS_BOX": masks is not None,
+        "DISK": plan.disk is not None,
+        "HAS_ORDER": plan.order is not None,
+        "TMA": tma,
+        "REPAIR": part == "repair",
+    }
+    programs = batch * heads * plan.q_blocks.n
+    return launch_kernel(
+        _portable_fwd, programs, arguments, constants, warps=tile.warps, stages=tile.stages
+    )
 
 
 def padded(dim: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from dit_sparse.attention import select_backend
 from dit_sparse.forward import Forward, StockCall, hides_only_padding
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.levels import plan_of_levels
@@ -78,6 +79,27 @@ def test_sparse_call_runs_the_plan_and_is_recorded() -> None:
     assert (record.sparse, record.dense.total(), record.backend) == (1, 0, "reference")
     summary = record.summarise("transformer", 1, "half")
     assert summary.density == pytest.approx(16 / LAYOUT.length)
+
+
+def test_calls_like_one_before_are_not_examined_again(monkeypatch: Any) -> None:
+    seen = []
+
+    def counted(*arguments: Any) -> Any:
+        seen.append(arguments[0].dtype)
+        return select_backend(*arguments)
+
+    monkeypatch.setattr("dit_sparse.attention.select_backend", counted)
+    session = Session(Half(), NAMES)
+    for dtype in (torch.float32, torch.float32, torch.float64, torch.float32):
+        session.begin(Forward(LAYOUT))
+        for layer in range(len(NAMES)):
+            q, k, v = (t.to(dtype) for t in qkv())
+            out = session.attend(q, k, v, call(layer))
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                q, k[:, :, :16], v[:, :, :16]
+            )
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert seen == [torch.float32, torch.float64]
 
 
 def test_density_is_the_mean_of_all_calls() -> None:

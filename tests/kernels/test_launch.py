@@ -1,0 +1,229 @@
+"""Repeated launches: the arguments of a fresh one, other tensors in their places."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import attend, kind, prepare
+from dit_sparse.backend import AttentionOutput, PreparingBackend
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+from dit_sparse.methods.window import WindowMethod
+from dit_sparse.plan import BlockPlan
+
+block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+hopper = pytest.importorskip("dit_sparse.kernels.hopper")
+portable = pytest.importorskip("dit_sparse.kernels.portable")
+launch = pytest.importorskip("dit_sparse.kernels.launch")
+
+Descriptor = launch.TensorDescriptor
+pytestmark = pytest.mark.skipif(Descriptor is None, reason="needs tensor descriptors")
+
+LAYOUT = TokenLayout.of(TokenGrid(2, 16, 16), text_last=40)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Stands for a compiled kernel: notes grid and arguments."""
+
+    seen: list[tuple[Any, ...]]
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *arguments: self.seen.append((grid, *arguments))
+
+
+@dataclass(frozen=True)
+class Jit:
+    """Stands for a Triton function: binds as Triton does and launches."""
+
+    real: Any
+    seen: list[tuple[Any, ...]] = field(default_factory=list)
+    examined: list[int] = field(default_factory=list)
+
+    @property
+    def arg_names(self) -> list[str]:
+        return list(self.real.arg_names)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., Compiled]:
+        def run(*arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> Compiled:
+            self.examined.append(len(arguments))
+            names = self.arg_names[len(arguments) :]
+            assert set(names) == set(constants)
+            Compiled(self.seen)[grid](*arguments, *(constants[name] for name in names))
+            return Compiled(self.seen)
+
+        return run
+
+
+@pytest.fixture
+def jit(monkeypatch: Any) -> Jit:
+    """In the place of both kernels."""
+    real = Jit(portable._portable_fwd)
+    monkeypatch.setattr(portable, "_portable_fwd", real)
+    specialised = Jit(hopper._block_sparse_fwd_hopper, real.seen, real.examined)
+    monkeypatch.setattr(hopper, "_block_sparse_fwd_hopper", specialised)
+    return real
+
+
+def plan(window: tuple[int, int, int] = (1, 7, 9)) -> BlockPlan:
+    q = torch.empty(1, 1, 1, 1)
+    made = WindowMethod(window=window, tile=(1, 8, 16)).plan(q, q, CallContext(LAYOUT))
+    return replace(made, order=None)
+
+
+def tensors(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    shape = (2, LAYOUT.length, 3, 64)
+    q, k, v = (torch.randn(shape, generator=source).half().transpose(1, 2) for _ in range(3))
+    return q, k, v
+
+
+def same_arguments(one: tuple[Any, ...], other: tuple[Any, ...], moved: dict[int, Tensor]) -> None:
+    """Equal launches, but for the tensors in `moved`, by address."""
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        if isinstance(a, Descriptor):
+            assert {**vars(a), "base": 0} == {**vars(b), "base": 0}
+            a, b = a.base, b.base
+        if isinstance(a, Tensor):
+            assert b.data_ptr() == moved.get(a.data_ptr(), a).data_ptr()
+            assert (b.shape, b.stride()) == (a.shape, a.stride())
+        else:
+            assert a == b or (a is None and b is None)
+
+
+def test_portable_launch(jit: Jit) -> None:
+    backend = block_sparse.TritonBackend(
+        tile=block_sparse.Tile(64, 4, 2, tma=True), interpreted=True
+    )
+    assert isinstance(backend, PreparingBackend)
+    q, k, v = tensors(0)
+    result, again = backend.prepare(q, k, v, plan(), 0.125)
+    assert again is not None
+    others = tensors(1)
+    repeated = again(*others)
+    fresh, second = jit.seen
+    assert len(jit.examined) == 1
+    olds, news = (q, k, v, *result), (*others, *repeated)
+    same_arguments(fresh, second, {a.data_ptr(): b for a, b in zip(olds, news, strict=True)})
+    assert not {x.data_ptr() for x in result} & {x.data_ptr() for x in repeated}
+
+
+@pytest.mark.parametrize("window", [(1, 7, 9), (2, 16, 16)])
+def test_specialised_launches(jit: Jit, window: tuple[int, int, int]) -> None:
+    """Full entries and, where there are any, partial ones in a second launch."""
+    one = plan(window)
+    q, k, v = (t.contiguous() for t in tensors(0))
+    result = block_sparse._empty(q, v)
+    launches = [hopper.launch(q, k, v, one, 0.125, result)]
+    if one.box is not None:
+        launches.append(hopper.launch(q, k, v, one, 0.125, result, partial=True))
+    count = len(launches)
+    assert count == 1 + (window == (1, 7, 9))
+    repeats = [each.repeatable((q, k, v, *result)) for each in launches]
+    others = tuple(t.contiguous() for t in tensors(1))
+    repeated = block_sparse._again(repeats, *others)
+    olds, news = (q, k, v, *result), (*others, *repeated)
+    moved = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
+    for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
+        same_arguments(before, after, moved)
+    assert len(jit.examined) == count
+
+
+def test_nothing_is_kept_of_the_first_call(jit: Jit) -> None:
+    q, k, v = tensors(0)
+    backend = block_sparse.TritonBackend(interpreted=True)
+    result, again = backend.prepare(q, k, v, plan(), 0.125)
+    assert again is not None
+    kept = [weakref.ref(x) for x in (q, k, v, *result)]
+    del q, k, v, result
+    jit.seen.clear()
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 5
+
+
+def test_one_tensor_in_several_places(jit: Jit) -> None:
+    """Self-attention on one and the same tensor, then on three."""
+    q, _, _ = tensors(0)
+    backend = block_sparse.TritonBackend(interpreted=True)
+    _, again = backend.prepare(q, q, q, plan(), 0.125)
+    assert again is not None
+    others = tensors(1)
+    again(*others)
+    assert [jit.seen[1][n].data_ptr() for n in (1, 2, 3)] == [x.data_ptr() for x in others]
+
+
+def test_orders_and_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> None:
+    q, k, v = tensors(0)
+    backend = block_sparse.TritonBackend(interpreted=True)
+    monkeypatch.setattr(block_sparse, "permute", lambda tensors, order: [order(t) for t in tensors])
+    ordered = WindowMethod(window=(1, 7, 9), tile=(1, 8, 16)).plan(q, k, CallContext(LAYOUT))
+    assert ordered.order is not None
+    assert backend.prepare(q, k, v, ordered, 0.125)[1] is None
+    monkeypatch.setattr(launch, "_REPEATS", False)
+    assert backend.prepare(q, k, v, plan(), 0.125)[1] is None
+
+
+def test_kinds_differ_in_all_that_launches_depend_on() -> None:
+    q, k, v = tensors(0)
+    shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    kinds = [
+        kind(q, k, v),
+        kind(q.contiguous(), k, v),
+        kind(q, k.contiguous(), v),
+        kind(q, k, v.contiguous()),
+        kind(q.float(), k, v),
+        kind(q[:, :, 1:], k, v),
+        kind(q, k[:, :, 1:], v),
+        kind(shifted, k.contiguous(), v.contiguous()),
+        kind(q.contiguous(), k.contiguous(), v.contiguous()),
+        kind(q.clone().requires_grad_(), k, v),
+    ]
+    assert len(set(kinds)) == len(kinds)
+    assert kind(*tensors(1)) == kinds[0]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_prepared_calls_are_those_of_attend(ordered: bool) -> None:
+    """Backends that keep nothing run again, permutations included."""
+    q, k, v = (t.float() for t in tensors(0))
+    one = WindowMethod(window=(1, 7, 9), tile=(1, 8, 16)).plan(q, k, CallContext(LAYOUT))
+    one = one if ordered else replace(one, order=None)
+    out, prepared = prepare(q, k, v, one, backend="reference")
+    others = tuple(t.float() for t in tensors(1))
+    for got, inputs in ((out, (q, k, v)), (prepared.again(*others), others)):
+        expected = attend(*inputs, one, backend="reference")
+        assert isinstance(got, AttentionOutput)
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("window", [(1, 7, 9), (2, 16, 16)])
+def test_repeated_on_the_device(window: tuple[int, int, int]) -> None:
+    """The same bits as a fresh call, also from a CUDA graph."""
+    backend, one = block_sparse.BACKEND, plan(window).to("cuda")
+
+    def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (t.transpose(1, 2).cuda().transpose(1, 2) for t in tensors(seed))
+        return q, k, v
+
+    _, again = backend.prepare(*draw(0), one, 0.125)
+    assert again is not None
+    for seed in (1, 2):
+        got, expected = again(*draw(seed)), backend.run(*draw(seed), one, 0.125)
+        assert all(map(torch.equal, got, expected))
+    static, graph = draw(3), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = again(*static)
+    for tensor, other in zip(static, draw(4), strict=True):
+        tensor.copy_(other)
+    graph.replay()
+    assert all(map(torch.equal, captured, backend.run(*draw(4), one, 0.125)))
