@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -255,3 +256,59 @@ class TestIdentities:
         assert mask[0, 3:, :3].sum() == 0
         assert bool(mask[1, :, :3].all())
         assert torch.equal(mask[0, 3:, 3:], torch.eye(4, dtype=torch.bool))
+
+
+class TestCounts:
+    """Visited blocks against counts that were made elsewhere, for models' grids."""
+
+    FLUX, HUNYUAN, LONGER, WAN = "256x256", "30x48x80", "33x45x80", "21x45x80"
+
+    @pytest.mark.parametrize(
+        ("name", "window", "stride", "tile", "speedup", "full"),
+        [
+            (FLUX, (80, 80), (1, 1), (16, 8), 7.51, 0.50),
+            (FLUX, (80, 80), (1, 1), (8, 8), 8.96, 0.76),
+            (FLUX, (80, 80), (8, 8), (16, 8), 7.51, 0.50),
+            (FLUX, (80, 80), (16, 8), (16, 8), 9.58, 0.87),
+            (FLUX, (80, 80), (16, 16), (16, 8), 10.24, 1.0),
+            (HUNYUAN, (18, 24, 24), (1, 1, 1), (2, 8, 8), 5.44, 0.17),
+            (HUNYUAN, (18, 24, 24), (2, 8, 8), (2, 8, 8), 11.11, 1.0),
+            (HUNYUAN, (18, 24, 24), (16, 8, 8), (2, 8, 8), 11.11, 1.0),
+            (HUNYUAN, (18, 24, 24), (16, 8, 8), (4, 4, 8), 9.38, 0.80),
+            (LONGER, (18, 24, 24), (1, 1, 1), (2, 8, 8), 4.76, 0.0),
+            (LONGER, (18, 24, 24), (2, 8, 8), (2, 8, 8), 9.10, 0.0),
+            (LONGER, (18, 24, 24), (16, 8, 8), (2, 8, 8), 8.88, 0.0),
+            (WAN, (21, 15, 24), (1, 1, 1), (4, 4, 8), 3.80, 0.19),
+            (WAN, (21, 15, 24), (1, 1, 1), (2, 8, 8), 3.86, 0.12),
+            (WAN, (21, 12, 24), (1, 4, 8), (4, 4, 8), 8.51, 0.75),
+            (WAN, (21, 16, 24), (1, 8, 8), (2, 8, 8), 5.66, 0.37),
+            (WAN, (9, 15, 24), (1, 1, 1), (2, 8, 8), 8.49, 0.09),
+            (WAN, (9, 15, 24), (3, 5, 8), (3, 5, 8), 23.3, 1.0),
+            (WAN, (15, 25, 40), (3, 5, 8), (3, 5, 8), 5.04, 1.0),
+        ],
+    )
+    def test_dense_tiles_per_visited_one(
+        self,
+        name: str,
+        window: tuple[int, ...],
+        stride: tuple[int, ...],
+        tile: tuple[int, ...],
+        speedup: float,
+        full: float,
+    ):
+        """Where tiles do not divide the grid the counts elsewhere pad them, and padding masks."""
+        grid, tokens = TokenGrid.parse(name), math.prod(tile)
+        block = 64 if tokens <= 64 else 128
+        plan = plan_on(WindowMethod(window=window, stride=stride, tile=tile, block=block), grid)
+        visited = int(plan.count.sum())
+        assert math.ceil(grid.length / tokens) ** 2 / visited == pytest.approx(speedup, abs=0.05)
+        got = int(plan.full.sum()) / visited
+        divides = plan.q_blocks.n * tokens == grid.length
+        assert got == pytest.approx(full, abs=0.006) or (not divides and got > full)
+
+    def test_dilated_windows_of_whole_tiles(self):
+        """Cosmos-Predict2's list has (16, 4, 16) with a dilation of (1, 11, 5) on 16x44x80."""
+        method = WindowMethod(window=(16, 4, 16), dilation=(1, 11, 5), tile=(4, 4, 8))
+        plan = plan_on(method, TokenGrid(16, 44, 80))
+        assert plan.box is None
+        assert 1 / plan.density == pytest.approx(55)
