@@ -45,16 +45,23 @@ def forced_names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def blocks_for(density: float | None, default: float, frame: Frame) -> int:
-    """How many of the picture's key blocks a density means, rounded down.
+def check_least(value: object) -> None:
+    """Raises unless a least number of blocks is a count."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"Expected least as a number of blocks of at least 0, got {value!r}.")
+
+
+def blocks_for(density: float, frame: Frame, least: int) -> int:
+    """How many of the picture's key blocks a density means: rounded down, and at least so many.
 
     Raises:
-        ValueError: less than one block; a default density, which nobody asked for, means one then.
+        ValueError: less than one block.
     """
-    count = int((default if density is None else density) * frame.candidates + 1e-9)
-    if count < 1 and density is not None:
+    count = max(int(density * frame.candidates + 1e-9), min(least, frame.candidates))
+    if count < 1:
         raise ValueError(
             f"Expected a density of at least {1 / frame.candidates:.3g} for {frame.candidates} key "
-            f"blocks of {frame.blocks.size} tokens, got {density}. Raise it or take smaller blocks."
+            f"blocks of {frame.blocks.size} tokens, got {density}. Raise it, take smaller blocks "
+            "or set least."
         )
-    return max(1, count)
+    return count

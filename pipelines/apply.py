@@ -8,10 +8,19 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dit_sparse.attention import backends
-from dit_sparse.methods import MethodSpec, parse
+from dit_sparse.method import SparseMethod
+from dit_sparse.methods import MethodSpec
 from dit_sparse.pipelines.clock import StepClock
+from dit_sparse.pipelines.defaults import method_for
 from dit_sparse.pipelines.family import families, family_of
-from dit_sparse.pipelines.install import attach, detach, installation_of, prepare, transformer_of
+from dit_sparse.pipelines.install import (
+    attach,
+    attention_modules,
+    detach,
+    installation_of,
+    prepare,
+    transformer_of,
+)
 from dit_sparse.record import Summary
 
 T = TypeVar("T")
@@ -38,7 +47,9 @@ def apply(
         method: a method, the name of one, or a mapping from layer number or `"default"` to either.
             For a pipeline also a mapping from component name (`"transformer"`, `"transformer_2"`)
             to any of these; components left out stay as they are.
-        options: options of a method given by name.
+            A name stands for the method with the defaults of the family, where `defaults.json` has
+            some: options, dense layers and, for a pipeline, dense steps.
+        options: options of a method given by name, in place of those of the family.
         backend: name of the only attention backend to use; `None` for the best one per call.
         steps: number of denoising steps, where the pipeline cannot say.
         hoist: put tokens into the order of the plans once per forward, where all layers share one;
@@ -56,11 +67,18 @@ def apply(
     transformers = transformers_of(target)
     specs = _per_component(method, transformers)
     pipeline = None if isinstance(target, nn.Module) else target
+
+    def method_of(name: str, spec: Any) -> SparseMethod:
+        timed = pipeline is not None or steps is not None
+        family = family_of(transformers[name])
+        layers = len(attention_modules(transformers[name], family))
+        return method_for(family.name, spec, options, layers=layers, timed=timed)
+
     # Everything that can be refused is refused before anything is changed.
     prepared = [
         (
             transformers[name],
-            prepare(transformers[name], parse(spec, options), backend),
+            prepare(transformers[name], method_of(name, spec), backend),
             StepClock(pipeline, steps),
         )
         for name, spec in specs.items()

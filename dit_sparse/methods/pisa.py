@@ -37,6 +37,7 @@ class PisaMethod:
         prior: added to the scores: nothing, or the logarithm of the norm of each block's key-value
             covariance, as it is (norm, the public code) or less the mean one (deviation, the
             paper).
+        least: blocks that a density reads at least; 0 refuses one of less than a block.
         forced: blocks read in any case, among self, neighbours and first_frame; they take part of
             the density.
         order: order of the picture's tokens, one of raster, FHW and the other axis orders, tile,
@@ -53,6 +54,7 @@ class PisaMethod:
     mass: float | None = None
     tail: Tail = "first"
     prior: Literal["none", "norm", "deviation"] = "none"
+    least: int = 0
     forced: tuple[str, ...] = ()
     order: str = "hilbert"
     block: int = 128
@@ -72,6 +74,7 @@ class PisaMethod:
         options.check_choice("tail", self.tail, ("none", "zeroth", "first", "block"))
         options.check_choice("prior", self.prior, ("none", "norm", "deviation"))
         options.check_choice("order", self.order, orders.NAMES)
+        options.check_least(self.least)
         options.check_block(self.block)
         options.check_reuse(self.reuse_steps)
         object.__setattr__(self, "forced", options.forced_names(self.forced))
@@ -97,13 +100,18 @@ class PisaMethod:
         if self.mass is not None:
             chosen = selection.top_p(scores.nan_to_num(posinf=_most(scores)), self.mass)
         else:
-            count = options.blocks_for(self.density, _DEFAULT_DENSITY, frame)
+            count = self._count(frame)
             chosen = selection.top_k(scores, count)
             room = count if forced is None else None
         if forced is not None:
             chosen = chosen | forced
         level = chosen.to(torch.uint8)
         return selection.plan_of_selection(level, frame, room=room, tail=self.tail)
+
+    def _count(self, frame: Frame) -> int:
+        if self.density is None:  # nobody asked for so few
+            return options.blocks_for(_DEFAULT_DENSITY, frame, max(1, self.least))
+        return options.blocks_for(self.density, frame, self.least)
 
     def _prior(self, k: Tensor, ctx: CallContext, frame: Frame, heads: int) -> Tensor:
         if ctx.values is None:

@@ -37,6 +37,8 @@ class PsaMethod:
         similarity: thresholds of the likeness of keys for the levels 2, 4 and 8: a block of less
             likeness is read at a finer level; none for no such cap.
         skipped: whether skipped blocks are dropped or read as one mean each (mean).
+        least: blocks that shares of the blocks mean at least, the first level taking them; 0
+            refuses ends of less than a block.
         forced: blocks read exactly in any case, among self, neighbours and first_frame.
         order: order of the picture's tokens, one of raster, FHW and the other axis orders, tile,
             morton, hilbert.
@@ -55,6 +57,7 @@ class PsaMethod:
     norm: Norm = "softmax"
     similarity: tuple[float, ...] | None = None
     skipped: Literal["drop", "mean"] = "drop"
+    least: int = 0
     forced: tuple[str, ...] = ()
     order: str = "hilbert"
     block: int = 128
@@ -74,6 +77,7 @@ class PsaMethod:
         options.check_choice("norm", self.norm, ("softmax", "max"))
         options.check_choice("skipped", self.skipped, ("drop", "mean"))
         options.check_choice("order", self.order, orders.NAMES)
+        options.check_least(self.least)
         options.check_block(self.block)
         options.check_reuse(self.reuse_steps)
         object.__setattr__(self, "forced", options.forced_names(self.forced))
@@ -124,22 +128,25 @@ class PsaMethod:
         return sampled_importance(q, k, frame, norm=self.norm, seed=seed)
 
     def _ends_on(self, frame: Frame) -> dict[int, float]:
-        """Ends by factor; a default too small for a small picture reads one block exactly."""
+        """Ends by factor; the default ones read one block of a small picture, if no more."""
         ends = dict(zip(_FACTORS, self.ends, strict=True))
-        if self.allocation == "mass" or int(self.ends[-1] * frame.candidates + 1e-9) >= 1:
+        if self.allocation == "mass":
             return ends
-        if self.ends != PsaMethod.ends:
+        least = max(self.least, int(self.ends == PsaMethod.ends))
+        most = frame.candidates
+        if least == 0 and int(self.ends[-1] * most + 1e-9) < 1:
             raise ValueError(
-                f"Expected ends of at least {1 / frame.candidates:.3g} for {frame.candidates} key "
-                f"blocks of {self.block} tokens, got {self.ends}. Raise the last end or take "
-                "smaller blocks."
+                f"Expected ends of at least {1 / most:.3g} for {most} key blocks of {self.block} "
+                f"tokens, got {self.ends}. Raise the last end, take smaller blocks or set least."
             )
-        return {factor: max(end, 1 / frame.candidates) for factor, end in ends.items()}
+        if int(self.ends[-1] * most + 1e-9) >= least:
+            return ends
+        return {factor: max(end, min(1.0, least / most)) for factor, end in ends.items()}
 
     def _room(self, frame: Frame) -> int | None:
         if self.allocation == "mass" or self.forced:
             return None
-        return max(1, int(self.ends[-1] * frame.candidates + 1e-9))
+        return max(1, self.least, int(self.ends[-1] * frame.candidates + 1e-9))
 
 
 def _ends(value: object) -> tuple[float, ...]:

@@ -322,3 +322,14 @@ def test_a_density_of_less_than_one_block():
     q, k, _ = qkv("image")
     with pytest.raises(ValueError, match=r"at least 0.25 for 4 key blocks of 64 tokens, got 0.2\."):
         PisaMethod(density=0.2, block=64).plan(q, k, CallContext(LAYOUTS["image"]))
+
+
+def test_least():
+    q, k, _ = qkv("image")
+    context = CallContext(LAYOUTS["image"])
+    for least, count in ((1, 1), (3, 3), (99, 4)):
+        plan = PisaMethod(density=0.2, least=least, block=64).plan(q, k, context)
+        assert bool((plan.count == count).all())
+    assert bool((PisaMethod(block=64).plan(q, k, context).count == 1).all())
+    with pytest.raises(ValueError, match="least as a number of blocks"):
+        PisaMethod(least=-1)

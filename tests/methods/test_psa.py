@@ -246,3 +246,11 @@ def test_ends_of_less_than_one_block():
     method = PsaMethod(ends=(0.0, 0.0, 0.1, 0.2), block=64)
     with pytest.raises(ValueError, match=r"at least 0\.25 for 4 key blocks of 64 tokens"):
         method.plan(q, k, CallContext(LAYOUTS["image"]))
+
+
+def test_least():
+    q, k, _ = qkv("image")
+    for least, count in ((1, 1), (3, 3), (99, 4)):
+        method = PsaMethod(ends=(0.0, 0.0, 0.1, 0.2), least=least, block=64)
+        level = levels_of(method.plan(q, k, CallContext(LAYOUTS["image"])))
+        assert bool(((level == 1).sum(-1) == count).all())
