@@ -31,12 +31,12 @@ class Launch:
     Args:
         kernel: the compiled kernel; `None` where launches cannot be repeated, as in Triton's
             interpreter.
-        grid: number of programs.
+        grid: number of programs along three axes, which a compiled kernel wants all.
         arguments: in the order of the kernel's parameters.
     """
 
     kernel: Any
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
 
     def repeatable(self, tensors: Sequence[Tensor]) -> Repeat | None:
@@ -99,7 +99,7 @@ def launch(
     kernel = jit[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
-    return Launch(kernel if _REPEATS else None, (programs,), whole)
+    return Launch(kernel if _REPEATS else None, (programs, 1, 1), whole)
 
 
 def _without_base(descriptor: Any) -> dict[str, Any]:

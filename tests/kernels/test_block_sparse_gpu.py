@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.attention import attend, select_backend
+from dit_sparse.attention import attend, prepare, select_backend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.grid import Permutation
 from dit_sparse.plan import BlockPlan, Blocks
@@ -78,6 +78,15 @@ class TestCompiled:
         backend, refusals = select_backend(q, k, v, plan)
         assert (backend.name, refusals) == ("triton", ())
         check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
+
+    @pytest.mark.parametrize("block", [64, 128])
+    @pytest.mark.parametrize("box", [False, True])
+    def test_repeated_launches(self, block: int, box: bool):
+        plan, (q, k, v) = on_gpu(Case(64, block, block, torch.bfloat16, box=box, tokens=2304))
+        first, prepared = prepare(q, k, v, plan)
+        check_on_gpu(first, q, k, v, plan)
+        q, k, v = (x.roll(7, dims=2) for x in (q, k, v))
+        check_on_gpu(prepared.again(q, k, v), q, k, v, plan)
 
     @pytest.mark.parametrize("head_dim", [64, 72, 128])
     @pytest.mark.parametrize("box", [False, True])

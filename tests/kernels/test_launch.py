@@ -36,8 +36,9 @@ class Compiled:
 
     seen: list[tuple[Any, ...]]
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return lambda *arguments: self.seen.append((grid, *arguments))
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        x, y, z = grid  # a compiled kernel, unlike a function, wants all three
+        return lambda *arguments: self.seen.append(((x, y, z), *arguments))
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Jit:
             self.examined.append(len(arguments))
             names = self.arg_names[len(arguments) :]
             assert set(names) == set(constants)
-            Compiled(self.seen)[grid](*arguments, *(constants[name] for name in names))
+            Compiled(self.seen)[(*grid, 1, 1)](*arguments, *(constants[name] for name in names))
             return Compiled(self.seen)
 
         return run
