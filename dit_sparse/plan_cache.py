@@ -63,10 +63,12 @@ class _LayoutPlans:
 
     Args:
         plans: by the method that plans the layer and, where it asks for that, the layer.
+        by_layer: the same again by layer, which spares looking for the method and hashing it.
         order: the order that all of them share, once it was asked for.
     """
 
     plans: dict[tuple[SparseMethod, int | None], PlannedCall] = field(default_factory=dict)
+    by_layer: dict[int, PlannedCall] = field(default_factory=dict)
     order: TokenOrder | str | Literal[False] | None = False
 
 
@@ -95,14 +97,18 @@ class PlanCache:
 
     def get(self, q: Tensor, k: Tensor, context: CallContext) -> PlannedCall:
         """The plan of a call on q, k `[B, H, N, D]`."""
+        kept = self._of(context.layout, q.device)
+        planned = kept.by_layer.get(context.layer)
+        if planned is not None:
+            return planned
         method = self._serving(context)
         if method.scope == "call":
             return self._reuse.get(method, q, context, lambda: _planned(method, q, k, context))
-        plans = self._of(context.layout, q.device).plans
         key = (method, context.layer if method.scope == "layer" else None)
-        if key not in plans:
-            plans[key] = _planned(method, q, k, context)
-        return plans[key]
+        if key not in kept.plans:
+            kept.plans[key] = _planned(method, q, k, context)
+        kept.by_layer[context.layer] = kept.plans[key]
+        return kept.plans[key]
 
     def order(self, q: Tensor, layout: TokenLayout, layers: int) -> TokenOrder | str | None:
         """The order that the plans of all layers share, before any layer has run.

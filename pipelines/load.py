@@ -87,9 +87,12 @@ def _set_attn_processor(
     *,
     backend: str | None = None,
     steps: int | None = None,
+    hoist: bool = True,
 ) -> Any:
     """Makes the pipeline sparse: `dit_sparse.apply` as a method. Returns the pipeline."""
-    return apply_module.apply(self, method, options=options, backend=backend, steps=steps)
+    return apply_module.apply(
+        self, method, options=options, backend=backend, steps=steps, hoist=hoist
+    )
 
 
 def __getattr__(name: str) -> Any:
