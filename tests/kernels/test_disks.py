@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dit_sparse import attention
 from dit_sparse.attention import attend
 from dit_sparse.backend import Backend
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
@@ -113,6 +114,25 @@ def test_the_portable_kernel(change, dtype: torch.dtype):
     tiles = pytest.importorskip("dit_sparse.kernels.tiles")
     tile = tiles.Tile(32, warps=4, stages=1, tma=False)
     compare(change(disk_plan()), block_sparse.TritonBackend(tile=tile, interpreted=True), dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_calls_that_are_repeated(name: str, monkeypatch: pytest.MonkeyPatch):
+    """With the plan's mask and its factor on the scale, first and again."""
+    block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+    tiles = pytest.importorskip("dit_sparse.kernels.tiles")
+    tile = tiles.Tile(32, warps=4, stages=1, tma=False)
+    triton = block_sparse.TritonBackend(tile=tile, interpreted=True)
+    monkeypatch.setattr(attention, "backends", lambda: (triton, ReferenceBackend()))
+    plan = replace(disk_plan(), scale=1.3)
+    q, k, v = tensors(torch.float32)
+    first, prepared = attention.prepare(q, k, v, plan, backend=name)
+    assert prepared.backend.name == name
+    for got, (a, b, c) in ((first, (q, k, v)), (prepared.again(v, q, k), (v, q, k))):
+        expected, lse = masked_attention(a, b, c, plan.to_mask(), 1.3 * 32**-0.5)
+        torch.testing.assert_close(got.out.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-4)
 
 
 def test_plans_with_disks_are_kept(tmp_path: Path):

@@ -12,39 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse import tiling
-from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
+from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
-from dit_sparse.plan_check import check
+from tests.methods.layouts import layouts, plan_on
+from tests.window_oracle import axis_keys, product_reads, sequence_mask
 
 AXES = ("frames", "height", "width")
 REAL_GRIDS = ["21x45x80", "33x45x80", "21x30x52", "13x30x45", "64x64", "83x83", "30x48x80"]
-
-
-def plan_on(method: WindowMethod, layout: TokenLayout | TokenGrid) -> BlockPlan:
-    layout = TokenLayout((layout,)) if isinstance(layout, TokenGrid) else layout
-    q = torch.empty(1, 1, 1, 1)
-    return method.plan(q, q, CallContext(layout))
-
-
-def axis_keys(extent: int, window: int, stride: int) -> list[set[int]]:
-    """The keys of each position of one axis (generalized neighbourhood attention, 2504.16922).
-
-    Groups of `stride` queries share the window of their middle one (the right one of two), an
-    even window holds one key more on the left, and windows are pushed inwards at the borders.
-    """
-    rows = []
-    for position in range(extent):
-        group = position // stride
-        leader = min(group * stride + stride // 2, extent - 1)
-        start = leader - window // 2
-        if start < 0:
-            start = 0
-        if start + window > extent:
-            start = extent - window
-        rows.append({start + n for n in range(window)})
-    return rows
 
 
 def reached(rows: list[set[int]], start: int) -> set[int]:
@@ -54,36 +30,6 @@ def reached(rows: list[set[int]], start: int) -> set[int]:
         new = set().union(*(rows[position] for position in new)) - found
         found |= new
     return found
-
-
-def brute_force(
-    layout: TokenLayout, window: tuple[int, ...], stride: tuple[int, ...]
-) -> list[list[list[bool]]]:
-    """`[batch][query][key]` in the order of the sequence."""
-    axes = [axis_keys(*a) for a in zip(layout.grid.shape, window, stride, strict=True)]
-    places: list[tuple[int, ...] | None] = []  # None: text or a reference image
-    padding: list[list[bool]] = [[] for _ in range(layout.batch or 1)]
-    found = False
-    for segment in layout.segments:
-        if isinstance(segment, TokenGrid) and not found:
-            places += itertools.product(*map(range, segment.shape))
-            found = True
-        else:
-            places += [None] * segment.length
-        for entry, row in enumerate(padding):
-            valid = segment.valid if isinstance(segment, TextSpan) else None
-            real = segment.length if valid is None else valid[entry]
-            row += [n >= real for n in range(segment.length)]
-
-    def reads(q: tuple[int, ...] | None, k: tuple[int, ...] | None) -> bool:
-        if q is None or k is None:
-            return True
-        return all(b in axis[a] for axis, a, b in zip(axes, q, k, strict=True))
-
-    return [
-        [[not pad and reads(q, k) for k, pad in zip(places, keys, strict=True)] for q in places]
-        for keys in padding
-    ]
 
 
 class TestDefinition:
@@ -119,9 +65,9 @@ class TestDefinition:
         layout = data.draw(layouts(TokenGrid(*shape)))
         block = data.draw(st.sampled_from([64, 128]))
         method = WindowMethod(window=window, stride=stride, tile=tile, block=block)
-        plan = check(plan_on(method, layout))
-        expected = torch.tensor(brute_force(layout, window, stride))
-        assert torch.equal(plan.to_mask()[:, 0], expected)
+        plan = plan_on(method, layout)
+        axes = [axis_keys(*axis) for axis in zip(shape, window, stride, strict=True)]
+        assert torch.equal(plan.to_mask()[:, 0], sequence_mask(layout, product_reads(axes)))
 
     @pytest.mark.parametrize("shape", [(5, 12, 14), (1, 33, 31), (9, 8, 8)])
     @pytest.mark.parametrize(("share", "stride"), [(0.3, 1), (0.5, 2), (0.6, 3)])
@@ -177,21 +123,6 @@ class TestDefinition:
         assert plan.box is None
         assert not plan.partial.any()
         assert plan.density == pytest.approx(3 * 6 * 12 / (4 * 8 * 16))
-
-
-@st.composite
-def layouts(draw: st.DrawFn, grid: TokenGrid) -> TokenLayout:
-    """Text before and after a grid, padded or not, and reference images."""
-    batch = draw(st.sampled_from([1, 2]))
-
-    def text() -> list[TextSpan]:
-        length = draw(st.integers(0, 4))
-        padded = draw(st.booleans())
-        valid = tuple(draw(st.integers(0, length)) for _ in range(batch)) if padded else None
-        return [TextSpan(length, valid)]
-
-    references = draw(st.sampled_from([[], [TokenGrid(1, 2, 2)], [TokenGrid(1, 1, 3)] * 2]))
-    return TokenLayout((*text(), grid, *references, *text()))
 
 
 def test_plans_are_made_on_the_device_of_the_queries():
