@@ -183,7 +183,9 @@ def test_other_versions(saved, version):
         load_plan(saved)
 
 
-@pytest.mark.parametrize("field", ["q_size", "k_size", "tail", "guard", "factors", "tensors", "sha256"])
+@pytest.mark.parametrize(
+    "field", ["q_size", "k_size", "tail", "guard", "factors", "tensors", "sha256"]
+)
 @pytest.mark.parametrize("value", [..., 1.5])
 def test_missing_and_mistyped_fields(saved, field, value):
     rewrite(saved, **{field: value})
