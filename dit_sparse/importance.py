@@ -53,21 +53,48 @@ def sampled_importance(
     at_q = sampled_tokens(frame, heads, count, seed)
     at_k = sampled_tokens(frame, heads, count, seed + 1)
     keys = _take(k.repeat_interleave(heads // k.shape[1], dim=1), at_k.flatten(1))
+    if q.is_cuda and count <= 64:
+        try:
+            from dit_sparse.kernels.importance import sampled_maximum
+        except ImportError:  # no Triton
+            pass
+        else:
+            importance = sampled_maximum(
+                _take(q, at_q.flatten(1)),
+                keys,
+                count,
+                scale=dim**-0.5,
+                softmax=norm == "softmax",
+                hidden=frame.hidden,
+            )
+            return _normalised(importance)
     hidden = None if frame.hidden is None else frame.hidden[:, None, None]
     rows = max(1, _CHUNK // (batch * heads * count * count * blocks.n))
     parts = []
     for at in at_q.split(rows, dim=1):
         queries = _take(q, at.flatten(1)) * dim**-0.5
-        scores = (queries @ keys.transpose(-2, -1)).float()
-        scores = scores.view(batch, heads, -1, blocks.n, count)
-        best = scores.amax(-1)  # [B, H, queries, n]
-        if hidden is not None:
-            best = best.masked_fill(hidden, -torch.inf)
-            scores = scores.masked_fill(hidden[..., None], -torch.inf)
-        base = best.amax(-1) if norm == "max" else scores.flatten(-2).logsumexp(-1)
-        weight = (best - base[..., None]).exp()
-        parts.append(weight.unflatten(2, (-1, count)).amax(3))
-    importance = torch.cat(parts, dim=2)
+        parts.append(_maximum(queries, keys, count, norm, hidden))
+    return _normalised(torch.cat(parts, dim=2))
+
+
+def _maximum(
+    queries: Tensor, keys: Tensor, count: int, norm: Norm, hidden: Tensor | None
+) -> Tensor:
+    """What `kernels.importance.sampled_maximum` computes, all scores of some query blocks formed.
+
+    Args:
+        hidden: bool `[1 or B, 1, 1, n]`.
+    """
+    scores = (queries @ keys.transpose(-2, -1)).float().unflatten(-1, (-1, count))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden[..., None], -torch.inf)
+    best = scores.amax(-1)  # [B, H, queries, n]
+    base = best.amax(-1) if norm == "max" else scores.flatten(-2).logsumexp(-1)
+    weight = (best - base[..., None]).exp()
+    return weight.unflatten(2, (-1, count)).amax(3)
+
+
+def _normalised(importance: Tensor) -> Tensor:
     return importance / importance.sum(-1, keepdim=True).clamp(min=1e-30)
 
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 
 from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels.tiles import choose_tile
@@ -92,6 +93,7 @@ def approximations() -> Iterator[Variant]:
     for head_dim in (64, 128):
         for capability in (80, 90):
             yield Variant("means", capability, head_dim, ragged=True)
+            yield Variant("importance", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
@@ -102,13 +104,20 @@ def approximation(variant: Variant) -> Report:
     dim = variant.head_dim
     functions = {
         "means": (_means_fwd, 4),
+        "importance": (_importance_fwd, 8),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BLOCK_M": Q_BLOCK}
     constants |= {"BLOCK_N": 64, "CHUNK": 64, "SIZE": K_BLOCK, "LOG_SIZE": 7, "COLUMNS": 64}
-    constants |= {"ROWS": 64, "SUB": K_BLOCK // 64, "FACTORS": 14, "N_FACTORS": 3}
+    constants |= {"COUNT": 32, "SOFTMAX": True}
+    constants |= {
+        "ROWS": 128 if variant.kernel == "importance" else 64,
+        "SUB": K_BLOCK // 64,
+        "FACTORS": 14,
+        "N_FACTORS": 3,
+    }
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     kernel = triton.compile(
@@ -172,7 +181,15 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
     if descriptor is None and "k_desc" in names:
         constants |= {"k_desc": None, "v_desc": None}
     sixteen = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "pooled_ptr", "slope_ptr", "each_ptr")
-    sums = ("means_ptr", "k_mean_ptr", "v_mean_ptr", "sum_ptr", "centre_ptr", "squares_ptr")
+    sums = (
+        "means_ptr",
+        "k_mean_ptr",
+        "v_mean_ptr",
+        "sum_ptr",
+        "centre_ptr",
+        "squares_ptr",
+        "importance_ptr",
+    )
     pointers = dict.fromkeys(sixteen, "*bf16") | dict.fromkeys(sums, "*fp32")
     pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr"), "*u8")
     pointers |= dict.fromkeys(("lse_ptr", "norm_ptr", "longest_ptr"), "*fp32") | {

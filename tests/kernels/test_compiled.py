@@ -70,7 +70,7 @@ def test_the_portable_kernel_fits_ampere(reports):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_pooled_entries_and_tails_use_the_matrix_units(reports, capability: int):
-    for kernel in ("approximate", "covariance"):
+    for kernel in ("approximate", "covariance", "importance"):
         for report in chosen(reports, kernel, capability):
             counts = report["counts"]
             assert counts["hgmma" if capability == 90 else "mma"] > 0, report
