@@ -27,12 +27,14 @@ class Tokens:
         items: which elements of a tuple; `None` for all.
         grid: whether the tokens stand along three dimensions (frames, height, width), of which
             `axis` is the first, as a convolution leaves them.
+        optional: whether some transformers of the family do without this module.
     """
 
     name: str
     axis: int = 1
     items: tuple[int, ...] | None = None
     grid: bool = False
+    optional: bool = False
 
 
 def never(transformer: nn.Module, arguments: Mapping[str, Any]) -> str | None:

@@ -111,7 +111,12 @@ class Entrance:
             closed = "it is not known where the tokens of this family enter"
         if facts is None or closed is not None:
             return Entrance(session, Hoist(), heads, (), closed)
-        there = [t for t in facts.outputs if hasattr(transformer, t.name)]
+        places = (*facts.outputs, Tokens(facts.leaves))
+        lacking = [t for t in places if not hasattr(transformer, t.name)]
+        if not all(t.optional for t in lacking):
+            closed = f"it has no module {next(t.name for t in lacking if not t.optional)}"
+            return Entrance(session, Hoist(), heads, (), closed)
+        there = [t for t in facts.outputs if t not in lacking]
         gates = [Gate(session, tokens, number) for number, tokens in enumerate(there)]
         gates.append(Gate(session, Tokens(facts.leaves), _EXIT))
         entrance = Entrance(session, facts, heads, tuple(gates))

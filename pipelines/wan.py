@@ -46,7 +46,7 @@ FAMILY = Family(
         outputs=(
             Tokens("rope"),
             Tokens("patch_embedding", axis=2, grid=True),
-            Tokens("vace_patch_embedding", axis=2, grid=True),
+            Tokens("vace_patch_embedding", axis=2, grid=True, optional=True),
         ),
         refuses=short_control,
     ),

@@ -22,8 +22,8 @@ from dit_sparse.method import CallContext
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.orders import axes, lift, tile
-from dit_sparse.pipelines.family import families, family_of
-from dit_sparse.pipelines.hoist import replaced
+from dit_sparse.pipelines.family import Hoist, Tokens, families, family_of
+from dit_sparse.pipelines.hoist import Entrance, replaced
 from dit_sparse.pipelines.install import installation_of
 from dit_sparse.pipelines.tiny import tiny_call, tiny_names
 from dit_sparse.plan import BlockPlan
@@ -258,6 +258,48 @@ def test_training_permutes_in_the_layer(tiny: Any) -> None:
     dit_sparse.apply(transformer, HALF)
     transformer(**wan_arguments(transformer.config))
     assert set(dit_sparse.summary(transformer).permuted) == {"gradients are enabled"}
+
+
+@torch.no_grad()
+def test_reference_images_stay_where_they_are(tiny: Any) -> None:
+    transformer = tiny("qwen_image").transformer
+    arguments = {
+        "hidden_states": torch.randn(2, 6 * 9 + 4 * 5 + 3, 64),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "img_shapes": [[(1, 6, 9), (1, 4, 5), (1, 1, 3)]] * 2,
+    }
+    summary = compare(transformer, arguments)
+    assert summary.hoisted == summary.sparse > 0
+    config = dict(transformer.config) | {"zero_cond_t": True}  # other modulation of references
+    del config["_use_default_values"]
+    transformer = diffusers.QwenImageTransformer2DModel.from_config(config)
+    assert transformer.zero_cond_t
+    summary = compare(transformer, arguments)
+    assert summary.hoisted == summary.sparse > 0
+
+
+def test_consisid_faces_attend_token_by_token(tiny: Any) -> None:
+    config = dict(tiny("cogvideox").transformer.config)
+    names = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels")
+    names += ("time_embed_dim", "text_embed_dim", "sample_width", "sample_height", "sample_frames")
+    transformer = diffusers.ConsisIDTransformer3DModel(
+        **{name: config[name] for name in names}, num_layers=2, max_text_seq_length=7
+    )
+    arguments = {
+        "hidden_states": torch.randn(1, 3, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(1, 7, 32),
+        "timestep": torch.tensor([5]),
+    }
+    assert compare(transformer, arguments).hoisted == 2
+
+
+def test_a_model_without_an_entrance_that_is_known(tiny: Any) -> None:
+    transformer = tiny("dit").transformer
+    entrance = Entrance.of(transformer, Hoist(outputs=(Tokens("rope"),)), Any, 2)  # type: ignore[arg-type]
+    assert (entrance.closed, entrance.gates) == ("it has no module rope", ())
+    entrance = Entrance.of(transformer, Hoist(leaves="proj"), Any, 2)  # type: ignore[arg-type]
+    assert entrance.closed == "it has no module proj"
 
 
 @torch.no_grad()
