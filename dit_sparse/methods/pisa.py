@@ -38,8 +38,8 @@ class PisaMethod:
             covariance, as it is (norm, the public code) or less the mean one (deviation, the
             paper).
         least: blocks that a density reads at least; 0 refuses one of less than a block.
-        forced: blocks read in any case, among self, neighbours and first_frame; they take part of
-            the density.
+        forced: blocks read in any case, among self, neighbours and first_frame; they are part of
+            the density, and come on top of a mass.
         order: order of the picture's tokens, one of raster, FHW and the other axis orders, tile,
             morton, hilbert.
         block: tokens of a block, 64 as in the paper or 128, which is faster on Hopper.
@@ -94,15 +94,15 @@ class PisaMethod:
             scores = scores + self._prior(k, ctx, frame, q.shape[1])[:, :, None]
         scores = selection.of_picture(scores, frame)
         forced = selection.forced_blocks(frame, self.forced)
-        if forced is not None:
-            scores = scores.masked_fill(forced, torch.inf)
         room = None
         if self.mass is not None:
-            chosen = selection.top_p(scores.nan_to_num(posinf=_most(scores)), self.mass)
+            chosen = selection.top_p(scores, self.mass)
         else:
             count = self._count(frame)
-            chosen = selection.top_k(scores, count)
             room = count if forced is None else None
+            # Forced blocks come first, and the others get what is left of the density.
+            first = scores if forced is None else scores.masked_fill(forced, torch.inf)
+            chosen = selection.top_k(first, count)
         if forced is not None:
             chosen = chosen | forced
         level = chosen.to(torch.uint8)
@@ -121,7 +121,3 @@ class PisaMethod:
             )
         norms = selection.covariance_norms(k, ctx.values, frame, centred=self.prior == "deviation")
         return (norms + 1e-5).log().repeat_interleave(heads // k.shape[1], dim=1)
-
-
-def _most(scores: Tensor) -> float:
-    return float(torch.finfo(scores.dtype).max)

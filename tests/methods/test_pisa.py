@@ -277,6 +277,17 @@ class TestSelection:
         }[forced[0]]
         assert bool((plan.visited | ~wanted).all())
 
+    def test_forced_blocks_are_part_of_the_density_and_on_top_of_the_mass(self):
+        q, k, _ = qkv("image")
+        context = CallContext(self.LAYOUT)
+        half = PisaMethod(density=0.5, forced=("self",), block=64).plan(q, k, context)
+        assert bool((half.count == 2).all())
+        free, more = (
+            PisaMethod(mass=0.6, forced=forced, block=64).plan(q, k, context).visited
+            for forced in ((), ("self",))
+        )
+        assert torch.equal(more, free | torch.eye(4, dtype=torch.bool))
+
     def test_rows_follow_mass(self):
         """A query block whose scores are peaked reads less than one whose scores are flat."""
         q, k, _ = qkv("image")

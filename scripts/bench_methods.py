@@ -1,0 +1,121 @@
+"""Times methods that plan from q and k against dense attention: JSON lines.
+
+    python scripts/bench_methods.py >> benchmarks/methods.jsonl
+
+Selection and summaries are inside the times. q, k and v are random: the speed of the methods does
+not depend on them where the number of blocks is fixed, their error does and is not reported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
+
+from dit_sparse import methods
+from dit_sparse.attention import attend, select_backend
+from dit_sparse.bench import environment, time_interleaved
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+
+GRIDS = (  # tokens, heads
+    ("11x32x48", 24),  # 16,896
+    ("21x30x52", 12),  # 32,760
+    ("16x32x64", 12),  # 32,768
+    ("29x64x64", 24),  # 118,784
+)
+PYRAMID = {"ends": (0.05, 0.10, 0.15, 0.25)}
+METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("pisa", {"density": 0.2, "tail": "none"}),
+    ("pisa", {"density": 0.2, "tail": "zeroth"}),
+    ("pisa", {"density": 0.2, "tail": "first"}),
+    ("pisa", {"density": 0.2, "tail": "first", "prior": "norm"}),
+    ("pisa", {"density": 0.1, "tail": "zeroth"}),
+    ("pisa", {"density": 0.1, "tail": "first"}),
+    ("psa", PYRAMID),
+    ("psa", PYRAMID | {"skipped": "mean"}),
+    ("psa", PYRAMID | {"importance": "means"}),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random q, k, v `[1, H, N, D]` in bf16 for a video of this grid."""
+
+    grid: str
+    heads: int
+    head_dim: int
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout.of(TokenGrid.parse(self.grid))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        shape = (1, self.layout.length, self.heads, self.head_dim)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def measure(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row per method: its time with and without planning, and that of dense attention."""
+    q, k, v = problem.tensors()
+    context = CallContext(problem.layout, step=0, steps=1, values=v)
+    for name, options in METHODS:
+        method = methods.create(name, options)
+        plan = method.plan(q, k, context)
+        backend, _ = select_backend(q, k, v, plan)
+        variants: dict[str, Callable[[], Any]] = {
+            "dense": lambda: dense(q, k, v),
+            "whole": lambda method=method: attend(q, k, v, method.plan(q, k, context)),
+            "attend": lambda plan=plan: attend(q, k, v, plan),
+            "plan": lambda method=method: method.plan(q, k, context),
+        }
+        timings = time_interleaved(variants, "cuda", rounds=rounds)
+        yield {
+            "method": name,
+            "options": options,
+            "grid": problem.grid,
+            "tokens": problem.layout.length,
+            "heads": problem.heads,
+            "head_dim": problem.head_dim,
+            "density": plan.density,
+            "backend": backend.name,
+            **{f"{variant}_ms": timing.median for variant, timing in timings.items()},
+            "spread": max(timing.spread for timing in timings.values()),
+            "speedup": timings["dense"].median / timings["whole"].median,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[128])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("Expected an NVIDIA GPU, got none.")
+    where = environment("cuda")
+    for grid, heads in GRIDS:
+        for head_dim in arguments.head_dim:
+            for row in measure(Problem(grid, heads, head_dim), arguments.rounds):
+                print(json.dumps(row | {"environment": where}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
