@@ -130,19 +130,14 @@ def approximation(variant: Variant) -> Report:
 
 def compiled(variant: Variant) -> Report:
     """Compiles a variant as its launcher would."""
+    masked = variant.box or variant.disk
     if variant.kernel == "hopper":
         function, warps, stages = _block_sparse_fwd_hopper, 4, 2
         tile, keys, tma = [K_BLOCK, variant.head_dim], K_BLOCK, True
     else:
         function = _portable_fwd
-        chosen = choose_tile(
-            divmod(variant.capability, 10),
-            variant.head_dim,
-            2,
-            Q_BLOCK,
-            K_BLOCK,
-            boxed=variant.box or variant.disk,
-        )
+        sizes = (variant.head_dim, 2, Q_BLOCK, K_BLOCK)
+        chosen = choose_tile(divmod(variant.capability, 10), *sizes, boxed=masked)
         warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
         tile = [1, 1, keys, variant.head_dim]
     constants = {
@@ -155,7 +150,7 @@ def compiled(variant: Variant) -> Report:
         "SUB": K_BLOCK // keys,
         "FULL": variant.full,
         "RAGGED": variant.ragged,
-        "HAS_BOX": variant.box or variant.disk,
+        "HAS_BOX": masked,
         "DISK": variant.disk,
         "HAS_ORDER": variant.order,
         "TMA": tma,
