@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from dit_sparse import methods, models
     from dit_sparse.attention import attend, dense_attention
     from dit_sparse.backend import AttentionOutput, Backend
+    from dit_sparse.calibration import Calibration
     from dit_sparse.grid import Permutation, TextSpan, TokenGrid, TokenLayout
     from dit_sparse.method import CallContext, SparseMethod
     from dit_sparse.pipelines.apply import apply, remove, summary
+    from dit_sparse.pipelines.calibrate import calibrate
     from dit_sparse.pipelines.load import load
     from dit_sparse.pipelines.mapping import SparseAttnProcessor
     from dit_sparse.plan import BlockPlan
@@ -30,6 +32,7 @@ _HOMES = {
     "AttentionOutput": "dit_sparse.backend",
     "Backend": "dit_sparse.backend",
     "BlockPlan": "dit_sparse.plan",
+    "Calibration": "dit_sparse.calibration",
     "CallContext": "dit_sparse.method",
     "Permutation": "dit_sparse.grid",
     "SparseAttnProcessor": "dit_sparse.pipelines.mapping",
@@ -39,6 +42,7 @@ _HOMES = {
     "TokenLayout": "dit_sparse.grid",
     "apply": "dit_sparse.pipelines.apply",
     "attend": "dit_sparse.attention",
+    "calibrate": "dit_sparse.pipelines.calibrate",
     "dense_attention": "dit_sparse.attention",
     "load": "dit_sparse.pipelines.load",
     "load_plan": "dit_sparse.plan_io",
@@ -51,6 +55,7 @@ __all__ = [
     "AttentionOutput",
     "Backend",
     "BlockPlan",
+    "Calibration",
     "CallContext",
     "Permutation",
     "SparseAttnProcessor",
@@ -61,6 +66,7 @@ __all__ = [
     "__version__",
     "apply",
     "attend",
+    "calibrate",
     "dense_attention",
     "load",
     "load_plan",

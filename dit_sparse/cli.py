@@ -163,6 +163,82 @@ def sample(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="As for `dit-sparse sample --model`.")],
+    prompts: Annotated[Path, typer.Option(help="One prompt a line; two are enough.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the result; goes on where it is.")
+    ],
+    method: Annotated[str, typer.Option(help="What to calibrate for: paro.")] = "paro",
+    density: Annotated[float | None, typer.Option(help="Share of the blocks to read.")] = None,
+    mass: Annotated[
+        float | None, typer.Option(help="In place of a density: share of the softmax mass.")
+    ] = None,
+    segments: Annotated[int, typer.Option(help="Parts of the steps with their own masks.")] = 4,
+    split: Annotated[str, typer.Option(help="Of the steps: uniform or halves.")] = "uniform",
+    block: Annotated[int, typer.Option(help="Tokens of a block: 64 or 128.")] = 128,
+    criterion: Annotated[str, typer.Option(help="Of orders: paper or concentration.")] = "paper",
+    budget: Annotated[str, typer.Option(help="What shares a density: layer or head.")] = "layer",
+    least_mass: Annotated[
+        float, typer.Option(help="Heads that would keep less of their mass stay dense.")
+    ] = 0.5,
+    every: Annotated[int, typer.Option(help="Look at every so many steps.")] = 1,
+    component: Annotated[
+        str | None, typer.Option(help="Of several transformers: transformer_2.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; masks hold for them.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt's noise.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels; masks hold for this size.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    offload: Annotated[str, typer.Option(help="none, model, sequential or group.")] = "none",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    output_format: Format = "text",
+) -> None:
+    """Find the orders and block masks of a method that decides beforehand."""
+    with _sentences(output_format):
+        from dit_sparse.commands import calibrate as calibrating
+        from dit_sparse.commands.words import device_of, dtype_of, prompts_of
+
+        target = device_of(device)
+        report = calibrating.calibrate(
+            calibrating.Request(
+                model=model,
+                method=method,
+                prompts=prompts_of((), prompts, "", "--prompts"),
+                target=calibrating.Target(density, mass),
+                settings=calibrating.Settings(
+                    segments=segments,
+                    split=split,  # type: ignore[arg-type]  # it refuses other words
+                    block=block,
+                    criterion=criterion,  # type: ignore[arg-type]
+                    every=every,
+                    budget=budget,  # type: ignore[arg-type]
+                    least_mass=least_mass,
+                    seed=seed,
+                ),
+                output=output,
+                device=target,
+                dtype=dtype_of(dtype, target),
+                component=component,
+                negative_prompt=negative_prompt,
+                steps=steps,
+                height=height,
+                width=width,
+                frames=frames,
+                guidance=guidance,
+                offload=offload,
+                quiet=quiet,
+            )
+        )
+        _print(report.to_dict(), str(report), output_format)
+
+
+@app.command()
 def plan(
     grid: Annotated[str, typer.Option(help="Tokens: 21x45x80 (frames x rows x columns) or 64x64.")],
     window: Annotated[

@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan
 
-PlanScope = Literal["layout", "layer", "call"]
+PlanScope = Literal["layout", "layer", "segment", "call"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class SparseMethod(Protocol):
         """How far a plan carries.
 
         `"layout"` plans depend on the layout alone and are made once for it, `"layer"` plans once
-        per layer, `"call"` plans are made anew from q and k. A `"layout"` plan may be asked for
-        before the forward, with q and k that have a shape and a device but no values.
+        per layer, `"segment"` plans once per layer and segment of the denoising steps (then the
+        method is `Segmented`), `"call"` plans are made anew from q and k. A `"layout"` plan may be
+        asked for before the forward, with q and k that have a shape and a device but no values.
         """
         ...
 
@@ -65,4 +66,14 @@ class SparseMethod(Protocol):
         Args:
             q, k: `[B, H, N, D]` in the model's order, after norms and position embedding.
         """
+        ...
+
+
+@runtime_checkable
+class Segmented(Protocol):
+    """A method whose plans hold for some denoising steps."""
+
+    def segment(self, ctx: CallContext) -> int:
+        """The number of the segment of the call's step; of a layer, the plan of the latest segment
+        alone is kept."""
         ...

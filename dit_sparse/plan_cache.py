@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_sparse.attention import Prepared, kind, prepare
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenOrder, common_order
-from dit_sparse.method import CallContext, SparseMethod
+from dit_sparse.method import CallContext, Segmented, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_reuse import PlanReuse
@@ -64,11 +64,13 @@ class _LayoutPlans:
     Args:
         plans: by the method that plans the layer and, where it asks for that, the layer.
         by_layer: the same again by layer, which spares looking for the method and hashing it.
+        segments: for methods that plan for some steps, the segment of each layer's plan.
         order: the order that all of them share, once it was asked for.
     """
 
     plans: dict[tuple[SparseMethod, int | None], PlannedCall] = field(default_factory=dict)
     by_layer: dict[int, PlannedCall] = field(default_factory=dict)
+    segments: dict[tuple[SparseMethod, int | None], int] = field(default_factory=dict)
     order: TokenOrder | str | Literal[False] | None = False
 
 
@@ -104,6 +106,8 @@ class PlanCache:
         method = self._serving(context)
         if method.scope == "call":
             return self._reuse.get(method, q, context, lambda: _planned(method, q, k, context))
+        if method.scope == "segment":
+            return _of_segment(kept, method, q, k, context)
         key = (method, context.layer if method.scope == "layer" else None)
         if key not in kept.plans:
             kept.plans[key] = _planned(method, q, k, context)
@@ -137,7 +141,7 @@ class PlanCache:
             if always or method.dense_reason(context) is not None:
                 continue
             if method.scope != "layout":
-                what = "each layer" if method.scope == "layer" else "q and k"
+                what = "q and k" if method.scope == "call" else "each layer"
                 return f"method {method.name} plans from {what}"
             orders.append(self.get(q, q, context).plan.order)
         return common_order(orders, contexts[0].layout)
@@ -159,6 +163,18 @@ class PlanCache:
             self._kept.popitem(last=False)
         self._latest = (layout, place, kept)
         return kept
+
+
+def _of_segment(
+    kept: _LayoutPlans, method: SparseMethod, q: Tensor, k: Tensor, context: CallContext
+) -> PlannedCall:
+    """The plan of a layer for the segment of the step; it takes the place of the one before."""
+    assert isinstance(method, Segmented)  # what the scope says
+    key, segment = (method, context.layer), method.segment(context)
+    if kept.segments.get(key) != segment:
+        kept.plans[key] = _planned(method, q, k, context)
+        kept.segments[key] = segment
+    return kept.plans[key]
 
 
 @torch.inference_mode(False)  # a method may remember tensors for its next plan

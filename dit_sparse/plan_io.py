@@ -59,7 +59,7 @@ def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
     header["sha256"] = _digest(header, stored)
     data = safetensors.torch.save(stored, metadata={_KEY: json.dumps(header)})
     try:
-        _replace(path, data)
+        replace_file(path, data)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -122,7 +122,7 @@ def _without_copies(plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, str]]
     return stored, names
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Writes beside the path and renames, so that a reader never meets half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

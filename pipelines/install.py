@@ -14,10 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.forward import Forward
 from dit_sparse.method import SparseMethod
+from dit_sparse.methods.schedule import parts
+from dit_sparse.model_identity import OfOneModel
 from dit_sparse.pipelines.clock import StepClock
 from dit_sparse.pipelines.core import CONTEXT_PARALLEL, AttentionCore
 from dit_sparse.pipelines.family import Family, family_of
 from dit_sparse.pipelines.hoist import Entrance, replaced
+from dit_sparse.pipelines.identity import identity_of
 from dit_sparse.pipelines.lengths import NotALength
 from dit_sparse.pipelines.processor import sparse_processor
 from dit_sparse.session import Session
@@ -102,11 +105,15 @@ def prepare(
         An attachment for every self-attention module, by module name.
 
     Raises:
-        ValueError: an unknown transformer, or a processor that the family does not know.
+        ValueError: an unknown transformer, one that the method was not made for, or a processor
+            that the family does not know.
         NotImplementedError: the transformer is context parallel.
     """
     family = family_of(transformer)
     _refuse_context_parallel(transformer)
+    for part in parts(method):
+        if isinstance(part, OfOneModel):
+            part.check_model(identity_of(transformer))
     modules = attention_modules(transformer, family)
     session = Session(method, tuple(modules), backend)
     attachments = {}

@@ -15,11 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from its own row and from those above it.
 LAYERS = (
-    ("grid", "models"),
+    ("grid", "models", "model_identity", "step_segments"),
     ("predicate",),
     ("plan",),
     (
         "orders",
+        "attention_map",
+        "block_budget",
+        "calibration",
+        "calibration_solver",
         "correction",
         "frame",
         "importance",
@@ -27,6 +31,7 @@ LAYERS = (
         "options",
         "pyramid",
         "selection",
+        "tally",
         "neighbourhood",
         "per_axis",
         "tile_lists",

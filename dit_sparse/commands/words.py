@@ -88,7 +88,9 @@ def layers_of(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def prompts_of(prompts: Sequence[str], file: Path | None, default: str) -> tuple[str, ...]:
+def prompts_of(
+    prompts: Sequence[str], file: Path | None, default: str, flag: str = "--prompt-file"
+) -> tuple[str, ...]:
     """The prompts given, else the lines of the file that are not blank, else the default."""
     if prompts and file is not None:
         raise ValueError("Expected --prompt or --prompt-file, got both. Leave one out.")
@@ -100,7 +102,7 @@ def prompts_of(prompts: Sequence[str], file: Path | None, default: str) -> tuple
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"Expected --prompt-file to be a UTF-8 text file, got {str(file)!r}: {error}."
+            f"Expected {flag} to be a UTF-8 text file, got {str(file)!r}: {error}."
         ) from error
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:

@@ -41,11 +41,7 @@ def _classes() -> Mapping[str, type]:
 
 def names() -> list[str]:
     """The methods that `create` knows: those that need nothing but options to be made."""
-    return sorted(
-        name
-        for name, cls in _classes().items()
-        if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(cls))
-    )
+    return sorted(name for name in _classes() if all(o.type is str for o in _required(name)))
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> SparseMethod:
@@ -65,6 +61,11 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> SparseMethod:
                 f"Expected an option of {name!r} among {', '.join(known) or 'none'}, "
                 f"got {option!r}.{_near(option, known)}"
             )
+    for missing in _required(name):
+        if missing.name not in (options or {}):
+            raise ValueError(
+                f"Expected the option {missing.name!r} of {name!r}, got none: {missing.help}"
+            )
     return _classes()[name](**(options or {}))
 
 
@@ -77,6 +78,10 @@ def describe(name: str) -> list[Option]:
         Option(f.name, hints[f.name], f.default, texts.get(f.name, ""))
         for f in dataclasses.fields(cls)
     ]
+
+
+def _required(name: str) -> list[Option]:
+    return [option for option in describe(name) if option.default is dataclasses.MISSING]
 
 
 def parse(spec: MethodSpec, options: Mapping[str, Any] | None = None) -> SparseMethod:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,8 +57,9 @@ class Schedule:
     def scope(self) -> PlanScope:
         """The narrowest scope of the methods inside."""
         scopes = {m.scope for m in (self.method, *(m for _, m in self.layers))}
-        if "call" in scopes:
-            return "call"
+        for narrow in ("call", "segment"):
+            if narrow in scopes:
+                return narrow
         return "layer" if self.layers or "layer" in scopes else "layout"
 
     def at(self, ctx: CallContext) -> SparseMethod:
@@ -143,6 +145,15 @@ class Schedule:
             f"Expected to know the number of denoising steps for {field}, got a forward outside a "
             "pipeline. Apply the method to the pipeline, or pass steps=."
         )
+
+
+def parts(method: SparseMethod) -> Iterator[SparseMethod]:
+    """The methods that a schedule chooses among, or the method itself."""
+    if not isinstance(method, Schedule):
+        yield method
+        return
+    for inner in (method.method, *(inner for _, inner in method.layers)):
+        yield from parts(inner)
 
 
 def _is_integer(value: object) -> bool:

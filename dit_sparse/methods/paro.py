@@ -1,0 +1,130 @@
+"""PAROAttention: the order that suits each head, and block masks that were found beforehand.
+
+Calibration (`dit_sparse.calibrate`) finds for every head the axis order that makes blocks of its
+pattern, and for every segment of the steps the blocks that hold its mass (PARO, arXiv 2506.16054).
+Nothing is decided while a picture is made. The softmax goes over the blocks that are kept, as in
+the paper's kernel; its simulator does not renormalise. Blocks begin at the picture's first token
+and text is read exactly by all, where the public code puts blocks across the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dit_sparse import options, orders, selection
+from dit_sparse.calibration import Calibration
+from dit_sparse.frame import frame_of
+from dit_sparse.grid import Permutation, TokenLayout
+from dit_sparse.method import CallContext, PlanScope
+from dit_sparse.model_identity import ModelIdentity
+from dit_sparse.plan import BlockPlan
+
+
+@dataclass(frozen=True)
+class ParoMethod:
+    """PARO: static orders and masks of a calibration.
+
+    Args:
+        path: folder or Hub repository of the calibration; see `dit-sparse calibrate`.
+        tail: what stands for the blocks that are not read: nothing (none, the paper), or their mean
+            key and value (zeroth, from PISA).
+
+    Raises:
+        ValueError: no whole calibration is there, or an unknown tail.
+    """
+
+    path: str
+    tail: Literal["none", "zeroth"] = "none"
+
+    name: ClassVar[str] = "paro"
+    scope: ClassVar[PlanScope] = "segment"
+
+    def __post_init__(self) -> None:
+        options.check_choice("tail", self.tail, ("none", "zeroth"))
+        _ = self.calibration  # what cannot be read is refused now, not in the first forward
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return Calibration.from_pretrained(self.path)
+
+    def dense_reason(self, ctx: CallContext) -> str | None:
+        return None
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuses a model of another class or configuration than the calibrated one.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if not self.calibration.model.agrees(model):
+            raise ValueError(
+                f"Expected the model of the calibration in {self.path!r}, "
+                f"{self.calibration.model}, got {model}. Calibrate this model."
+            )
+
+    def segment(self, ctx: CallContext) -> int:
+        """The segment of the call's step; plans hold for all its steps.
+
+        Raises:
+            ValueError: the step is not known, or there are more or fewer than at calibration.
+        """
+        segments = self.calibration.segments
+        if ctx.step is None or ctx.steps is None:
+            raise ValueError(
+                "Expected to know the denoising step and their number for PARO, got a forward "
+                "outside a pipeline. Apply the method to the pipeline, or pass steps=."
+            )
+        if ctx.steps != len(segments) or not 0 <= ctx.step < ctx.steps:
+            raise ValueError(
+                f"Expected the {len(segments)} denoising steps of the calibration in "
+                f"{self.path!r}, got step {ctx.step} of {ctx.steps}. Take that many steps, or "
+                "calibrate for others."
+            )
+        return segments[ctx.step]
+
+    def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        """The plan of a layer in a segment of the steps; of q, only heads and device are read.
+
+        Raises:
+            ValueError: another grid, number of layers, heads or steps than at calibration.
+        """
+        self._check_call(q, ctx)
+        mask = self.calibration.mask(self.segment(ctx), ctx.layer)
+        frame = frame_of(ctx.layout, self.calibration.block, device=q.device)
+        frame = replace(frame, order=self._order(ctx.layout, ctx.layer, q.device))
+        n = frame.blocks.n
+        picture = (~frame.context).nonzero().flatten()
+        level = torch.zeros(1, len(mask), n, n, dtype=torch.uint8, device=q.device)
+        level[:, :, picture[:, None], picture] = mask.to(q.device, torch.uint8)
+        return selection.plan_of_selection(level, frame, tail=self.tail)
+
+    def _order(self, layout: TokenLayout, layer: int, device: torch.device) -> Permutation | None:
+        """Orders of the heads, one for all where they agree; `None` for raster order."""
+        names = self.calibration.order_names(layer)
+        found = {name: orders.axes(layout.grid, name, device=device).index for name in {*names}}
+        first = found[names[0]]
+        if all(torch.equal(index, first) for index in found.values()):
+            raster = torch.arange(layout.grid.length, device=device)
+            same = Permutation(first)
+            return None if torch.equal(first, raster) else orders.lift(same, layout)
+        return orders.lift(Permutation(torch.stack([found[name] for name in names])), layout)
+
+    def _check_call(self, q: Tensor, ctx: CallContext) -> None:
+        known = self.calibration
+        if ctx.layout.grid != known.grid:
+            raise ValueError(
+                f"Expected the grid of the calibration in {self.path!r}, {known.grid} tokens, got "
+                f"{ctx.layout.grid}. Use the height, width and frames of the calibration, or "
+                "calibrate for these."
+            )
+        if (ctx.layers, q.shape[1]) != (known.layers, known.heads):
+            raise ValueError(
+                f"Expected a model with {known.layers} attention layers of {known.heads} heads, as "
+                f"the calibration in {self.path!r} has, got {ctx.layers} layers and "
+                f"{q.shape[1]} heads. Calibrate this model."
+            )
