@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,27 @@ from torch import Tensor
 from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
 from dit_sparse.kernels import approximate, hopper, portable
 from dit_sparse.kernels.launch import Launch, Repeat
-from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.plan import BlockPlan
 
 _BLOCKS = (16, 32, 64, 128, 256)
+
+
+class _Made(NamedTuple):
+    """A call that was made.
+
+    Args:
+        result: what it gave.
+        tensors: q, q in plan order where that was needed, k, v as the kernels got them.
+        launches: of the kernels.
+        gather: what was put into plan order in one launch, and that launch.
+    """
+
+    result: AttentionOutput
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    launches: list[Launch]
+    gather: tuple[Tensor, Launch] | None
 
 
 @dataclass(frozen=True)
@@ -62,39 +79,47 @@ class TritonBackend:
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
-        return self._on_device(q, k, v, plan, scale)[0]
+        return self._on_device(q, k, v, plan, scale).result
 
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> tuple[AttentionOutput, Again | None]:
         """`run`, and the same for tensors like these; see `dit_sparse.backend.PreparingBackend`."""
         q, k, v = q.detach(), k.detach(), v.detach()  # objects of their own, to be told apart
-        result, launches = self._on_device(q, k, v, plan, scale)
-        if plan.order is not None or approximate.needed(plan) or self.bound:
-            return result, None  # there are other tensors between the launches
-        repeats = [one.repeatable((q, k, v, *result)) for one in launches]
+        made = self._on_device(q, k, v, plan, scale)
+        if approximate.needed(plan) or self.bound or any(t.stride(-1) != 1 for t in (q, k, v)):
+            return made.result, None  # there are other tensors between the launches
+        reorder = None
+        if plan.order is not None:
+            if made.gather is None:
+                return made.result, None
+            moved, launch = made.gather
+            reorder = launch.repeatable((q, k, v, moved))
+        repeats = [one.repeatable((*made.tensors, *made.result)) for one in made.launches]
         ready = tuple(repeat for repeat in repeats if repeat is not None)
-        if len(ready) < len(repeats) or any(t.stride(-1) != 1 for t in (q, k, v)):
-            return result, None
-        return result, partial(_again, ready)
+        if len(ready) < len(repeats) or (reorder is None and plan.order is not None):
+            return made.result, None
+        of = 3 if made.tensors[1] is not made.tensors[0] else 2
+        return made.result, partial(_again, ready, reorder, of)
 
-    def _on_device(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> tuple[AttentionOutput, list[Launch]]:
+    def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         q, k, v = (_unit_stride(t) for t in (q, k, v))
         with _device_of(q):
             return self._run(q, k, v, plan, scale)
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> tuple[AttentionOutput, list[Launch]]:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         result = _empty(q, v)
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
-        ordered = q
-        if plan.order is not None and on_hopper:
-            ordered, k, v = permute((q, k, v), plan.order)
-        elif plan.order is not None:  # the portable kernel gathers queries itself
-            k, v = permute((k, v), plan.order)
+        ordered, moved = q, None
+        if plan.order is not None:
+            # The portable kernel gathers queries itself.
+            given = (q, k, v) if on_hopper else (k, v)
+            if k.shape == v.shape and given[0].shape == k.shape:
+                moved = gather(given, plan.order)
+                *first, k, v = moved[0].unbind()
+            else:
+                *first, k, v = permute(given, plan.order)
+            ordered = first[0] if first else q
         launches = []
         if on_hopper:
             launches = self._specialised(q, ordered, k, v, plan, scale, result)
@@ -103,7 +128,7 @@ class TritonBackend:
             launches = [portable.launch(q, k, v, plan, scale, tile, result)]
         if approximate.needed(plan):
             approximate.launch(q, k, v, plan, scale, result)
-        return result, launches
+        return _Made(result, (q, ordered, k, v), launches, moved)
 
     def _specialised(
         self,
@@ -147,11 +172,18 @@ class TritonBackend:
 BACKEND = TritonBackend()
 
 
-def _again(launches: Sequence[Repeat], q: Tensor, k: Tensor, v: Tensor) -> AttentionOutput:
-    """The launches on other tensors."""
-    result = _empty(q, v)
+def _again(
+    launches: Sequence[Repeat], reorder: Repeat | None, of: int, q: Tensor, k: Tensor, v: Tensor
+) -> AttentionOutput:
+    """The launches on other tensors, the last `of` of which are put into plan order first."""
+    result, ordered = _empty(q, v), q
     with _device_of(q):
-        hopper.repeat(launches, (q, k, v, *result))
+        if reorder is not None:
+            moved = empty((q, k, v)[-of:])
+            reorder((q, k, v, moved))
+            *first, k, v = moved.unbind()
+            ordered = first[0] if first else q
+        hopper.repeat(launches, (q, ordered, k, v, *result))
     return result
 
 

@@ -188,10 +188,8 @@ def _launch(
         "PARTIAL": box is not None,
         "BOUND": lengths is not None,
     }
-    programs = batch * heads * plan.q_blocks.n
-    return launch_kernel(
-        _block_sparse_fwd_hopper, programs, arguments, constants, warps=4, stages=2
-    )
+    grid = (batch * heads * plan.q_blocks.n, 1, 1)
+    return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
 
 
 def _coordinates(plan: BlockPlan) -> Any:

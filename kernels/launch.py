@@ -31,7 +31,7 @@ class Launch:
     Args:
         kernel: the compiled kernel; `None` where launches cannot be repeated, as in Triton's
             interpreter.
-        grid: number of programs along three axes, which a compiled kernel wants all.
+        grid: number of programs along three axes, all of which a compiled kernel wants.
         arguments: in the order of the kernel's parameters.
     """
 
@@ -82,7 +82,7 @@ class Repeat:
 
 def launch(
     jit: Any,
-    programs: int,
+    grid: tuple[int, int, int],
     arguments: tuple[Any, ...],
     constants: Mapping[str, Any],
     *,
@@ -92,14 +92,14 @@ def launch(
     """Launches a Triton function.
 
     Args:
-        programs: how many.
+        grid: number of programs along three axes.
         arguments: the first parameters, in order.
         constants: all others, by name.
     """
-    kernel = jit[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+    kernel = jit[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
-    return Launch(kernel if _REPEATS else None, (programs, 1, 1), whole)
+    return Launch(kernel if _REPEATS else None, grid, whole)
 
 
 def _without_base(descriptor: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_sparse.grid import Permutation
 from dit_sparse.kernels._permute import _permute_rows
+from dit_sparse.kernels.launch import Launch, launch
 
 
 def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
@@ -24,18 +25,28 @@ def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
     """
     if len({t.shape for t in tensors}) > 1:  # values of another head dim
         return [permute([t], order)[0] for t in tensors]
+    return list(gather(tensors, order)[0].unbind())
+
+
+def gather(tensors: Sequence[Tensor], order: Permutation) -> tuple[Tensor, Launch]:
+    """`permute` of tensors of one shape as one tensor `[1 to 3, B, H, N, D]`, and its launch."""
     batch, heads, tokens, dim = tensors[0].shape
-    out = torch.empty(
-        (len(tensors), batch, heads, tokens, dim), dtype=tensors[0].dtype, device=tensors[0].device
-    )
+    out = empty(tensors)
     index = order.index
     x0, x1, x2 = (tensors[min(i, len(tensors) - 1)] for i in range(3))
     width = 1 << (dim - 1).bit_length()
     rows = max(1, 8192 // width)
-    _permute_rows[(-(-tokens // rows), batch * heads, len(tensors))](
+    arguments = (
         x0, x1, x2, out, index,
         *x0.stride()[:3], *x1.stride()[:3], *x2.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0, heads, tokens,
-        D=dim, BLOCK_D=width, BLOCK_N=rows,
     )  # fmt: skip
-    return list(out.unbind())
+    grid = (-(-tokens // rows), batch * heads, len(tensors))
+    constants = {"D": dim, "BLOCK_D": width, "BLOCK_N": rows}
+    return out, launch(_permute_rows, grid, arguments, constants, warps=4, stages=3)
+
+
+def empty(tensors: Sequence[Tensor]) -> Tensor:
+    """Where `gather` puts tensors of one shape."""
+    first = tensors[0]
+    return torch.empty((len(tensors), *first.shape), dtype=first.dtype, device=first.device)

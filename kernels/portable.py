@@ -76,9 +76,9 @@ def launch(
         "TMA": tma,
         "REPAIR": part == "repair",
     }
-    programs = batch * heads * plan.q_blocks.n
+    grid = (batch * heads * plan.q_blocks.n, 1, 1)
     return launch_kernel(
-        _portable_fwd, programs, arguments, constants, warps=tile.warps, stages=tile.stages
+        _portable_fwd, grid, arguments, constants, warps=tile.warps, stages=tile.stages
     )
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dit_sparse.attention import attend, kind, prepare
 from dit_sparse.backend import AttentionOutput, PreparingBackend
-from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.grid import Permutation, TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
+permute = pytest.importorskip("dit_sparse.kernels.permute")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 launch = pytest.importorskip("dit_sparse.kernels.launch")
 
@@ -53,12 +54,12 @@ class Jit:
     def arg_names(self) -> list[str]:
         return list(self.real.arg_names)
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., Compiled]:
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
         def run(*arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> Compiled:
             self.examined.append(len(arguments))
             names = self.arg_names[len(arguments) :]
             assert set(names) == set(constants)
-            Compiled(self.seen)[(*grid, 1, 1)](*arguments, *(constants[name] for name in names))
+            Compiled(self.seen)[grid](*arguments, *(constants[name] for name in names))
             return Compiled(self.seen)
 
         return run
@@ -74,10 +75,11 @@ def jit(monkeypatch: Any) -> Jit:
     return real
 
 
-def plan(window: tuple[int, int, int] = (1, 7, 9)) -> BlockPlan:
+def plan(window: tuple[int, int, int] = (1, 7, 9), *, ordered: bool = False) -> BlockPlan:
     q = torch.empty(1, 1, 1, 1)
     made = WindowMethod(window=window, tile=(1, 8, 16)).plan(q, q, CallContext(LAYOUT))
-    return replace(made, order=None)
+    assert made.order is not None
+    return made if ordered else replace(made, order=None)
 
 
 def tensors(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,9 +131,9 @@ def test_specialised_launches(jit: Jit, window: tuple[int, int, int]) -> None:
         launches.append(hopper.launch(q, k, v, one, 0.125, result, partial=True))
     count = len(launches)
     assert count == 1 + (window == (1, 7, 9))
-    repeats = [each.repeatable((q, k, v, *result)) for each in launches]
+    repeats = [each.repeatable((q, q, k, v, *result)) for each in launches]
     others = tuple(t.contiguous() for t in tensors(1))
-    repeated = block_sparse._again(repeats, *others)
+    repeated = block_sparse._again(repeats, None, 2, *others)
     olds, news = (q, k, v, *result), (*others, *repeated)
     moved = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
     for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
@@ -162,14 +164,60 @@ def test_one_tensor_in_several_places(jit: Jit) -> None:
     assert [jit.seen[1][n].data_ptr() for n in (1, 2, 3)] == [x.data_ptr() for x in others]
 
 
-def test_orders_and_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_an_order_is_a_launch_before(jit: Jit, heads: bool, monkeypatch: Any) -> None:
+    """Keys and values are put into plan order; the portable kernel gathers queries itself."""
+    rows = Jit(permute._permute_rows, jit.seen, jit.examined)
+    monkeypatch.setattr(permute, "_permute_rows", rows)
     q, k, v = tensors(0)
-    backend = block_sparse.TritonBackend(interpreted=True)
-    monkeypatch.setattr(block_sparse, "permute", lambda tensors, order: [order(t) for t in tensors])
-    ordered = WindowMethod(window=(1, 7, 9), tile=(1, 8, 16)).plan(q, k, CallContext(LAYOUT))
-    assert ordered.order is not None
-    assert backend.prepare(q, k, v, ordered, 0.125)[1] is None
+    ordered = plan(ordered=True)
+    if heads:
+        assert ordered.order is not None
+        ordered = replace(ordered, order=Permutation(ordered.order.index.expand(3, -1)))
+    _, again = block_sparse.TritonBackend(interpreted=True).prepare(q, k, v, ordered, 0.125)
+    assert again is not None
+    others = tensors(1)
+    result = again(*others)
+    assert len(jit.examined) == 2
+    first, fresh, second, repeated = jit.seen
+    buffer = second[4]
+    moved = {k.data_ptr(): others[1], v.data_ptr(): others[2], first[4].data_ptr(): buffer}
+    same_arguments(first, second, moved)
+    assert buffer.shape == (2, *k.shape)
+    at = {n: fresh[1 + n].data_ptr() for n in (0, 1, 2, 5, 6)}
+    news = (others[0], *buffer.unbind(), *result)
+    same_arguments(fresh, repeated, dict(zip(at.values(), news, strict=True)))
+
+
+def test_a_specialised_kernel_has_queries_in_order_too(jit: Jit, monkeypatch: Any) -> None:
+    """As `_run` does on Hopper: three tensors in one launch, and the caller's q for the rest."""
+    rows = Jit(permute._permute_rows, jit.seen, jit.examined)
+    monkeypatch.setattr(permute, "_permute_rows", rows)
+    q, k, v = (t.contiguous() for t in tensors(0))
+    ordered = plan(ordered=True)
+    result = block_sparse._empty(q, v)
+    moved, launched = permute.gather((q, k, v), ordered.order)
+    qo, ko, vo = moved.unbind()
+    main = hopper.launch(qo, ko, vo, ordered, 0.125, result)
+    rest = portable.launch(
+        q, ko, vo, ordered, 0.125, block_sparse.Tile(64, 4, 2, tma=True), result, part="partial"
+    )
+    repeats = [one.repeatable((q, qo, ko, vo, *result)) for one in (main, rest)]
+    others = tuple(t.contiguous() for t in tensors(1))
+    out = block_sparse._again(repeats, launched.repeatable((q, k, v, moved)), 3, *others)
+    buffer = jit.seen[3][4]
+    addresses = {a.data_ptr(): b for a, b in zip((q, k, v, moved), (*others, buffer), strict=True)}
+    same_arguments(jit.seen[0], jit.seen[3], addresses)
+    olds, news = (q, qo, ko, vo, *result), (others[0], *buffer.unbind(), *out)
+    addresses = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
+    for before, after in zip(jit.seen[1:3], jit.seen[4:], strict=True):
+        same_arguments(before, after, addresses)
+
+
+def test_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> None:
+    q, k, v = tensors(0)
     monkeypatch.setattr(launch, "_REPEATS", False)
+    backend = block_sparse.TritonBackend(interpreted=True)
     assert backend.prepare(q, k, v, plan(), 0.125)[1] is None
 
 
@@ -196,8 +244,7 @@ def test_kinds_differ_in_all_that_launches_depend_on() -> None:
 def test_prepared_calls_are_those_of_attend(ordered: bool) -> None:
     """Backends that keep nothing run again, permutations included."""
     q, k, v = (t.float() for t in tensors(0))
-    one = WindowMethod(window=(1, 7, 9), tile=(1, 8, 16)).plan(q, k, CallContext(LAYOUT))
-    one = one if ordered else replace(one, order=None)
+    one = plan(ordered=ordered)
     out, prepared = prepare(q, k, v, one, backend="reference")
     others = tuple(t.float() for t in tensors(1))
     for got, inputs in ((out, (q, k, v)), (prepared.again(*others), others)):
@@ -207,10 +254,11 @@ def test_prepared_calls_are_those_of_attend(ordered: bool) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("window", [(1, 7, 9), (2, 16, 16)])
-def test_repeated_on_the_device(window: tuple[int, int, int]) -> None:
+def test_repeated_on_the_device(window: tuple[int, int, int], ordered: bool) -> None:
     """The same bits as a fresh call, also from a CUDA graph."""
-    backend, one = block_sparse.BACKEND, plan(window).to("cuda")
+    backend, one = block_sparse.BACKEND, plan(window, ordered=ordered).to("cuda")
 
     def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (t.transpose(1, 2).cuda().transpose(1, 2) for t in tensors(seed))
