@@ -60,14 +60,14 @@ def _block_sparse_fwd_hopper(
     if PARTIAL:
         rows = q_start + tl.arange(0, BLOCK_M)
         row_inside = rows < tl.load(q_starts_ptr + block + 1)
-        rows = head.to(tl.int64) * box_stride_h + rows
-        lower = tl.load(lower_ptr + rows, mask=row_inside, other=0)
-        upper = tl.load(upper_ptr + rows, mask=row_inside, other=0) | guard
+        box_rows = head.to(tl.int64) * box_stride_h + rows
+        lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
+        upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
     if BOUND:  # scores cannot rise above it, so no running maximum is needed
-        norms = norm_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries
-        limit = q_start + tl.arange(0, BLOCK_M)
-        m_i = tl.load(norms + limit, mask=limit < n_queries, other=0.0)
-        m_i = m_i * tl.load(longest_ptr + batch * n_heads + head) * scale_log2
+        rows = q_start + tl.arange(0, BLOCK_M)
+        norm_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+        m_i = tl.load(norm_ptr + rows, mask=rows < n_queries, other=0.0)
+        m_i *= tl.load(longest_ptr + batch * n_heads + head) * scale_log2
     # The weights of the block before, as bits: a loop-carried bfloat16 tile would be sent through
     # shared memory, and the product with it waited for.
     behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
@@ -80,11 +80,10 @@ def _block_sparse_fwd_hopper(
             acc = acc * alpha[:, None]
         acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
         if BOUND:
-            scores = scores * scale_log2
+            shift = -m_i[:, None]
             if RAGGED:
-                bias = tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))
-                scores = scores + bias[None, :]
-            p = tl.math.exp2(scores - m_i[:, None])
+                shift += tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))[None, :]
+            p = tl.math.exp2(scores * scale_log2 + shift)
             l_i += tl.sum(p, 1)
         elif PARTIAL:
             # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
@@ -125,9 +124,7 @@ def _block_sparse_fwd_hopper(
     cols = tl.arange(0, BLOCK_D)
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
-    out_inside = row_inside[:, None]
-    if D != BLOCK_D:
-        out_inside = out_inside & (cols[None, :] < D)
+    out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
     if PARTIAL:  # add the result so far, as if it were one more key of the row
         before = (
@@ -145,8 +142,8 @@ def _block_sparse_fwd_hopper(
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if BOUND:
-        # All scores far below the bound: what is left of the weights may be too little to trust.
-        # 2^-126 is the least normal number; 17 bits of keys and 24 of precision stand above it.
+        # What is left of the weights may be too little to trust: 2^-126 is the least normal number,
+        # and above it 17 bits of keys and 24 of precision.
         lse = tl.where((l_i < 2.6e-26) & (steps > 0), float("inf"), lse)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptr + tokens, lse, mask=row_inside)
