@@ -193,6 +193,9 @@ class Calibration:
             )
         return str(address)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
+        return self  # nothing in it changes, and masks of a large model are a gigabyte
+
     def _header(self) -> dict[str, Any]:
         return {
             "version": _VERSION,
@@ -223,7 +226,7 @@ class Calibration:
             tensors = safetensors.torch.load(data)
             return cls(
                 model=ModelIdentity.of_dict(header["model"]),
-                grid=TokenGrid.parse(header["grid"]),
+                grid=TokenGrid.parse(str(header["grid"])),
                 block=int(header["block"]),
                 orders=tensors.pop("orders"),
                 segments=tuple(map(int, header["segments"])),
