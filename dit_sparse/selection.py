@@ -124,6 +124,46 @@ def forced_blocks(frame: Frame, names: tuple[str, ...]) -> Tensor | None:
 FORCED = ("self", "neighbours", "first_frame")
 
 
+def plan_of_ranks(
+    scores: Tensor,
+    frame: Frame,
+    ends: tuple[int, ...],
+    *,
+    factors: tuple[int, ...] = (),
+    mass: float | None = None,
+    tail: Tail = "none",
+) -> BlockPlan:
+    """The plan that reads the picture's blocks by the rank of their scores, and text by all.
+
+    Args:
+        scores: fp32 `[B, H, n, n]`, see `of_picture`.
+        ends: how many blocks of a row are exact, and then up to which rank each pool factor goes.
+        factors: the pool factors, ascending; one fewer than ends.
+        mass: instead of the ends, which then only bound a row: exact blocks until they hold this
+            share of the softmax over the row's scores.
+        tail: the plan's field of this name.
+    """
+    if scores.is_cuda:
+        try:
+            from dit_sparse.kernels.choose import WIDEST, choose
+        except ImportError:  # no Triton
+            pass
+        else:
+            if scores.shape[-1] <= WIDEST:
+                return choose(scores, frame, ends, factors=factors, mass=mass, tail=tail)
+    if frame.hidden is not None:
+        scores = scores.masked_fill(frame.hidden[:, None, None], -torch.inf)
+    if mass is not None:
+        level = top_p(scores, mass).to(torch.uint8)
+        return plan_of_selection(level, frame, tail=tail)
+    level = torch.zeros_like(scores, dtype=torch.uint8)
+    # From the coarsest level to the finest: each one overwrites its own part of the last.
+    for factor, end in reversed(list(zip((1, *factors), ends, strict=True))):
+        if end:
+            level.masked_fill_(top_k(scores, end), factor)
+    return plan_of_selection(level, frame, factors=factors, room=max(1, ends[-1]), tail=tail)
+
+
 def plan_of_selection(
     level: Tensor,
     frame: Frame,

@@ -94,19 +94,15 @@ class PisaMethod:
             scores = scores + self._prior(k, ctx, frame, q.shape[1])[:, :, None]
         scores = selection.of_picture(scores, frame)
         forced = selection.forced_blocks(frame, self.forced)
-        room = None
+        most = frame.candidates if self.mass is not None else self._count(frame)
+        if forced is None:
+            return selection.plan_of_ranks(scores, frame, (most,), mass=self.mass, tail=self.tail)
         if self.mass is not None:
             chosen = selection.top_p(scores, self.mass)
-        else:
-            count = self._count(frame)
-            room = count if forced is None else None
-            # Forced blocks come first, and the others get what is left of the density.
-            first = scores if forced is None else scores.masked_fill(forced, torch.inf)
-            chosen = selection.top_k(first, count)
-        if forced is not None:
-            chosen = chosen | forced
-        level = chosen.to(torch.uint8)
-        return selection.plan_of_selection(level, frame, room=room, tail=self.tail)
+        else:  # forced blocks come first, and the others get what is left of the density
+            chosen = selection.top_k(scores.masked_fill(forced, torch.inf), most)
+        level = (chosen | forced).to(torch.uint8)
+        return selection.plan_of_selection(level, frame, tail=self.tail)
 
     def _count(self, frame: Frame) -> int:
         if self.density is None:  # nobody asked for so few

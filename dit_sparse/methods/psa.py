@@ -93,9 +93,14 @@ class PsaMethod:
         """
         frame = frame_of(ctx.layout, self.block, self.order, device=q.device)
         importance = selection.of_picture(self._importance(q, k, ctx, frame), frame)
-        level = pyramid.levels(
-            importance, self._ends_on(frame), self.allocation, candidates=frame.candidates
-        )
+        ends = self._ends_on(frame)
+        tail: Tail = "zeroth" if self.skipped == "mean" else "none"
+        if self.allocation == "quantile" and self.similarity is None and not self.forced:
+            ranks = tuple(int(ends[g] * frame.candidates + 1e-9) for g in (1, *self._factors))
+            return selection.plan_of_ranks(
+                importance, frame, ranks, factors=self._factors, tail=tail
+            )
+        level = pyramid.levels(importance, ends, self.allocation, candidates=frame.candidates)
         if self.similarity is not None:
             keys = k if frame.order is None else frame.order(k)
             thresholds = dict(zip(_CAPS, self.similarity, strict=True))
@@ -105,10 +110,7 @@ class PsaMethod:
         forced = selection.forced_blocks(frame, self.forced)
         if forced is not None:
             level = level.masked_fill(forced, 1)
-        tail: Tail = "zeroth" if self.skipped == "mean" else "none"
-        return selection.plan_of_selection(
-            level, frame, factors=self._factors, room=self._room(frame), tail=tail
-        )
+        return selection.plan_of_selection(level, frame, factors=self._factors, tail=tail)
 
     @property
     def _factors(self) -> tuple[int, ...]:
@@ -142,11 +144,6 @@ class PsaMethod:
         if int(self.ends[-1] * most + 1e-9) >= least:
             return ends
         return {factor: max(end, min(1.0, least / most)) for factor, end in ends.items()}
-
-    def _room(self, frame: Frame) -> int | None:
-        if self.allocation == "mass" or self.forced:
-            return None
-        return max(1, self.least, int(self.ends[-1] * frame.candidates + 1e-9))
 
 
 def _ends(value: object) -> tuple[float, ...]:

@@ -1,0 +1,69 @@
+"""Plans from scores of block pairs, in one launch and without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from dit_sparse.frame import Frame
+from dit_sparse.kernels._choose import _choose_fwd
+from dit_sparse.plan import BlockPlan, Pools, Tail
+
+#: Key blocks of a row that a program holds in registers.
+WIDEST = 4096
+
+
+def choose(
+    scores: Tensor,
+    frame: Frame,
+    ends: tuple[int, ...],
+    *,
+    factors: tuple[int, ...] = (),
+    mass: float | None = None,
+    tail: Tail = "none",
+) -> BlockPlan:
+    """The plan that reads the picture's blocks by rank of score, and text by all.
+
+    Args:
+        scores: fp32 `[B, H, n, n]`; -inf is never read.
+        ends: how many blocks are exact, and then up to which rank each pool factor goes.
+        factors: the pool factors, ascending; one fewer than ends.
+        mass: instead of ends, which is then the room alone: exact blocks until they hold this share
+            of the softmax over the row.
+        tail: the plan's field of this name.
+    """
+    batch, heads, n, _ = scores.shape
+    scores = scores.contiguous()
+    room = n if frame.has_context or mass is not None else max(1, ends[-1])
+    indices = scores.new_zeros(batch * heads * n, room, dtype=torch.int32)
+    full = scores.new_empty(batch, heads, n, dtype=torch.int32)
+    pooled = scores.new_empty(batch, heads, n, len(factors), dtype=torch.int32)
+    visited = scores.new_empty((batch, heads, n, n) if tail != "none" else (0,), dtype=torch.bool)
+    hidden = frame.hidden
+    _choose_fwd[(batch * heads * n,)](
+        scores, frame.context.view(torch.uint8),
+        scores if hidden is None else hidden.view(torch.uint8), indices, full, pooled,
+        visited.view(torch.uint8),
+        n if hidden is not None and hidden.shape[0] > 1 else 0, heads * n, n, room,
+        *(*ends, 0, 0, 0)[:4], mass or 0.0,
+        WIDTH=triton.next_power_of_2(n), N_LEVELS=1 + len(factors), BY_MASS=mass is not None,
+        HAS_HIDDEN=hidden is not None, VISITED=tail != "none",
+        num_warps=4 if n <= 1024 else 8,
+    )  # fmt: skip
+    offsets = torch.arange(0, indices.numel(), room, dtype=torch.int32, device=scores.device)
+    plan = BlockPlan(
+        q_blocks=frame.blocks,
+        k_blocks=frame.blocks,
+        indices=indices.view(-1),
+        offsets=offsets.view(full.shape),
+        full=full,
+        partial=torch.zeros_like(full),
+        pools=Pools(factors, pooled) if factors else None,
+        tail=tail,
+        hidden=hidden,
+        order=frame.order,
+    )
+    if tail != "none":  # known here, and getting it from the lists would wait for the device
+        vars(plan)["visited"] = visited
+    return plan
