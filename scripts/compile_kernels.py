@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse.kernels._approximate import _approximate_fwd
+from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
@@ -94,6 +95,7 @@ def approximations() -> Iterator[Variant]:
         for capability in (80, 90):
             yield Variant("means", capability, head_dim, ragged=True)
             yield Variant("importance", capability, head_dim, ragged=True)
+            yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
@@ -105,12 +107,14 @@ def approximation(variant: Variant) -> Report:
     functions = {
         "means": (_means_fwd, 4),
         "importance": (_importance_fwd, 8),
+        "choose": (_choose_fwd, 4),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BLOCK_M": Q_BLOCK}
     constants |= {"BLOCK_N": 64, "CHUNK": 64, "SIZE": K_BLOCK, "LOG_SIZE": 7, "COLUMNS": 64}
+    constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True}
     constants |= {
         "ROWS": 128 if variant.kernel == "importance" else 64,
@@ -184,9 +188,10 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
         "centre_ptr",
         "squares_ptr",
         "importance_ptr",
+        "scores_ptr",
     )
     pointers = dict.fromkeys(sixteen, "*bf16") | dict.fromkeys(sums, "*fp32")
-    pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr"), "*u8")
+    pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8")
     pointers |= dict.fromkeys(("lse_ptr", "norm_ptr", "longest_ptr"), "*fp32") | {
         "order_ptr": "*i64"
     }
@@ -198,7 +203,7 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
             return coordinates if name in ("above_desc", "below_desc") else str(descriptor)
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
-        return "fp32" if name in ("scale", "scale_log2") else "i32"
+        return "fp32" if name in ("scale", "scale_log2", "mass") else "i32"
 
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
     return ASTSource(
