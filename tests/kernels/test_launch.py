@@ -221,6 +221,18 @@ def test_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> Non
     assert backend.prepare(q, k, v, plan(), 0.125)[1] is None
 
 
+@pytest.mark.parametrize("shifted", [0, 1, 2])
+def test_addresses_that_are_not_multiples_of_16_are_examined_each_time(
+    jit: Jit, shifted: int
+) -> None:
+    """Of one `kind`, whichever of the tensors it is: Triton makes a kernel for each."""
+    inputs = list(tensors(0))
+    moved = torch.empty(inputs[shifted].numel() + 1, dtype=inputs[shifted].dtype)[1:]
+    inputs[shifted] = moved.view(inputs[shifted].transpose(1, 2).shape).transpose(1, 2)
+    backend = block_sparse.TritonBackend(interpreted=True)
+    assert backend.prepare(*inputs, plan(), 0.125)[1] is None
+
+
 def test_kinds_differ_in_all_that_launches_depend_on() -> None:
     q, k, v = tensors(0)
     shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
