@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_sparse.frame import Frame
 from dit_sparse.plan import Blocks
 
-_WEIGHTS = 1 << 24  # elements of the map that are held at a time
+_WEIGHTS = 1 << 22  # elements of the map that are held at a time
 _SPARSE_SHARE = 0.9
 _SMALL = 17.0  # times the mean weight 1/N: 1e-3 at 17,550 tokens, the paper's example
 
@@ -57,7 +57,7 @@ def block_statistics(
     """Sums, maxima and counts of softmax weights per pair of blocks.
 
     Every row is normalised over all keys that are not hidden. Memory is bounded: the map exists
-    for some query blocks at a time.
+    for some query blocks of some heads at a time.
 
     Args:
         q, k: `[H, N, D]` in plan order.
@@ -65,6 +65,18 @@ def block_statistics(
         bound: weights below it are counted as small.
         hidden: bool `[n]`, key blocks that are not read; `None`: all are.
     """
+    together = max(1, _WEIGHTS // (blocks.n * blocks.size**2))
+    parts = [
+        _of_heads(*heads, blocks, bound, hidden)
+        for heads in zip(q.split(together), k.split(together), strict=True)
+    ]
+    return BlockStatistics(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _of_heads(
+    q: Tensor, k: Tensor, blocks: Blocks, bound: float, hidden: Tensor | None
+) -> BlockStatistics:
+    """`block_statistics` of so few heads that one query block of each fits."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     within = torch.arange(blocks.size, device=q.device)
     real = within < blocks.lengths[:, None]
@@ -89,7 +101,7 @@ def _reduce(scores: Tensor, inside: Tensor, seen: Tensor, bound: float) -> Block
     weights = scores.masked_fill_(~seen.flatten(), -torch.inf).softmax(-1)
     weights = weights.view(scores.shape[0], *inside.shape, *seen.shape)
     pair = inside[:, :, None, None] & seen
-    weights = weights * pair
+    weights.mul_(pair)
     small = ((weights < bound) & pair).sum((2, 4)).to(weights.dtype)
     return BlockStatistics(weights.sum((2, 4)), weights.amax((2, 4)), small)
 

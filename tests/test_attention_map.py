@@ -60,7 +60,7 @@ def metrics_of(q: Tensor, layout: TokenLayout = LAYOUT, block: int = 8) -> MapMe
 class TestStatistics:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", ["raster", "WFH"])
-    @pytest.mark.parametrize("room", [1, 1 << 24])
+    @pytest.mark.parametrize("room", [1, 1 << 22])
     def test_equals_the_whole_map(
         self, layout: str, order: str, room: int, monkeypatch: pytest.MonkeyPatch
     ):
