@@ -57,6 +57,11 @@ def test_the_wheel_holds_one_package(wheel):
     assert tops == {"dit_sparse"}
 
 
+def test_the_wheel_holds_the_defaults_of_families(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "dit_sparse/pipelines/defaults.json" in archive.namelist()
+
+
 def test_the_wheel_holds_every_module(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.endswith(".py")}
