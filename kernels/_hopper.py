@@ -74,7 +74,18 @@ def _block_sparse_fwd_hopper(
 
     for it in tl.range(0, steps, warp_specialize=True):
         k = k_desc.load([k_row + tl.load(starts_ptr + it), k_col])
+        # What the softmax needs from memory is loaded before the product with v: a load behind it
+        # waits for it, and so does all that depends on the load.
+        if RAGGED and not PARTIAL:
+            length = tl.load(lengths_ptr + it)
         scores = tl.dot(q, tl.trans(k))
+        if PARTIAL:
+            # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
+            number = tl.load(indices_ptr + it)
+            above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
+            below = below_desc.load([number, 0]).reshape(BLOCK_N)
+            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+            scores = tl.where((inside & guard) == guard, scores * scale_log2, float("-inf"))
         v = v_desc.load([v_row + tl.load(starts_ptr + tl.maximum(it - 1, 0)), v_col])
         if not BOUND:
             acc = acc * alpha[:, None]
@@ -82,22 +93,16 @@ def _block_sparse_fwd_hopper(
         if BOUND:
             shift = -m_i[:, None]
             if RAGGED:
-                shift += tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))[None, :]
+                shift += tl.where(within < length, 0.0, float("-inf"))[None, :]
             p = tl.math.exp2(scores * scale_log2 + shift)
             l_i += tl.sum(p, 1)
         elif PARTIAL:
-            # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
-            number = tl.load(indices_ptr + it)
-            above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
-            below = below_desc.load([number, 0]).reshape(BLOCK_N)
-            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-            scores = tl.where((inside & guard) == guard, scores * scale_log2, float("-inf"))
             # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
             m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
             p = tl.math.exp2(scores - m_new[:, None])
         elif RAGGED:
             # A column bias rides on the scaling, a select would not.
-            bias = tl.where(within < tl.load(lengths_ptr + it), 0.0, float("-inf"))
+            bias = tl.where(within < length, 0.0, float("-inf"))
             scores = scores * scale_log2 + bias[None, :]
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             p = tl.math.exp2(scores - m_new[:, None])

@@ -227,7 +227,21 @@ def _read(variant: Variant, kernel: Any) -> Report:
     if registers is None or not code:
         raise RuntimeError(f"Expected cuobjdump to read the code of {variant}, got {usage!r}.")
     counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
+    counts["overlapped"] = _overlapped(code)
     return Report(variant, int(registers[1]), kernel.metadata.shared, counts)
+
+
+def _overlapped(code: str) -> int:
+    """Exponentials that are issued while a matrix product runs: before the wait for it."""
+    count = since = 0
+    for found in re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR", code):
+        if found == "HGMMA":
+            since = 1
+        elif found == "MUFU.EX2":
+            count += since
+        else:
+            since = 0
+    return count
 
 
 def main() -> None:
