@@ -52,7 +52,9 @@ def sampled_importance(
     count = max(1, blocks.size // share)
     at_q = sampled_tokens(frame, heads, count, seed)
     at_k = sampled_tokens(frame, heads, count, seed + 1)
-    keys = _take(k.repeat_interleave(heads // k.shape[1], dim=1), at_k.flatten(1))
+    if heads > k.shape[1]:  # even once, repeating would copy all keys for the sake of a few
+        k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    keys = _take(k, at_k.flatten(1))
     if q.is_cuda and count <= 64:
         try:
             from dit_sparse.kernels.importance import sampled_maximum

@@ -156,7 +156,8 @@ class BlockPlan:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        make_contiguous(self, ("indices", "offsets", "full", "partial"))
+        lists = ("indices", "offsets", "full", "partial")
+        make_contiguous(self, lists if self.hidden is None else (*lists, "hidden"))
 
     @classmethod
     def from_mask(
