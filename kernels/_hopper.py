@@ -57,14 +57,12 @@ def _block_sparse_fwd_hopper(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     alpha = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    rows = q_start + tl.arange(0, BLOCK_M)
     if PARTIAL:
-        rows = q_start + tl.arange(0, BLOCK_M)
-        row_inside = rows < tl.load(q_starts_ptr + block + 1)
         box_rows = head.to(tl.int64) * box_stride_h + rows
-        lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
-        upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
+        lower = tl.load(lower_ptr + box_rows, mask=rows < n_queries, other=0)
+        upper = tl.load(upper_ptr + box_rows, mask=rows < n_queries, other=0) | guard
     if BOUND:  # scores cannot rise above it, so no running maximum is needed
-        rows = q_start + tl.arange(0, BLOCK_M)
         norm_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
         m_i = tl.load(norm_ptr + rows, mask=rows < n_queries, other=0.0)
         m_i *= tl.load(longest_ptr + batch * n_heads + head) * scale_log2
@@ -96,15 +94,12 @@ def _block_sparse_fwd_hopper(
                 shift += tl.where(within < length, 0.0, float("-inf"))[None, :]
             p = tl.math.exp2(scores * scale_log2 + shift)
             l_i += tl.sum(p, 1)
-        elif PARTIAL:
+        elif PARTIAL or RAGGED:
+            if not PARTIAL:  # a column bias rides on the scaling, a select would not
+                bias = tl.where(within < length, 0.0, float("-inf"))
+                scores = scores * scale_log2 + bias[None, :]
             # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
             m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
-            p = tl.math.exp2(scores - m_new[:, None])
-        elif RAGGED:
-            # A column bias rides on the scaling, a select would not.
-            bias = tl.where(within < length, 0.0, float("-inf"))
-            scores = scores * scale_log2 + bias[None, :]
-            m_new = tl.maximum(m_i, tl.max(scores, 1))
             p = tl.math.exp2(scores - m_new[:, None])
         else:
             m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
@@ -132,9 +127,8 @@ def _block_sparse_fwd_hopper(
     out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
     if PARTIAL:  # add the result so far, as if it were one more key of the row
-        before = (
-            tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
-        )
+        before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf"))
+        before *= 1.4426950408889634
         m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
         alpha = tl.math.exp2(m_i - m_new)
         weight = tl.math.exp2(before - m_new)
