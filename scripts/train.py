@@ -9,13 +9,18 @@
 With `--recipe tiny-image`, the stages are vae, base, large and distil. `--data shapes` needs no
 files, and `--recipe toy` or `toy-image` no GPU. A checkpoint folder holds averaged weights in
 shards, `checkpoint.json` (the record), `history.jsonl`, `loss.png` and `samples.png`.
-Several GPUs: `accelerate launch scripts/train.py ...`.
+
+Several GPUs of one machine have a process each; with n of them a step learns from n batches:
+
+    torchrun --standalone --nproc-per-node 2 scripts/train.py stills --data data ...
+    accelerate launch --multi_gpu --num_processes 2 scripts/train.py stills --data data ...
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +34,7 @@ from scripts.training.clock import Clock
 from scripts.training.export import export
 from scripts.training.loop import Plan
 from scripts.training.parts import train_part
+from scripts.training.peers import leave
 from scripts.training.pipeline import PROMPTS
 from scripts.training.recipes import RECIPES
 from scripts.training.run import Request
@@ -130,7 +136,9 @@ def _stage_of(arguments: argparse.Namespace) -> Stage:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    main_process = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if main_process else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     top = parser()
     arguments = top.parse_args()
     try:
@@ -138,6 +146,7 @@ def main() -> None:
             print(export(arguments.out, arguments.to, arguments.recipe))
         else:
             train_part(request_of(arguments))
+            leave()
     except (ValueError, RuntimeError, OSError) as error:
         top.exit(1, f"{error}\n")
 

@@ -43,15 +43,20 @@ class Clock:
         """Minutes since the start."""
         return (time.monotonic() - self.started) / 60
 
-    def progress(self, step: int) -> float:
-        """Share of the box that is used up before step `step` of this run."""
-        spent = self.elapsed() / self.minutes
+    def progress(self, step: int, minutes: float | None = None) -> float:
+        """Share of the box that is used up before step `step` of this run.
+
+        Args:
+            step: of this run.
+            minutes: since the start; `None` for those up to now.
+        """
+        spent = (self.elapsed() if minutes is None else minutes) / self.minutes
         return spent if self.steps is None else max(spent, step / self.steps)
 
-    def rate(self, step: int) -> float:
-        """Factor of the learning rate at step `step` of this run."""
+    def rate(self, step: int, minutes: float | None = None) -> float:
+        """Factor of the learning rate; arguments as of `progress`."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
-        left = 1 - self.progress(step)
+        left = 1 - self.progress(step, minutes)
         if left >= self.cooldown or not self.cooldown:
             return rise
         return rise * max(FLOOR, left / self.cooldown)

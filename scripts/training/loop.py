@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from scripts.training.buckets import Bucket, pick
 from scripts.training.clock import Clock
+from scripts.training.peers import Peers
 from scripts.training.prefetch import Batch, Prefetch
 from scripts.training.state import Trained
 from scripts.training.step import Step
+
+#: Steps after which several processes ask for the time again.
+_ASKED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +104,18 @@ def _fresh(device: torch.device) -> _Window:
 
 @dataclass
 class _Progress:
-    """How far a run is: it began at step `first` and is at `step`."""
+    """How far a run is: it began at step `first` and is at `step`.
+
+    `minutes` are those of the main process's clock when it was last asked. The learning rate goes
+    by them, as it has to be the same in all processes.
+    """
 
     plan: Plan
     first: int
     step: int
     window: _Window
     samples: int = 0
+    minutes: float = 0.0
     last: float | None = None
     next: dict[str, float] = field(default_factory=dict)
 
@@ -115,7 +124,13 @@ class _Progress:
         return self.step - self.first
 
     def rate(self) -> float:
-        return self.plan.lr * self.plan.clock.rate(self.done)
+        return self.plan.lr * self.plan.clock.rate(self.done, self.minutes)
+
+    def over(self, peers: Peers) -> bool:
+        """Whether the box is used up. Several processes ask the main one now and then."""
+        if peers.count == 1 or self.done % _ASKED == 0:
+            self.minutes = peers.agree(self.plan.clock.elapsed())
+        return self.plan.clock.progress(self.done, self.minutes) >= 1
 
     def add(self, loss: Tensor, norm: Tensor, processes: int) -> None:
         count = pick(self.plan.buckets, self.plan.seed, self.step).batch * processes
@@ -163,7 +178,7 @@ class _Progress:
 
 
 def train(
-    accelerator: Any,
+    peers: Peers,
     model: nn.Module,
     trained: Trained,
     task: Task,
@@ -176,8 +191,8 @@ def train(
     The host waits for the device only to write a line of the history.
 
     Args:
-        accelerator: an `accelerate.Accelerator`.
-        model: the prepared model, over `trained.model`.
+        peers: the processes that train; all must start with the same weights.
+        model: `trained.model`, prepared.
         trained: what changes.
         task: what is learnt.
         plan: how.
@@ -187,20 +202,20 @@ def train(
     Raises:
         RuntimeError: the loss is no longer finite.
     """
-    seed, rank, device = plan.seed, accelerator.process_index, accelerator.device
+    seed, rank, device = plan.seed, peers.rank, peers.device
 
     def batch_of(step: int) -> Batch:
         return task.batch(pick(plan.buckets, seed, step), _randomness(seed, step, rank, device))
 
     batches = Prefetch(batch_of, step, device)
-    learn = Step(accelerator, model, trained, task, batches)
+    learn = Step(peers, model, trained, task, batches)
     draws = _randomness(seed, step, rank, device)
     try:
         progress = _Progress(plan, first=step, step=step, window=_fresh(device))
-        while not _over(accelerator, plan.clock, progress.done):
+        while not progress.over(peers):
             _reseed(draws, seed, progress.step, rank)
             loss, norm = learn(batches.next(), draws, progress.rate())
-            progress.add(loss, norm, accelerator.num_processes)
+            progress.add(loss, norm, peers.count)
             if progress.done % plan.log_every == 0 or plan.clock.steps == progress.done:
                 hooks.log(progress.line())
             for event, hook in (("save", hooks.save), ("sample", hooks.sample)):
@@ -208,20 +223,10 @@ def train(
                     hook(progress.step)
     finally:
         batches.close()
+        learn.close()
     hooks.save(progress.step)
     hooks.sample(progress.step)
     return progress.record()
-
-
-def _over(accelerator: Any, clock: Clock, step: int) -> bool:
-    """Whether the box is used up; the main process decides, now and then, for all."""
-    if accelerator.num_processes == 1:
-        return clock.progress(step) >= 1
-    if step % 10 and (clock.steps is None or step < clock.steps):
-        return False
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([clock.progress(step) >= 1])[0]
 
 
 def _randomness(seed: int, step: int, rank: int, device: torch.device) -> Randomness:

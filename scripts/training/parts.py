@@ -49,6 +49,7 @@ def train_part(request: Request) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(request.plan.seed)
         (_train_vae if run.part == "vae" else _train_denoiser)(run, data)
+    run.peers.wait()
 
 
 def _train_vae(run: Run, data: Data) -> None:
@@ -148,7 +149,8 @@ def _tokenizer(run: Run, data: Data, folder: Path) -> PreTrainedTokenizerFast:
     if "denoiser" in run.checkpoint.parts:
         tokenizer = from_json(run.checkpoint.read(folder, "denoiser").texts["tokenizer.json"])
     else:
-        tokenizer = train_tokenizer(_texts(data), run.checkpoint.models.vocabulary)
+        made = train_tokenizer(_texts(data), run.checkpoint.models.vocabulary)
+        tokenizer = from_json(run.peers.agree(to_json(made)))
     run.texts["tokenizer.json"] = to_json(tokenizer)
     return tokenizer
 

@@ -22,6 +22,7 @@ from scripts.training.checkpoint import (
 from scripts.training.ema import Average
 from scripts.training.history import History
 from scripts.training.loop import Hooks, Plan, Task, train
+from scripts.training.peers import PATIENCE, Peers, join
 from scripts.training.pipeline import PROMPTS
 from scripts.training.recipes import RECIPES
 from scripts.training.stage import Stage
@@ -84,12 +85,14 @@ class Run:
     Args:
         request: what was asked for.
         accelerator: an `accelerate.Accelerator`.
+        peers: its processes.
         checkpoint: replaced whenever a part is saved.
         texts: stored with the weights.
     """
 
     request: Request
     accelerator: Any
+    peers: Peers
     checkpoint: Checkpoint
     texts: dict[str, str] = field(default_factory=dict)
 
@@ -126,14 +129,15 @@ class Run:
         if step:
             archive = self.checkpoint.read(self.request.resume or self.out, self.part)
             load_weights(model, archive.tensors)
-        model.to(self.accelerator.device)
+        model.to(self.peers.device)
+        self.peers.align(model)
         average = Average(model)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=self.request.plan.lr,
             betas=(0.9, 0.99),
             weight_decay=0.01,
-            fused=self.accelerator.device.type == "cuda",
+            fused=self.peers.device.type == "cuda",
         )
         trained = Trained(model, average, optimizer)
         plan = self.request.plan
@@ -141,15 +145,16 @@ class Run:
             logger.info("exact state of step %d found", step)
             plan = replace(plan, clock=replace(plan.clock, warmup=0))
         ready(model)
-        prepared, _ = self.accelerator.prepare(model, optimizer)
+        # No more than autocast: gradients are averaged in the step, where a CUDA graph records it.
+        prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
         logger.info("%s: from step %d", self.request.stage, step)
         hooks = self._hooks(trained, sample)
-        record = train(self.accelerator, prepared, trained, task, plan, hooks, step)
+        record = train(self.peers, prepared, trained, task, plan, hooks, step)
         return average.model, record
 
     def _hooks(self, trained: Trained, sample: Sample) -> Hooks:
         history = History(self.out)
-        main = self.accelerator.is_main_process
+        main = self.peers.main
 
         def log(line: dict[str, Any]) -> None:
             if main:
@@ -175,14 +180,14 @@ class Run:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Adds the run's record to the manifest, and keeps what was compiled."""
-        if not self.accelerator.is_main_process:
+        if not self.peers.main:
             return
-        device = self.accelerator.device
+        device = self.peers.device
         name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
         run = {
             "stage": self.request.stage,
             "device": name,
-            "processes": self.accelerator.num_processes,
+            "processes": self.peers.count,
             "torch": torch.__version__,
             "sizes": [str(bucket) for bucket in self.request.plan.buckets],
             "lr": self.request.plan.lr,
@@ -203,6 +208,7 @@ def begin(request: Request) -> Run:
         ValueError: the checkpoint cannot be read, or its denoiser cannot be left out.
     """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     folder = request.resume or request.out
     checkpoint = open_checkpoint(folder, request.recipe)
@@ -214,11 +220,16 @@ def begin(request: Request) -> Run:
             )
         checkpoint = checkpoint.without_denoiser(folder)
     cuda = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+    accelerator = Accelerator(
+        cpu=not cuda,
+        mixed_precision="bf16" if cuda else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    peers = join(accelerator)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # the usual choice is slow for small 3-D convolutions
-    if accelerator.is_main_process:
+    if peers.main:
         request.out.mkdir(parents=True, exist_ok=True)
         copy_checkpoint(checkpoint, folder, request.out)
-    accelerator.wait_for_everyone()
-    return Run(request, accelerator, checkpoint)
+    peers.wait()
+    return Run(request, accelerator, peers, checkpoint)

@@ -7,11 +7,12 @@ the host. Replayed from a graph it does not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from scripts.training.peers import Peers
 from scripts.training.prefetch import Batch, Prefetch
 from scripts.training.state import Trained
 
@@ -36,24 +37,25 @@ class Step:
     """Makes optimizer steps.
 
     Args:
-        accelerator: an `accelerate.Accelerator`.
-        model: the prepared model, over `trained.model`.
+        peers: whose gradients are averaged.
+        model: `trained.model`, prepared.
         trained: what changes.
         task: gives the loss. It must not wait for the device.
         batches: paused while a graph is recorded.
     """
 
     def __init__(
-        self, accelerator: Any, model: nn.Module, trained: Trained, task: Task, batches: Prefetch
+        self, peers: Peers, model: nn.Module, trained: Trained, task: Task, batches: Prefetch
     ) -> None:
-        self._accelerator, self._model, self._task = accelerator, model, task
+        self._peers, self._model, self._task = peers, model, task
         self._trained, self._batches = trained, batches
-        device = accelerator.device
-        # The gradients of several processes are summed by hooks that a graph would miss.
-        self._recordable = device.type == "cuda" and accelerator.num_processes == 1
+        device = peers.device
+        self._recordable = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if self._recordable else None
         # Nothing of a replay is needed in the next, so all graphs may use the same memory.
         self._pool = torch.cuda.graph_pool_handle() if self._recordable else None
+        # Between processes, a thread of NCCL's keeps asking how earlier exchanges are doing.
+        self._mode = "global" if peers.count == 1 else "thread_local"
         self._rate = torch.zeros((), device=device)
         for group in trained.optimizer.param_groups:
             group["lr"] = self._rate
@@ -63,6 +65,8 @@ class Step:
 
     def __call__(self, batch: Batch, draws: Randomness, rate: float) -> tuple[Tensor, Tensor]:
         """Learns from a batch; returns loss and gradient norm on the device, valid till the next.
+
+        They are those of the mean over all processes.
 
         Args:
             batch: tensors on the device.
@@ -83,13 +87,20 @@ class Step:
         self._trained.average.update(self._trained.model)
         return results
 
+    def close(self) -> None:
+        """Frees the graphs, which must be done before the exchange between processes ends."""
+        self._recorded.clear()
+
     def _run(self, batch: Batch, draws: Randomness) -> tuple[Tensor, Tensor]:
         self._trained.optimizer.zero_grad(set_to_none=True)
         loss = self._task.loss(self._model, batch, draws)
-        self._accelerator.backward(loss)
-        norm = self._accelerator.clip_grad_norm_(self._trained.model.parameters(), 1.0)
+        loss.backward()
+        loss = loss.detach()
+        parameters = list(self._trained.model.parameters())
+        self._peers.average([*(p.grad for p in parameters if p.grad is not None), loss])
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         self._trained.optimizer.step()
-        return loss.detach(), norm.detach()
+        return loss, norm.detach()
 
     def _run_aside(self, batch: Batch, draws: Randomness) -> tuple[Tensor, Tensor]:
         """Runs on the stream that records, as graphs demand of what prepares them."""
@@ -111,7 +122,9 @@ class Step:
         kept = tuple(tensor.clone() for tensor in batch)
         with self._batches.paused():
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._side, capture_error_mode=self._mode
+            ):
                 results = self._run(kept, draws)
         return _Recorded(graph, kept, results)
 
