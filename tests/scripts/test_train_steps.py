@@ -16,6 +16,7 @@ from scripts.training import step as steps
 from scripts.training import whole
 from scripts.training.ema import Average
 from scripts.training.loop import Randomness
+from scripts.training.peers import join
 from scripts.training.prefetch import Prefetch
 from scripts.training.state import Trained
 from scripts.training.tiny_video import TOY
@@ -59,7 +60,7 @@ def learnt(device: torch.device, sizes: list[int]) -> tuple[list[float], list[to
     trained = Trained(model, Average(model), optimizer)
     batches = Prefetch(lambda step: (torch.full((2,), step),), 0, device)
     try:
-        learn = steps.Step(accelerator, accelerator.prepare(model), trained, Noisy(), batches)
+        learn = steps.Step(join(accelerator), accelerator.prepare(model), trained, Noisy(), batches)
         noise, losses = torch.Generator(device), []
         for number, size in enumerate(sizes):
             noise.manual_seed(number)
