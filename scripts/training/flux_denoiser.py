@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.training.recipe import PIPELINE_TEXT_LENGTH, TEXT_LENGTH
 
@@ -79,8 +78,6 @@ class RepeatedPadding:
     ) -> Tensor:
         """Stands for `dispatch_attention_fn`: q, k, v `[B, N, H, D]`, text first, no mask.
 
-        On CUDA these must be bfloat16 or float16, by autocast at the latest.
-
         Raises:
             ValueError: a mask, another backend or a parallel configuration is asked for.
         """
@@ -90,11 +87,7 @@ class RepeatedPadding:
                 "them. Train the transformer with its default settings."
             )
         q, k, v = (x.transpose(1, 2) for x in (query, self._repeat(key), self._repeat(value)))
-        # Left to its own choice, PyTorch 2.11 died of an illegal memory access on an H200 in
-        # compiled steps with CUDA graphs. What it chose for these shapes, with more keys than
-        # queries, was cuDNN 9.19's attention, which is suspected but not proven to be the cause.
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def _repeat(self, tokens: Tensor) -> Tensor:
         padding = tokens[:, self.last : self.last + 1].expand(-1, self.missing, -1, -1)
@@ -151,9 +144,16 @@ class FluxDenoiser(nn.Module):
         return self.text_encoder_2(more)[0][:, : ids.shape[1]]
 
     def shorten_text(self) -> None:
-        """From now on, reads `TEXT_LENGTH` tokens as if they were the pipeline's 512."""
+        """From now on, reads `TEXT_LENGTH` tokens as if they were the pipeline's 512.
+
+        Takes cuDNN's attention out of PyTorch's choice, in the whole process.
+        """
         from dit_sparse.pipelines.processor import sparse_processor
 
+        # PyTorch 2.11 died of an illegal memory access on an H200 in compiled steps with CUDA graphs.
+        # cuDNN 9.19's attention, its choice where keys outnumber queries, is suspected but not
+        # proven to be the cause. A context around the call cannot be compiled.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         core: Any = RepeatedPadding(TEXT_LENGTH - 1, PIPELINE_TEXT_LENGTH - TEXT_LENGTH)
         blocks = (self.transformer.transformer_blocks, self.transformer.single_transformer_blocks)
         for block in chain(*blocks):

@@ -59,7 +59,8 @@ def check_on_gpu(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: Bl
     error = relative_error(got.out[seen], exact[seen])
     assert error <= 1e-2
     assert error <= 2 * relative_error(stock[seen], exact[seen])
-    torch.testing.assert_close(got.lse.double()[seen], lse[seen], rtol=0, atol=1e-3)
+    # Adversarial scores reach 10,000, where float32 itself is a thousandth apart.
+    torch.testing.assert_close(got.lse.double()[seen], lse[seen], rtol=1e-6, atol=1e-3)
     assert not got.out[~seen].any()
     assert bool((got.lse[~seen] == -torch.inf).all())
 
@@ -85,7 +86,8 @@ class TestCompiled:
         plan, (q, k, v) = on_gpu(Case(64, block, block, torch.bfloat16, box=box, tokens=2304))
         first, prepared = prepare(q, k, v, plan)
         check_on_gpu(first, q, k, v, plan)
-        q, k, v = (x.roll(7, dims=2) for x in (q, k, v))
+        # A clone keeps the strides, which `roll` does not: other strides are another kind.
+        q, k, v = (x.clone().copy_(x.roll(7, dims=2)) for x in (q, k, v))
         check_on_gpu(prepared.again(q, k, v), q, k, v, plan)
 
     @pytest.mark.parametrize("head_dim", [64, 72, 128])
