@@ -150,9 +150,9 @@ class FluxDenoiser(nn.Module):
         """
         from dit_sparse.pipelines.processor import sparse_processor
 
-        # PyTorch 2.11 died of an illegal memory access on an H200 in compiled steps with CUDA graphs.
-        # cuDNN 9.19's attention, its choice where keys outnumber queries, is suspected but not
-        # proven to be the cause. A context around the call cannot be compiled.
+        # PyTorch 2.11 died of an illegal memory access on an H200, in compiled steps with CUDA
+        # graphs. cuDNN 9.19's attention, its choice where keys outnumber queries, is suspected but
+        # not proven to be the cause. A context around the call did not compile there.
         torch.backends.cuda.enable_cudnn_sdp(False)
         core: Any = RepeatedPadding(TEXT_LENGTH - 1, PIPELINE_TEXT_LENGTH - TEXT_LENGTH)
         blocks = (self.transformer.transformer_blocks, self.transformer.single_transformer_blocks)

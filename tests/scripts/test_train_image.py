@@ -5,10 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -123,27 +120,25 @@ def test_training_leaves_the_blind_buckets_alone():
     assert bias.grad[~blind].any()
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-def test_repeated_padding_runs_flash_attention_whatever_else_is_chosen():
-    """Also when compiled in one graph, forward and backward."""
-    core, found = RepeatedPadding(3, 5), []
-
-    def keep(graph, inputs):
-        found.extend(str(node.target) for node in graph.graph.nodes)
-        return make_boxed_func(graph.forward)
-
-    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    compiled = torch.compile(core.dispatch, backend=compiler, fullgraph=True)
-    q, k, v = (torch.randn(2, 10, 2, 64, requires_grad=True) for _ in range(3))
-    with sdpa_kernel(SDPBackend.MATH):
-        made = compiled(q, k, v)
-        made.square().sum().backward()
+def test_repeated_padding_is_attention_to_copies_of_a_token():
+    core = RepeatedPadding(3, 5)
+    q, k, v = (torch.randn(2, 10, 2, 64) for _ in range(3))
     keys, values = (torch.cat([x, x[:, 3:4].expand(-1, 5, -1, -1)], 1) for x in (k, v))
     weights = torch.einsum("bqhd,bkhd->bhqk", q, keys).div(8).softmax(-1)
-    torch.testing.assert_close(made, torch.einsum("bhqk,bkhd->bqhd", weights, values))
-    flash = [name for name in found if "flash_attention" in name]
-    assert len(flash) == 2
-    assert any("backward" in name for name in flash)
+    wanted = torch.einsum("bhqk,bkhd->bqhd", weights, values)
+    torch.testing.assert_close(core.dispatch(q, k, v), wanted)
+
+
+def test_a_shortened_text_keeps_cudnn_out():
+    """Its attention, with more keys than queries, is suspected of an illegal memory access."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        TOY_IMAGE.build_denoiser().shorten_text()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_repeated_padding_refuses_what_it_would_not_heed():
