@@ -173,9 +173,10 @@ def _intervals(axis: Axis) -> Intervals:
     return axis.intervals()
 
 
-# Time of a short block and of a masked one, relative to a whole one (H200, head dim 128). Masked
-# blocks gather in the few rows of tiles at the border, whose programs run on when all others have
-# ended: their arithmetic alone would be 2.4.
+# Time of a short block and of a masked one, relative to a whole one (H200, head dim 128; masked
+# ones in the portable kernel, before they ran in the specialised one). Masked blocks gather in the
+# few rows of tiles at the border, whose programs run on when all others have ended: their
+# arithmetic alone would be 2.4.
 SHORT, MASKED = 1.2, 10.0
 
 # What evenness may cost: a window whose share of an axis is twice as far off as another's must
