@@ -179,7 +179,7 @@ def dense_attention(
         q, k, v: `[B, H, N, D]`.
         scale: factor of the scores, `D ** -0.5` by default.
         layout: padding tokens of its text are cut out of k and v: a mask that only says a length
-            costs about 40 % of the throughput on a Hopper GPU.
+            makes dense attention slower.
         mask: anything else that SDPA accepts as `attn_mask`; beside padding it must say that too,
             so both together are refused.
 
