@@ -65,7 +65,7 @@ class Candidate:
 
     @property
     def speedup(self) -> float:
-        """Estimated speedup: short and masked entries cost what `dit_sparse.tiling` has for them."""
+        """Estimated speedup: short and masked entries cost what `dit_sparse.tiling` says."""
         return self.dense / (self.full * (1.0 if self.whole else SHORT) + self.partial * MASKED)
 
     def to_dict(self) -> dict[str, Any]:
