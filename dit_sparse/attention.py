@@ -138,7 +138,7 @@ def kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         *(q.shape, q.stride(), q.dtype, q.device),
         *(k.shape, k.stride(), k.dtype, k.device),
         *(v.shape, v.stride(), v.dtype, v.device),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0,
+        (q.data_ptr() % 16 == 0, k.data_ptr() % 16 == 0, v.data_ptr() % 16 == 0),
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
 

@@ -89,8 +89,6 @@ class TritonBackend:
         made = self._on_device(q, k, v, plan, scale)
         if approximate.needed(plan) or self.bound or any(t.stride(-1) != 1 for t in (q, k, v)):
             return made.result, None  # there are other tensors between the launches
-        if any(t.data_ptr() % 16 for t in (q, k, v)):
-            return made.result, None  # compiled for those that are not, which may be others next
         reorder = None
         if plan.order is not None:
             if made.gather is None:

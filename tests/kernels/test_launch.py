@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from dit_sparse.grid import Permutation, TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
+from dit_sparse.plan_cache import PlannedCall
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
@@ -221,21 +223,33 @@ def test_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> Non
     assert backend.prepare(q, k, v, plan(), 0.125)[1] is None
 
 
-@pytest.mark.parametrize("shifted", [0, 1, 2])
-def test_addresses_that_are_not_multiples_of_16_are_examined_each_time(
-    jit: Jit, shifted: int
+def test_addresses_that_are_not_multiples_of_16_have_launches_of_their_own(
+    jit: Jit, monkeypatch: Any
 ) -> None:
-    """Of one `kind`, whichever of the tensors it is: Triton makes a kernel for each."""
-    inputs = list(tensors(0))
-    moved = torch.empty(inputs[shifted].numel() + 1, dtype=inputs[shifted].dtype)[1:]
-    inputs[shifted] = moved.view(inputs[shifted].transpose(1, 2).shape).transpose(1, 2)
+    """Triton compiles for each: what q, k or v alone is not aligned for must not be repeated."""
     backend = block_sparse.TritonBackend(interpreted=True)
-    assert backend.prepare(*inputs, plan(), 0.125)[1] is None
+    monkeypatch.setattr("dit_sparse.attention.backends", lambda: (backend,))
+    call = PlannedCall(plan())
+    ways = list(itertools.product([False, True], repeat=3))
+    for examined, way in enumerate(ways, start=1):
+        for seed in range(2):
+            inputs = [shift(x) if s else x for x, s in zip(tensors(seed), way, strict=True)]
+            assert [bool(x.data_ptr() % 16) for x in inputs] == list(way)
+            call.run(*inputs, 0.125, None)
+            assert len(jit.examined) == examined
+            addresses = [jit.seen[-1][n].data_ptr() for n in (1, 2, 3)]
+            assert addresses == [x.data_ptr() for x in inputs]
+    assert len(jit.seen) == 2 * len(ways)
+
+
+def shift(x: Tensor) -> Tensor:
+    """A copy with the same strides, two bytes behind a multiple of 16."""
+    room = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+    return room.as_strided(x.shape, x.stride(), room.storage_offset()).copy_(x)
 
 
 def test_kinds_differ_in_all_that_launches_depend_on() -> None:
     q, k, v = tensors(0)
-    shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
     kinds = [
         kind(q, k, v),
         kind(q.contiguous(), k, v),
@@ -244,7 +258,9 @@ def test_kinds_differ_in_all_that_launches_depend_on() -> None:
         kind(q.float(), k, v),
         kind(q[:, :, 1:], k, v),
         kind(q, k[:, :, 1:], v),
-        kind(shifted, k.contiguous(), v.contiguous()),
+        kind(shift(q), k, v),
+        kind(q, shift(k), v),
+        kind(q, k, shift(v)),
         kind(q.contiguous(), k.contiguous(), v.contiguous()),
         kind(q.clone().requires_grad_(), k, v),
     ]
