@@ -273,8 +273,9 @@ class BlockPlan:
     @cached_property
     def spans(self) -> tuple[Tensor, Tensor]:
         """int32 `[E]` twice: first key position and number of keys of every entry."""
-        blocks = self.indices.long()
-        return self.k_blocks.starts[blocks], self.k_blocks.lengths[blocks]
+        starts, lengths = self.k_blocks.starts[:-1], self.k_blocks.lengths
+        # Indexing by brackets would make an int64 copy of the indices first.
+        return starts.index_select(0, self.indices), lengths.index_select(0, self.indices)
 
     @cached_property
     def density(self) -> float:

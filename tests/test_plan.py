@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dit_sparse.grid import Permutation
 from dit_sparse.levels import plan_of_levels
@@ -174,6 +176,40 @@ def test_lists_need_not_lie_one_after_another():
     expected = torch.tensor([[[True, True], [True, True]], [[False, True], [False, False]]])
     assert torch.equal(check(plan).visited[0], expected)
     assert plan.density == pytest.approx(5 / 8)
+
+
+class Widths(TorchDispatchMode):
+    """Notes the dtype of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("entries", [[2, 0, 1, 2], []])
+def test_spans_take_no_wider_indices(entries):
+    """A plan has millions of entries: int64 copies of them would be felt."""
+    blocks = Blocks.of_runs([4, 3, 1], 4)
+    counts = torch.tensor([[[len(entries)] + [0] * (blocks.n - 1)]], dtype=torch.int32)
+    plan = BlockPlan(
+        q_blocks=blocks,
+        k_blocks=blocks,
+        indices=torch.tensor(entries, dtype=torch.int32),
+        offsets=torch.zeros_like(counts),
+        full=counts,
+        partial=torch.zeros_like(counts),
+    )
+    with Widths() as widths:
+        starts, lengths = plan.spans
+    assert widths.seen == {torch.int32}
+    assert starts.tolist() == [[0, 4, 7][j] for j in entries]
+    assert lengths.tolist() == [[4, 3, 1][j] for j in entries]
+    assert [x.shape for x in plan.to("meta").spans] == [starts.shape, lengths.shape]
 
 
 def test_to_moves_every_tensor_and_str_is_one_line():
