@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.backend import Again, AttentionOutput, Backend, PreparingBackend
+from dit_sparse.backend import Again, AttentionOutput, Backend, PreparingBackend, kernel_module
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check_for
@@ -23,14 +22,8 @@ _BACKENDS = ("block_sparse", "flex", "reference")
 @cache
 def backends() -> tuple[Backend, ...]:
     """Every backend that can be imported here, in order of preference."""
-    found = []
-    for module in _BACKENDS:
-        try:
-            found.append(importlib.import_module(f"dit_sparse.kernels.{module}").BACKEND)
-        except ImportError as error:
-            if (error.name or "").partition(".")[0] != "triton":
-                raise
-    return tuple(found)
+    modules = map(kernel_module, _BACKENDS)
+    return tuple(module.BACKEND for module in modules if module is not None)
 
 
 def select_backend(

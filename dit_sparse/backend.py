@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -69,6 +72,17 @@ class PreparingBackend(Backend, Protocol):
         """`run`, and the same for tensors of the same shapes, strides, dtypes and device whose
         addresses are as divisible by 16; `None` where nothing can be kept. It keeps no tensor."""
         ...
+
+
+@cache
+def kernel_module(name: str) -> ModuleType | None:
+    """A module of `kernels/`; `None` if it needs Triton and there is none."""
+    try:
+        return importlib.import_module(f"dit_sparse.kernels.{name}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return None
 
 
 def refuses_beyond_basics(q: Tensor, v: Tensor) -> str | None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_sparse.backend import kernel_module
 from dit_sparse.frame import Frame
 
 Norm = Literal["softmax", "max"]
@@ -55,21 +56,16 @@ def sampled_importance(
     if heads > k.shape[1]:  # even once, repeating would copy all keys for the sake of a few
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
     keys = _take(k, at_k.flatten(1))
-    if q.is_cuda and count <= 64:
-        try:
-            from dit_sparse.kernels.importance import sampled_maximum
-        except ImportError:  # no Triton
-            pass
-        else:
-            importance = sampled_maximum(
-                _take(q, at_q.flatten(1)),
-                keys,
-                count,
-                scale=dim**-0.5,
-                softmax=norm == "softmax",
-                hidden=frame.hidden,
-            )
-            return _normalised(importance)
+    if q.is_cuda and count <= 64 and (kernels := kernel_module("importance")):
+        importance = kernels.sampled_maximum(
+            _take(q, at_q.flatten(1)),
+            keys,
+            count,
+            scale=dim**-0.5,
+            softmax=norm == "softmax",
+            hidden=frame.hidden,
+        )
+        return _normalised(importance)
     hidden = None if frame.hidden is None else frame.hidden[:, None, None]
     rows = max(1, _CHUNK // (batch * heads * count * count * blocks.n))
     parts = []

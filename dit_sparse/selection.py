@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse import correction
+from dit_sparse.backend import kernel_module
 from dit_sparse.frame import Frame
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Tail
@@ -21,14 +22,9 @@ def block_means(x: Tensor, frame: Frame) -> Tensor:
     Args:
         x: `[B, H, N, D]` in the model's order.
     """
-    if x.is_cuda:
-        try:
-            from dit_sparse.kernels.pool import pool
-        except ImportError:  # no Triton
-            pass
-        else:
-            x = x if x.stride(-1) == 1 else x.contiguous()
-            return pool(x, frame.blocks, order=frame.order).blocks
+    if x.is_cuda and (kernels := kernel_module("pool")):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return kernels.pool(x, frame.blocks, order=frame.order).blocks
     return correction.block_means(_ordered(x, frame), frame.blocks)
 
 
@@ -39,17 +35,12 @@ def covariance_norms(k: Tensor, v: Tensor, frame: Frame, *, centred: bool) -> Te
         k, v: `[B, H, N, D]` and `[B, H, N, D_v]` in the model's order.
         centred: norms of the deviations from the mean over blocks.
     """
-    if k.is_cuda:
-        try:
-            from dit_sparse.kernels import pool
-        except ImportError:
-            pass
-        else:
-            k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-            means = pool.pool(k, frame.blocks, order=frame.order).blocks
-            return pool.covariance_norms(
-                k, v, frame.blocks, means, centred=centred, order=frame.order
-            )
+    if k.is_cuda and (kernels := kernel_module("pool")):
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        means = kernels.pool(k, frame.blocks, order=frame.order).blocks
+        return kernels.covariance_norms(
+            k, v, frame.blocks, means, centred=centred, order=frame.order
+        )
     k, v = _ordered(k, frame), _ordered(v, frame)
     return correction.covariance_norms(k, v, frame.blocks, centred=centred)
 
@@ -143,14 +134,9 @@ def plan_of_ranks(
             share of the softmax over the row's scores.
         tail: the plan's field of this name.
     """
-    if scores.is_cuda:
-        try:
-            from dit_sparse.kernels.choose import WIDEST, choose
-        except ImportError:  # no Triton
-            pass
-        else:
-            if scores.shape[-1] <= WIDEST:
-                return choose(scores, frame, ends, factors=factors, mass=mass, tail=tail)
+    kernels = kernel_module("choose") if scores.is_cuda else None
+    if kernels and scores.shape[-1] <= kernels.WIDEST:
+        return kernels.choose(scores, frame, ends, factors=factors, mass=mass, tail=tail)
     if frame.hidden is not None:
         scores = scores.masked_fill(frame.hidden[:, None, None], -torch.inf)
     if mass is not None:

@@ -172,6 +172,20 @@ def test_import_loads_no_optional_package():
     assert loaded == ""
 
 
+def test_a_kernel_that_needs_triton_is_missed_where_there_is_none():
+    out = run_fresh(
+        "import sys\n"
+        "sys.modules['triton'] = None  # importing it raises ImportError\n"
+        "from dit_sparse.backend import kernel_module\n"
+        "print([kernel_module(n) is None for n in ('pool', 'choose', 'importance', 'reference')])\n"
+        "try:\n"
+        "    kernel_module('nothing')\n"
+        "except ImportError as error:\n"
+        "    print(error.name)\n"
+    )
+    assert out == "[True, True, True, False]\ndit_sparse.kernels.nothing"
+
+
 def test_attention_works_without_optional_packages():
     out = run_fresh(
         "import sys\n"
