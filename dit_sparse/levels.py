@@ -67,9 +67,8 @@ def plan_of_levels(
         hidden=hidden,
         order=order,
     )
-    if (
-        tail != "none"
-    ):  # kernels ask for it, and getting it from the lists would wait for the device
+    if tail != "none":
+        # Kernels ask for it, and getting it from the lists would wait for the device.
         vars(plan)["visited"] = _rank(level, classes) < len(classes)
     return plan
 
