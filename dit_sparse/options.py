@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from dit_sparse import orders
 from dit_sparse.frame import Frame
 from dit_sparse.selection import FORCED
 
@@ -30,25 +31,25 @@ def check_block(value: object) -> None:
         raise ValueError(f"Expected a block of 64 or 128 tokens, got {value!r}.")
 
 
-def check_reuse(value: object) -> None:
-    """Raises unless a plan serves a whole number of steps."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"Expected reuse_steps of at least 1, an integer, got {value!r}.")
+def check_planning(
+    *, order: object, least: object, block: object, reuse_steps: object, forced: object
+) -> tuple[str, ...]:
+    """Raises unless the options of methods that plan from q and k in every call are in range.
 
-
-def forced_names(value: object) -> tuple[str, ...]:
-    """Names of forced blocks as a tuple."""
-    if not isinstance(value, (tuple, list)) or any(name not in FORCED for name in value):
+    Returns:
+        The names of forced blocks, as a tuple.
+    """
+    check_choice("order", order, orders.NAMES)
+    if type(least) is not int or least < 0:
+        raise ValueError(f"Expected least as a number of blocks of at least 0, got {least!r}.")
+    check_block(block)
+    if type(reuse_steps) is not int or reuse_steps < 1:
+        raise ValueError(f"Expected reuse_steps of at least 1, an integer, got {reuse_steps!r}.")
+    if not isinstance(forced, (tuple, list)) or any(name not in FORCED for name in forced):
         raise ValueError(
-            f"Expected forced as a tuple of names among {', '.join(FORCED)}, got {value!r}."
+            f"Expected forced as a tuple of names among {', '.join(FORCED)}, got {forced!r}."
         )
-    return tuple(value)
-
-
-def check_least(value: object) -> None:
-    """Raises unless a least number of blocks is a count."""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"Expected least as a number of blocks of at least 0, got {value!r}.")
+    return tuple(forced)
 
 
 def blocks_for(density: float, frame: Frame, least: int) -> int:

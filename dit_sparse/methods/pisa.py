@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dit_sparse import options, orders, selection
+from dit_sparse import options, selection
 from dit_sparse.frame import Frame, frame_of
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.plan import BlockPlan, Tail
@@ -73,11 +73,14 @@ class PisaMethod:
             options.check_share(field, getattr(self, field))
         options.check_choice("tail", self.tail, ("none", "zeroth", "first", "block"))
         options.check_choice("prior", self.prior, ("none", "norm", "deviation"))
-        options.check_choice("order", self.order, orders.NAMES)
-        options.check_least(self.least)
-        options.check_block(self.block)
-        options.check_reuse(self.reuse_steps)
-        object.__setattr__(self, "forced", options.forced_names(self.forced))
+        forced = options.check_planning(
+            order=self.order,
+            least=self.least,
+            block=self.block,
+            reuse_steps=self.reuse_steps,
+            forced=self.forced,
+        )
+        object.__setattr__(self, "forced", forced)
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dit_sparse import options, orders, pyramid, selection
+from dit_sparse import options, pyramid, selection
 from dit_sparse.frame import Frame, frame_of
 from dit_sparse.importance import Norm, sampled_importance
 from dit_sparse.method import CallContext, PlanScope
@@ -76,11 +76,14 @@ class PsaMethod:
         options.check_choice("importance", self.importance, ("sampled", "means"))
         options.check_choice("norm", self.norm, ("softmax", "max"))
         options.check_choice("skipped", self.skipped, ("drop", "mean"))
-        options.check_choice("order", self.order, orders.NAMES)
-        options.check_least(self.least)
-        options.check_block(self.block)
-        options.check_reuse(self.reuse_steps)
-        object.__setattr__(self, "forced", options.forced_names(self.forced))
+        forced = options.check_planning(
+            order=self.order,
+            least=self.least,
+            block=self.block,
+            reuse_steps=self.reuse_steps,
+            forced=self.forced,
+        )
+        object.__setattr__(self, "forced", forced)
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None

@@ -329,6 +329,12 @@ def test_bad_options(options: dict, sentence: str):
         PisaMethod(**options)
 
 
+def test_names_of_forced_blocks_become_a_tuple():
+    """Methods are keys of plans, and JSON has lists alone."""
+    method = PisaMethod(forced=["self"])
+    assert {method: 1} == {PisaMethod(forced=("self",)): 1}
+
+
 def test_a_density_of_less_than_one_block():
     q, k, _ = qkv("image")
     with pytest.raises(ValueError, match=r"at least 0.25 for 4 key blocks of 64 tokens, got 0.2\."):

@@ -234,11 +234,19 @@ class TestSelection:
         ({"block": 96}, "block of 64 or 128"),
         ({"order": "gilbert"}, "order among raster"),
         ({"reuse_steps": 1.5}, "reuse_steps of at least 1"),
+        ({"least": -1}, "least as a number of blocks"),
+        ({"forced": ("sink",)}, "forced as a tuple of names among self"),
     ],
 )
 def test_bad_options(options: dict, sentence: str):
     with pytest.raises(ValueError, match=sentence):
         PsaMethod(**options)
+
+
+def test_names_of_forced_blocks_become_a_tuple():
+    """Methods are keys of plans, and JSON has lists alone."""
+    method = PsaMethod(forced=["self"])
+    assert {method: 1} == {PsaMethod(forced=("self",)): 1}
 
 
 def test_ends_of_less_than_one_block():
