@@ -8,13 +8,12 @@ The kernels of `kernels/pool.py` compute the same on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_sparse.backend import AttentionOutput
 from dit_sparse.plan import Blocks
 
 _TOGETHER = 16  # blocks whose covariances are formed at a time
@@ -74,24 +73,6 @@ def covariance_norms(k: Tensor, v: Tensor, blocks: Blocks, *, centred: bool) -> 
         deviation = part if mean is None else part - mean[..., None, :, :]
         norms.append(deviation.square().sum((-2, -1)).sqrt())
     return torch.cat(norms, dim=-1)
-
-
-def merge(parts: Sequence[AttentionOutput]) -> AttentionOutput:
-    """One softmax over keys that were attended to in disjoint parts.
-
-    Args:
-        parts: values `[B, H, N, D_v]` and log-sum-exp `[B, H, N]` of each part.
-    """
-    lse = torch.stack([part.lse for part in parts])
-    total = lse.logsumexp(0)
-    # Where no part saw a key, every share is 0 rather than NaN.
-    shares = (lse - total.masked_fill(total == -torch.inf, 0.0)).exp()
-    out = sum(
-        share[..., None] * part.out.to(share.dtype)
-        for share, part in zip(shares, parts, strict=True)
-    )
-    assert isinstance(out, Tensor)
-    return AttentionOutput(out.to(parts[0].out.dtype), total)
 
 
 def _centred(k: Tensor, blocks: Blocks, weights: Tensor | None = None) -> Tensor:

@@ -32,15 +32,14 @@ class WindowShape:
     tile: Extents
 
 
-def best_tile(grid: TokenGrid, window: Extents, stride: Extents, block: int) -> Extents:
-    """The tile of at most `block` tokens for which the visited blocks take the least time."""
-    axes = map(Neighbourhood, grid.shape, window, stride)
-    return best_tile_for((tuple(axes),), block)
-
-
 @cache
 def best_tile_for(heads: tuple[tuple[Axis, ...], ...], block: int) -> Extents:
-    """The same for any windows, one triple for each head or each kind of heads."""
+    """The tile of at most `block` tokens for which the visited blocks take the least time.
+
+    Args:
+        heads: the windows along the three axes, one triple for each head or each kind of heads.
+        block: tokens.
+    """
     grid = TokenGrid(*(axis.extent for axis in heads[0]))
     kinds = [
         [{t: _visits(axis, t) for t in range(1, min(axis.extent, block) + 1)} for axis in axes]

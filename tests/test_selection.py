@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse import pyramid, selection
-from dit_sparse.backend import AttentionOutput
-from dit_sparse.correction import merge
 from dit_sparse.frame import even_tile, frame_of
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.importance import sampled_importance, sampled_tokens
 from dit_sparse.plan import Blocks
-from tests.oracle import masked_attention
 from tests.selection_cases import LAYOUTS, frame, levels_by_loop, ordered, qkv, ranges
 
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -312,18 +309,3 @@ class TestImportance:
             assert set(tokens[h, j].tolist()) <= set(inside)
             if len(block) == 16:
                 assert len(set(tokens[h, j].tolist())) == 4
-
-
-def test_merging_parts_by_their_lse():
-    q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.float64) for _ in range(3))
-    shown = torch.rand(20, 20) < 0.5
-    shown[3], shown[4] = True, False
-    parts = []
-    for mask in (shown, ~shown):
-        parts.append(AttentionOutput(*masked_attention(q, k, v, mask)))
-    merged = merge(parts)
-    expected = masked_attention(q, k, v)
-    torch.testing.assert_close(merged.out, expected[0])
-    torch.testing.assert_close(merged.lse, expected[1])
-    nothing = AttentionOutput(torch.zeros(1, 1, 2, 4), torch.full((1, 1, 2), -torch.inf))
-    assert not merge([nothing, nothing]).out.any()

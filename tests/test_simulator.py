@@ -10,8 +10,9 @@ import torch
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.neighbourhood import Neighbourhood
 from dit_sparse.simulator import Candidate, Simulator
-from dit_sparse.tiling import best_tile
+from dit_sparse.tiling import best_tile_for
 
 Q = torch.empty(1, 1, 1, 1)
 
@@ -96,7 +97,8 @@ def test_best_tile_is_the_one_that_the_method_takes(
 ) -> None:
     grid = TokenGrid(21, 45, 80)
     best = Simulator(grid, window).candidates(strides=[stride])[0]
-    assert best.tile == best_tile(grid, window, stride, 128)
+    axes = tuple(map(Neighbourhood, grid.shape, window, stride))
+    assert best.tile == best_tile_for((axes,), 128)
 
 
 def test_dense_is_no_speedup() -> None:

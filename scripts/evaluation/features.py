@@ -35,11 +35,6 @@ class EfficientNetLite0(nn.Module):
         parts = (self._some(some) for some in pictures.split(_AT_ONCE))
         return torch.cat(list(parts))
 
-    @torch.inference_mode()
-    def classify(self, pictures: Tensor) -> Tensor:
-        """Probabilities of the 1000 ImageNet classes, float32 `[N, 1000]`."""
-        return self.network(self._prepared(pictures)).softmax(-1)
-
     def _some(self, pictures: Tensor) -> Tensor:
         return self.network.extract_features(self._prepared(pictures)).mean((2, 3))
 
