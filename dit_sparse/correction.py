@@ -47,8 +47,12 @@ def covariance_sum(k: Tensor, v: Tensor, blocks: Blocks, weights: Tensor | None 
 
     Args:
         k, v: `[..., N, D]` and `[..., N, D_v]` in plan order, fp32 or fp64.
-        weights: `[n]`, factors of the blocks; all 1 by default.
+        weights: `[n]`, factors of the blocks; all 1 by default. Blocks of weight 0 are left out,
+            whatever they hold.
     """
+    if weights is not None:
+        left_out = (weights == 0)[blocks.of_token, None]
+        k, v = k.masked_fill(left_out, 0.0), v.masked_fill(left_out, 0.0)
     return (_centred(k, blocks, weights)).transpose(-2, -1) @ v
 
 

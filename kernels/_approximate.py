@@ -191,6 +191,7 @@ def _approximate_fwd(
                                      share / l_safe * scale, slope,
                                      D, DV, BLOCK_D, BLOCK_DV, CHUNK)  # fmt: skip
 
+    acc = tl.where(empty[:, None], 0.0, acc)  # a slope may hold NaN, which no weight of 0 hides
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptr + tokens, lse, mask=row_inside)

@@ -95,10 +95,6 @@ def _covariance_fwd(
     for block in range(first, tl.minimum(first + per_chunk, n_blocks)):
         start = tl.load(starts_ptr + block)
         stop = tl.load(starts_ptr + block + 1)
-        seen = 1.0
-        if HAS_HIDDEN:
-            unseen = tl.load(hidden_ptr + batch * hidden_stride_b + block)
-            seen = tl.where(unseen != 0, 0.0, 1.0)
         mean_ptr = means_ptr + (entry * n_blocks + block) * D
         mean = tl.load(mean_ptr + rows_d, mask=rows_d < D, other=0.0)
         one = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
@@ -115,7 +111,9 @@ def _covariance_fwd(
             # Rows past the end of the block hold zeros in v: what k has there does not count.
             centred = (k.to(tl.float32) - mean[None, :]).to(v.dtype)
             one = tl.dot(tl.trans(centred), v, one, input_precision="ieee")
-        one = one * seen
+        if HAS_HIDDEN:  # a product with 0 would keep NaN
+            hidden = tl.load(hidden_ptr + batch * hidden_stride_b + block)
+            one = tl.where(hidden != 0, 0.0, one)
         if SUM:
             total += one
         if SQUARES:

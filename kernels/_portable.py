@@ -156,7 +156,7 @@ def _portable_fwd(
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    acc = acc / l_safe[:, None]
+    acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])  # no weight of 0 hides a NaN
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if HAS_ORDER:  # read again rather than held in registers through the loops
         tokens = tl.load(order_ptr + rows, mask=row_inside, other=0)

@@ -178,7 +178,7 @@ def _row(
         shares = weights[..., -len(picked.unlisted) :]
         added = tail.first_order(q, shares, picked.unlisted)
         out = out if added is None else out + added
-    return out, lse
+    return out.masked_fill(mass == 0, 0.0), lse  # weights of 0 hide no NaN among the values
 
 
 def _groups(size: int, lists: int) -> Iterator[tuple[slice, int]]:

@@ -14,7 +14,7 @@ from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Blocks, Tail
 from dit_sparse.plan_check import check
 from tests.block_cases import BATCH, HEADS, Case, covering, plan_of, tensors_of
-from tests.problems import pooled
+from tests.problems import Boxes, pooled
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 tiles = pytest.importorskip("dit_sparse.kernels.tiles")
@@ -58,6 +58,7 @@ def compare(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPl
     """The specification's measure: relative Frobenius error, and no element far off."""
     out, lse = attend(q.double(), k.double(), v.double(), plan, backend="reference")
     tolerance = TOLERANCE[q.dtype]
+    assert bool(out.isfinite().all())
     assert float((got.out.double() - out).norm()) <= tolerance * float(out.norm())
     torch.testing.assert_close(got.out.double(), out, rtol=5 * tolerance, atol=5 * tolerance)
     torch.testing.assert_close(got.lse, lse, rtol=tolerance, atol=tolerance)
@@ -77,6 +78,10 @@ def test_every_variant(values: dict):
         hidden = torch.rand(plan.offsets.shape[0], plan.k_blocks.n, generator=generator) < 0.3
     plan = check(replace(pooled(plan, factors, hidden, generator), tail=tail))
     q, k, v = tensors_of(case, plan)
+    if hidden is not None and not case.ragged:  # tiles of short blocks reach into the next one
+        unseen = hidden[:, plan.k_blocks.of_token][:, None, :, None].expand(*k.shape[:3], 1)
+        unseen = unseen if plan.order is None else plan.order.undo(unseen)
+        k, v = (x.masked_fill(unseen, float("nan")) for x in (k, v))
     got = attend(q, k, v, plan, backend=interpreted(case.tile_keys))
     compare(got, q, k, v, plan)
 
@@ -158,3 +163,24 @@ def test_a_plan_with_room_to_spare():
     a, b = (attend(q, k, v, plan, backend=interpreted()) for plan in (packed, padded))
     assert torch.equal(a.out, b.out)
     assert torch.equal(a.lse, b.lse)
+
+
+@pytest.mark.parametrize("tail", ["zeroth", "first", "block"])
+def test_rows_that_read_nothing_see_no_nan_of_a_slope(tail: Tail):
+    """Rows that list all blocks and are shown none of them, beside values that are not numbers."""
+    blocks = Blocks.uniform(32, 16)
+    visited = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    nowhere = Boxes(
+        bits=(3,),
+        low=torch.zeros(1, 32, 1, dtype=torch.int64),
+        high=torch.zeros(1, 32, 1, dtype=torch.int64),
+        key=torch.ones(32, 1, dtype=torch.int64),
+        text=torch.zeros(32, dtype=torch.bool),
+    ).packed()
+    plan = BlockPlan.from_mask(visited, blocks, blocks, full=~visited, box=nowhere, tail=tail)
+    q, k, v = tensors_of(Case(32, 16, 16), check(plan))
+    v[:, :, 3] = float("nan")
+    for backend in (interpreted(16), "reference"):
+        got = attend(q, k, v, plan, backend=backend)
+        assert bool((got.lse == -torch.inf).all())
+        assert bool((got.out == 0).all())

@@ -14,6 +14,7 @@ from dit_sparse.backend import AttentionOutput, Backend
 from dit_sparse.plan import BlockPlan, Blocks
 from tests.block_cases import HEADS, LAYOUTS, Case, covering, plan_of, tensors_of
 from tests.oracle import masked_attention
+from tests.problems import Boxes
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
@@ -58,6 +59,44 @@ def check(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
     torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-5)
     empty = lse == -torch.inf
     assert not got.out[empty].any()
+
+
+def nan_behind_empty_rows(box: bool) -> tuple[BlockPlan, Tensor, Tensor, Tensor, Tensor]:
+    """A plan with q, k, v, and which queries read a key; v holds NaN in the first key block.
+
+    Of four query blocks one reads nothing, one a whole block, one a whole block and another, and
+    the last one nothing; with a box it lists the first key block, but the box shows none of it.
+    """
+    blocks = Blocks.uniform(4 * 128, 128)
+    visited = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    visited[..., 1, 1] = visited[..., 2, 2] = visited[..., 2, 3] = True
+    full, corners = None, None
+    if box:
+        visited[..., 3, 0] = True
+        full = visited.clone()
+        full[..., 2, 3] = full[..., 3, 0] = False
+        place = torch.arange(512)
+        corners = Boxes(
+            bits=(10,),
+            low=torch.zeros(1, 512, 1, dtype=torch.int64),
+            high=(384 + place % 128)[None, :, None],
+            key=torch.where(place < 128, 1000, place)[:, None],
+            text=torch.zeros(512, dtype=torch.bool),
+        ).packed()
+    plan = BlockPlan.from_mask(visited, blocks, blocks, full=full, box=corners)
+    q, k, v = tensors_of(Case(64, 128, 128, torch.float16), plan)
+    v[:, :, :128] = float("nan")
+    return plan, q, k, v, plan.to_mask().any(-1)[0, 0]
+
+
+def check_beside_nan(
+    got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, read: Tensor
+) -> None:
+    """As `check`; the oracle has zeros in the place of NaN, which no row reads."""
+    assert read.tolist() == [False] * 128 + [True] * 256 + [False] * 128
+    assert bool((got.lse[..., ~read] == -torch.inf).all())
+    assert bool((got.out[..., ~read, :] == 0).all())
+    check(got, q, k, v.nan_to_num(0.0), plan)
 
 
 def test_the_cases_cover_every_pair_of_blocks_with_every_head_dim():
@@ -139,6 +178,25 @@ class TestInterpreted:
         tile = tiles.Tile(32, warps=4, stages=1, tma=False)
         portable.launch(q, ko, vo, plan, 64**-0.5, tile, result, part="repair")
         check(result, q, k, v, plan)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("box", [False, True])
+    @pytest.mark.parametrize("backend", ["triton", "reference"])
+    def test_rows_that_read_nothing_see_no_nan(self, box: bool, backend: str):
+        """Not even where lists are empty and any values might be multiplied by weights of 0."""
+        plan, q, k, v, read = nan_behind_empty_rows(box)
+        run = interpreted(32) if backend == "triton" else backend
+        check_beside_nan(attend(q, k, v, plan, backend=run), q, k, v, plan, read)
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("box", [False, True])
+    def test_rows_that_read_nothing_in_the_specialised_kernel(self, box: bool):
+        plan, q, k, v, read = nan_behind_empty_rows(box)
+        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        assert hopper.launch(q, k, v, plan, 64**-0.5, result)
+        if box:
+            assert hopper.launch(q, k, v, plan, 64**-0.5, result, partial=True)
+        check_beside_nan(result, q, k, v, plan, read)
 
     def test_another_scale(self):
         case = Case(32, 32, 64)

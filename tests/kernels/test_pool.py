@@ -96,10 +96,13 @@ def test_a_covariance_sum_leaves_hidden_blocks_out(batches: int):
     blocks = BLOCKS["many"]
     k, v = tokens(blocks, 16), tokens(blocks, 16, seed=1)
     hidden = torch.rand(batches, blocks.n) < 0.3
+    unseen = hidden[:, blocks.of_token][:, None, :, None]
+    k, v = (x.masked_fill(unseen, float("nan")) for x in (k, v))
     got = pool.covariance_sum(k, v, blocks, pool.pool(k, blocks).blocks, hidden)
     for b in range(2):
         seen = ~hidden[b % batches]
         expected = correction.covariance_sum(k[b].double(), v[b].double(), blocks, seen)
+        assert bool(expected.isfinite().all())
         torch.testing.assert_close(got[b].double(), expected, rtol=1e-5, atol=1e-4)
 
 
