@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
-from dit_sparse.kernels import approximate, hopper, portable
+from dit_sparse.kernels import approximate, hopper, norms, portable
 from dit_sparse.kernels.launch import Launch, Repeat
 from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
@@ -21,20 +21,55 @@ from dit_sparse.plan import BlockPlan
 _BLOCKS = (16, 32, 64, 128, 256)
 
 
-class _Made(NamedTuple):
-    """A call that was made.
+# With fewer query tiles the launches for a bound cost more than it saves [H200, head dims 64, 128].
+_TILES_WORTH_A_BOUND = 2048
+
+
+class _Room(NamedTuple):
+    """All tensors of a call, which has none but these between its launches.
 
     Args:
-        result: what it gave.
-        tensors: q, q in plan order where that was needed, k, v as the kernels got them.
-        launches: of the kernels.
-        gather: what was put into plan order in one launch, and that launch.
+        q, k, v: the caller's.
+        moved: those that were put into plan order, as one tensor; `None` if none were.
+        ordered: q, k and v as the kernels get them.
+        result: what the kernels write.
+        lengths: of the queries and of the longest key, if kernels subtract a bound.
     """
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    moved: Tensor | None
+    ordered: tuple[Tensor, Tensor, Tensor]
     result: AttentionOutput
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    launches: list[Launch]
-    gather: tuple[Tensor, Launch] | None
+    lengths: tuple[Tensor, Tensor] | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        moved = () if self.moved is None else (self.moved,)
+        return [
+            *(self.q, self.k, self.v, *moved, *self.ordered, *self.result),
+            *(self.lengths or ()),
+        ]
+
+
+def _room(q: Tensor, k: Tensor, v: Tensor, moved: int, bounded: bool) -> _Room:
+    """Makes room for a call.
+
+    Args:
+        q, k, v: the caller's.
+        moved: how many of them, the last ones, are put into plan order.
+        bounded: whether lengths are needed.
+    """
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    result = AttentionOutput(_like(q, v.shape[-1]), lse)
+    lengths = norms.empty(q) if bounded else None
+    if not moved:
+        return _Room(q, k, v, None, (q, k, v), result, lengths)
+    room = empty((q, k, v)[-moved:])
+    *first, k_ordered, v_ordered = room.unbind()
+    q_ordered = first[0] if first else q
+    return _Room(q, k, v, room, (q_ordered, k_ordered, v_ordered), result, lengths)
 
 
 @dataclass(frozen=True)
@@ -43,13 +78,14 @@ class TritonBackend:
 
     Args:
         tile: run the portable kernel with this tile, for measurements and tests.
-        bound: let the Hopper kernel subtract a bound of the scores instead of their maximum.
+        bound: whether the Hopper kernel subtracts a bound of the scores instead of their maximum,
+            where it may; `None` for where it pays.
         interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
             before Triton was imported. For tests: it is slow, and wrong in bfloat16.
     """
 
     tile: Tile | None = None
-    bound: bool = False
+    bound: bool | None = None
     interpreted: bool = False
 
     @property
@@ -79,75 +115,59 @@ class TritonBackend:
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
-        return self._on_device(q, k, v, plan, scale).result
+        return self._on_device(q, k, v, plan, scale)[0].result
 
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> tuple[AttentionOutput, Again | None]:
         """`run`, and the same for tensors like these; see `dit_sparse.backend.PreparingBackend`."""
         q, k, v = q.detach(), k.detach(), v.detach()  # objects of their own, to be told apart
-        made = self._on_device(q, k, v, plan, scale)
-        if approximate.needed(plan) or self.bound or any(t.stride(-1) != 1 for t in (q, k, v)):
-            return made.result, None  # there are other tensors between the launches
-        reorder = None
-        if plan.order is not None:
-            if made.gather is None:
-                return made.result, None
-            moved, launch = made.gather
-            reorder = launch.repeatable((q, k, v, moved))
-        repeats = [one.repeatable((*made.tensors, *made.result)) for one in made.launches]
+        room, launches = self._on_device(q, k, v, plan, scale)
+        if approximate.needed(plan) or any(t.stride(-1) != 1 for t in (q, k, v)):
+            return room.result, None  # there are other tensors between the launches
+        repeats = [one.repeatable(room.tensors) for one in launches]
         ready = tuple(repeat for repeat in repeats if repeat is not None)
-        if len(ready) < len(repeats) or (reorder is None and plan.order is not None):
-            return made.result, None
-        of = 3 if made.tensors[1] is not made.tensors[0] else 2
-        return made.result, partial(_again, ready, reorder, of)
+        if len(ready) < len(repeats) or (plan.order is not None and room.moved is None):
+            return room.result, None
+        moved = 0 if room.moved is None else len(room.moved)
+        return room.result, partial(_again, ready, moved, room.lengths is not None)
 
-    def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
+    def _on_device(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[_Room, list[Launch]]:
         q, k, v = (_unit_stride(t) for t in (q, k, v))
         with _device_of(q):
             return self._run(q, k, v, plan, scale)
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
-        result = _empty(q, v)
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[_Room, list[Launch]]:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
-        ordered, moved = q, None
-        if plan.order is not None:
-            # The portable kernel gathers queries itself.
-            given = (q, k, v) if on_hopper else (k, v)
-            if k.shape == v.shape and given[0].shape == k.shape:
-                moved = gather(given, plan.order)
-                *first, k, v = moved[0].unbind()
-            else:
-                *first, k, v = permute(given, plan.order)
-            ordered = first[0] if first else q
-        launches = []
-        if on_hopper:
-            launches = self._specialised(q, ordered, k, v, plan, scale, result)
-        if not launches:
-            tile = self._tile(q, v, plan)
-            launches = [portable.launch(q, k, v, plan, scale, tile, result)]
+        bounded = on_hopper and scale > 0 and self._bounded(q, plan)
+        room, launches = _in_order(q, k, v, plan, queries=on_hopper, bounded=bounded)
+        main = self._specialised(room, plan, scale) if on_hopper else []
+        if not main:
+            _, k, v = room.ordered
+            main = [portable.launch(q, k, v, plan, scale, self._tile(q, v, plan), room.result)]
         if approximate.needed(plan):
-            approximate.launch(q, k, v, plan, scale, result)
-        return _Made(result, (q, ordered, k, v), launches, moved)
+            approximate.launch(q, *room.ordered[1:], plan, scale, room.result)
+        return room, launches + main
 
-    def _specialised(
-        self,
-        q: Tensor,
-        ordered: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan,
-        scale: float,
-        result: AttentionOutput,
-    ) -> list[Launch]:
+    def _bounded(self, q: Tensor, plan: BlockPlan) -> bool:
+        if q.dtype != torch.bfloat16:
+            return False
+        tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
+        return tiles >= _TILES_WORTH_A_BOUND if self.bound is None else self.bound
+
+    def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
-        bound = self.bound and q.dtype == torch.bfloat16 and scale > 0
-        first = hopper.launch(ordered, k, v, plan, scale, result, bound=bound)
+        q, (ordered, k, v), result = room.q, room.ordered, room.result
+        first = hopper.launch(ordered, k, v, plan, scale, result, lengths=room.lengths)
         if first is None:
             return []
         launches = [first]
         tile = self._tile(q, v, plan)
-        if bound:
+        if room.lengths is not None:
             launches.append(portable.launch(q, k, v, plan, scale, tile, result, part="repair"))
         if plan.predicate is not None:
             masked = None
@@ -172,24 +192,41 @@ class TritonBackend:
 BACKEND = TritonBackend()
 
 
+def _in_order(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, queries: bool, bounded: bool
+) -> tuple[_Room, list[Launch]]:
+    """Room for a call, with q, k and v in plan order and lengths measured.
+
+    Args:
+        queries: put q into order too; the portable kernel gathers queries itself.
+        bounded: measure lengths.
+    """
+    if plan.order is None:
+        room = _room(q, k, v, 0, bounded)
+        if room.lengths is None:
+            return room, []
+        return room, [norms.measure(q, k, room.lengths)]
+    given = (q, k, v) if queries else (k, v)
+    if len({t.shape for t in given}) == 1:
+        room = _room(q, k, v, len(given), bounded)
+        assert room.moved is not None
+        return room, [gather(given, plan.order, room.moved, room.lengths)]
+    *first, k, v = permute(given, plan.order)
+    room = _room(q, k, v, 0, bounded)
+    room = room._replace(ordered=(first[0] if first else q, k, v))
+    if room.lengths is not None:
+        norms.measure(*room.ordered[:2], room.lengths)
+    return room, []
+
+
 def _again(
-    launches: Sequence[Repeat], reorder: Repeat | None, of: int, q: Tensor, k: Tensor, v: Tensor
+    launches: Sequence[Repeat], moved: int, bounded: bool, q: Tensor, k: Tensor, v: Tensor
 ) -> AttentionOutput:
-    """The launches on other tensors, the last `of` of which are put into plan order first."""
-    result, ordered = _empty(q, v), q
+    """The launches on other tensors; see `_room`."""
     with _device_of(q):
-        if reorder is not None:
-            moved = empty((q, k, v)[-of:])
-            reorder((q, k, v, moved))
-            *first, k, v = moved.unbind()
-            ordered = first[0] if first else q
-        hopper.repeat(launches, (q, ordered, k, v, *result))
-    return result
-
-
-def _empty(q: Tensor, v: Tensor) -> AttentionOutput:
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return AttentionOutput(_like(q, v.shape[-1]), lse)
+        room = _room(q, k, v, moved, bounded)
+        hopper.repeat(launches, room.tensors)
+    return room.result
 
 
 def _device_of(q: Tensor) -> AbstractContextManager[None]:

@@ -16,7 +16,6 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor
 from dit_sparse.kernels.launch import launch as launch_kernel
-from dit_sparse.kernels.norms import norms
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.plan import BlockPlan
 from dit_sparse.predicate import BoxPredicate
@@ -107,7 +106,7 @@ def launch(
     result: AttentionOutput,
     *,
     partial: bool = False,
-    bound: bool = False,
+    lengths: tuple[Tensor, Tensor] | None = None,
 ) -> Launch | None:
     """Writes `result`; `None`, and nothing written, if some strides do not allow it.
 
@@ -115,16 +114,16 @@ def launch(
         q, k, v: `[B, H, N, D]` in plan order.
         partial: whether to add the partial entries, masked by boxes, to `result`; otherwise
             `result` gets the full entries.
-        bound: subtract a bound of each row's scores instead of their running maximum. Rows whose
-            scores are all too far below theirs get an infinite LSE: run the portable kernel's
-            repair. For full entries in bfloat16, which has the exponents of float32.
+        lengths: of the queries and of the longest key, see `norms`. The bounds that follow from
+            them are subtracted from the scores instead of running maxima. Rows whose scores are all
+            too far below theirs get an infinite LSE: run the portable kernel's repair. For full
+            entries in bfloat16, which has the exponents of float32.
     """
     qm, km, vm = (_Matrix.of(t) for t in (q, k, v))
     if qm is None or km is None or vm is None:
         return None
     if (plan.k_blocks.ragged or partial) and not (km.ends_in_itself and vm.ends_in_itself):
         return None
-    lengths = norms(q, k) if bound else None
     box = plan.box if partial else None
     matrices = (qm, km, vm)
     run = functools.partial(_launch, q, matrices, plan, scale, result, box, lengths)

@@ -25,25 +25,37 @@ def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
     """
     if len({t.shape for t in tensors}) > 1:  # values of another head dim
         return [permute([t], order)[0] for t in tensors]
-    return list(gather(tensors, order)[0].unbind())
-
-
-def gather(tensors: Sequence[Tensor], order: Permutation) -> tuple[Tensor, Launch]:
-    """`permute` of tensors of one shape as one tensor `[1 to 3, B, H, N, D]`, and its launch."""
-    batch, heads, tokens, dim = tensors[0].shape
     out = empty(tensors)
+    gather(tensors, order, out)
+    return list(out.unbind())
+
+
+def gather(
+    tensors: Sequence[Tensor],
+    order: Permutation,
+    out: Tensor,
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> Launch:
+    """`permute` of tensors of one shape into `out` `[1 to 3, B, H, N, D]`, see `empty`.
+
+    Args:
+        tensors, order: see `permute`.
+        lengths: where the lengths of the first tensor's rows go, in their new order, and of the
+            longest of the second's; see `norms.empty`.
+    """
+    batch, heads, tokens, dim = tensors[0].shape
     index = order.index
     x0, x1, x2 = (tensors[min(i, len(tensors) - 1)] for i in range(3))
     width = 1 << (dim - 1).bit_length()
     rows = max(1, 8192 // width)
     arguments = (
-        x0, x1, x2, out, index,
+        x0, x1, x2, out, index, *(lengths or (out, out)),
         *x0.stride()[:3], *x1.stride()[:3], *x2.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0, heads, tokens,
     )  # fmt: skip
     grid = (-(-tokens // rows), batch * heads, len(tensors))
-    constants = {"D": dim, "BLOCK_D": width, "BLOCK_N": rows}
-    return out, launch(_permute_rows, grid, arguments, constants, warps=4, stages=3)
+    constants = {"D": dim, "BLOCK_D": width, "BLOCK_N": rows, "NORMS": lengths is not None}
+    return launch(_permute_rows, grid, arguments, constants, warps=4, stages=3)
 
 
 def empty(tensors: Sequence[Tensor]) -> Tensor:

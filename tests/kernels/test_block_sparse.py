@@ -170,9 +170,9 @@ class TestInterpreted:
         q = q / 8  # half precision holds no more of what stands below the bound
         out_of_reach = torch.arange(0, q.shape[2], 300)
         q[:, 0, out_of_reach] *= 1000
-        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
-        qo, ko, vo = (q, k, v) if plan.order is None else (plan.order(x) for x in (q, k, v))
-        assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, bound=True)
+        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=True)
+        (qo, ko, vo), result = room.ordered, room.result
+        assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, lengths=room.lengths)
         marked = result.lse == torch.inf
         assert 0 < marked.sum() <= 2 * len(out_of_reach)
         tile = tiles.Tile(32, warps=4, stages=1, tma=False)

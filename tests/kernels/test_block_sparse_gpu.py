@@ -82,9 +82,17 @@ class TestCompiled:
 
     @pytest.mark.parametrize("block", [64, 128])
     @pytest.mark.parametrize("box", [False, True])
-    def test_repeated_launches(self, block: int, box: bool):
-        plan, (q, k, v) = on_gpu(Case(64, block, block, torch.bfloat16, box=box, tokens=2304))
+    @pytest.mark.parametrize("order", ["none", "head"])
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_repeated_launches(
+        self, block: int, box: bool, order: str, bound: bool, monkeypatch: pytest.MonkeyPatch
+    ):
+        backend = block_sparse.TritonBackend(bound=bound)
+        monkeypatch.setattr("dit_sparse.attention.backends", lambda: (backend,))
+        case = Case(64, block, block, torch.bfloat16, box=box, order=order, tokens=2304)
+        plan, (q, k, v) = on_gpu(case)
         first, prepared = prepare(q, k, v, plan)
+        assert prepared.again.func is block_sparse._again
         check_on_gpu(first, q, k, v, plan)
         # A clone keeps the strides, which `roll` does not: other strides are another kind.
         q, k, v = (x.clone().copy_(x.roll(7, dims=2)) for x in (q, k, v))

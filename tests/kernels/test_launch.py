@@ -23,6 +23,7 @@ from dit_sparse.plan_cache import PlannedCall
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
+norms = pytest.importorskip("dit_sparse.kernels.norms")
 permute = pytest.importorskip("dit_sparse.kernels.permute")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 launch = pytest.importorskip("dit_sparse.kernels.launch")
@@ -127,15 +128,16 @@ def test_specialised_launches(jit: Jit, window: tuple[int, int, int]) -> None:
     """Full entries and, where there are any, partial ones in a second launch."""
     one = plan(window)
     q, k, v = (t.contiguous() for t in tensors(0))
-    result = block_sparse._empty(q, v)
+    room = block_sparse._room(q, k, v, 0, bounded=False)
+    result = room.result
     launches = [hopper.launch(q, k, v, one, 0.125, result)]
     if one.box is not None:
         launches.append(hopper.launch(q, k, v, one, 0.125, result, partial=True))
     count = len(launches)
     assert count == 1 + (window == (1, 7, 9))
-    repeats = [each.repeatable((q, q, k, v, *result)) for each in launches]
+    repeats = [each.repeatable(room.tensors) for each in launches]
     others = tuple(t.contiguous() for t in tensors(1))
-    repeated = block_sparse._again(repeats, None, 2, *others)
+    repeated = block_sparse._again(repeats, 0, False, *others)
     olds, news = (q, k, v, *result), (*others, *repeated)
     moved = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
     for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
@@ -191,29 +193,38 @@ def test_an_order_is_a_launch_before(jit: Jit, heads: bool, monkeypatch: Any) ->
     same_arguments(fresh, repeated, dict(zip(at.values(), news, strict=True)))
 
 
-def test_a_specialised_kernel_has_queries_in_order_too(jit: Jit, monkeypatch: Any) -> None:
-    """As `_run` does on Hopper: three tensors in one launch, and the caller's q for the rest."""
-    rows = Jit(permute._permute_rows, jit.seen, jit.examined)
-    monkeypatch.setattr(permute, "_permute_rows", rows)
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_specialised_kernel_and_what_it_leaves(
+    jit: Jit, ordered: bool, bounded: bool, monkeypatch: Any
+) -> None:
+    """As `_run` does on Hopper: q, k and v in one launch, and the caller's q for the rest."""
+    for module, name in ((permute, "_permute_rows"), (norms, "_norms")):
+        monkeypatch.setattr(module, name, Jit(getattr(module, name), jit.seen, jit.examined))
     q, k, v = (t.contiguous() for t in tensors(0))
-    ordered = plan(ordered=True)
-    result = block_sparse._empty(q, v)
-    moved, launched = permute.gather((q, k, v), ordered.order)
-    qo, ko, vo = moved.unbind()
-    main = hopper.launch(qo, ko, vo, ordered, 0.125, result)
+    made = plan(ordered=ordered)
+    room, before = block_sparse._in_order(q, k, v, made, queries=True, bounded=bounded)
+    assert len(before) == (ordered or bounded)
+    qo, ko, vo = room.ordered
+    main = hopper.launch(qo, ko, vo, made, 0.125, room.result, lengths=room.lengths)
     rest = portable.launch(
-        q, ko, vo, ordered, 0.125, block_sparse.Tile(64, 4, 2, tma=True), result, part="partial"
+        q, ko, vo, made, 0.125, block_sparse.Tile(64, 4, 2, tma=True), room.result, part="partial"
     )
-    repeats = [one.repeatable((q, qo, ko, vo, *result)) for one in (main, rest)]
-    others = tuple(t.contiguous() for t in tensors(1))
-    out = block_sparse._again(repeats, launched.repeatable((q, k, v, moved)), 3, *others)
-    buffer = jit.seen[3][4]
-    addresses = {a.data_ptr(): b for a, b in zip((q, k, v, moved), (*others, buffer), strict=True)}
-    same_arguments(jit.seen[0], jit.seen[3], addresses)
-    olds, news = (q, qo, ko, vo, *result), (others[0], *buffer.unbind(), *out)
-    addresses = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
-    for before, after in zip(jit.seen[1:3], jit.seen[4:], strict=True):
-        same_arguments(before, after, addresses)
+    repeats = [one.repeatable(room.tensors) for one in (*before, main, rest)]
+    others, rooms = tuple(t.contiguous() for t in tensors(1)), []
+    make = block_sparse._room
+    monkeypatch.setattr(
+        block_sparse, "_room", lambda *given: rooms.append(make(*given)) or rooms[-1]
+    )
+    again = block_sparse._again(repeats, 3 if ordered else 0, bounded, *others)
+    (second,) = rooms
+    assert again is second.result
+    if bounded:
+        assert not second.lengths[1].any()
+    addresses = {a.data_ptr(): b for a, b in zip(room.tensors, second.tensors, strict=True)}
+    firsts, seconds = jit.seen[: len(repeats)], jit.seen[len(repeats) :]
+    for one, other in zip(firsts, seconds, strict=True):
+        same_arguments(one, other, addresses)
 
 
 def test_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> None:

@@ -8,7 +8,9 @@ import torch
 from dit_sparse.grid import Permutation
 from tests.block_cases import LAYOUTS
 
-permute = pytest.importorskip("dit_sparse.kernels.permute").permute
+rows = pytest.importorskip("dit_sparse.kernels.permute")
+norms = pytest.importorskip("dit_sparse.kernels.norms")
+permute = rows.permute
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, Triton's interpreter runs
 
 
@@ -64,3 +66,22 @@ def test_several_tensors(dims: tuple[int, ...]):
     tensors = [view(x) for view, x in zip(views, tensors, strict=False) if x.stride(-1) == 1]
     for got, x in zip(permute(tensors, order), tensors, strict=True):
         assert torch.equal(got, order(x))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("way", ["in order", "on the way"])
+def test_lengths_of_queries_and_of_the_longest_key(dtype: torch.dtype, per_head: bool, way: str):
+    q, k, v = (torch.randn(2, 3, 300, 72).to(DEVICE, dtype) for _ in range(3))
+    order = order_of(300, 3 if per_head else None)
+    queries, longest = norms.empty(q)
+    if way == "in order":
+        norms.measure(order(q), order(k), (queries, longest))
+    else:
+        out = rows.empty((q, k, v))
+        rows.gather((q, k, v), order, out, (queries, longest))
+        for got, given in zip(out.unbind(), (q, k, v), strict=True):
+            assert torch.equal(got, order(given))
+    torch.testing.assert_close(queries, order(q).float().norm(dim=-1))
+    torch.testing.assert_close(longest, k.float().norm(dim=-1).amax(-1))
