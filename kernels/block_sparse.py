@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
 from dit_sparse.kernels import approximate, hopper, norms, portable
 from dit_sparse.kernels.launch import Launch, Repeat
 from dit_sparse.kernels.permute import empty, gather, permute
-from dit_sparse.kernels.tiles import Tile, choose_tile
+from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.plan import BlockPlan
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -110,7 +111,22 @@ class TritonBackend:
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             return "expected inference, got inputs that require gradients."
-        return refuses_beyond_basics(q, v)
+        return refuses_beyond_basics(q, v) or self._refuses_size(q, v, plan)
+
+    def _refuses_size(self, q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+        """Why the portable kernel, which also finishes what others leave, does not fit."""
+        if not q.is_cuda:
+            return None
+        dim = portable.padded(max(q.shape[-1], v.shape[-1]))
+        tile = self._tile(q, v, plan)
+        needed = shared_memory(tile, dim, q.element_size(), plan.q_blocks.size)
+        if needed <= (room := _shared_memory(q.device)):
+            return None
+        return (
+            f"expected a head dim, an element size and query blocks that fit {room // 1024} KiB of "
+            f"shared memory, got {dim}, {q.element_size()} bytes and {plan.q_blocks.size} tokens, "
+            f"which need {needed // 1024} KiB."
+        )
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
@@ -242,6 +258,13 @@ _NOWHERE_ELSE = nullcontext()
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may take, as Triton counts them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -53,3 +53,23 @@ def choose_tile(
     # 128 rows in four warps spill registers where masks, or loads without descriptors, take some.
     wide = head_dim > 128 or (head_dim > 64 and (boxed or not hopper))
     return Tile(min(keys, k_block), 8 if wide and q_block >= 128 else 4, 2, tma=hopper)
+
+
+def shared_memory(tile: Tile, head_dim: int, itemsize: int, q_block: int) -> int:
+    """Bytes of shared memory that a program of the portable kernel takes at most.
+
+    Queries, the tiles of keys and values that are in flight, and in 32 bits, whose products read
+    shared memory, the weights or, behind descriptors, a transposed tile. What Triton 3.6 and 3.9
+    take beyond that for Ampere and Hopper is below 2 KiB.
+
+    Args:
+        tile: from `choose_tile`.
+        head_dim, itemsize, q_block: as there.
+    """
+    keys = tile.keys * head_dim * itemsize
+    weights = q_block * tile.keys * itemsize
+    if itemsize == 2:
+        held = 2 * tile.stages * keys
+    else:
+        held = 2 * keys + (max(keys, weights) if tile.tma else weights)
+    return q_block * head_dim * itemsize + held + 2048

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_sparse.attention import attend, select_backend
 from dit_sparse.backend import AttentionOutput, Backend
@@ -339,3 +340,45 @@ class TestRefusals:
         plan = BlockPlan.from_mask(every, q_blocks, k_blocks)
         q, k, v = tensors_of(self.CASE, plan)
         assert f"powers of two, got {q_block} and {k_block}" in (self.sentence(plan, q, k, v) or "")
+
+    @pytest.mark.parametrize(
+        ("capability", "room", "refused"),
+        [
+            ((8, 0), 166_912, {(256, torch.float32, 128)}),
+            (
+                (8, 6),
+                101_376,
+                {
+                    (256, torch.float32, 128),
+                    (256, torch.float32, 64),
+                    (256, torch.float32, 32),
+                    (128, torch.float32, 128),
+                    (256, torch.bfloat16, 128),
+                },
+            ),
+            ((9, 0), 232_448, set()),
+        ],
+    )
+    def test_more_than_the_shared_memory_of_the_device(
+        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], room: int, refused: set
+    ):
+        """An A100, a consumer GPU and a Hopper one; kernels that do not fit fail at launch."""
+        monkeypatch.setattr(block_sparse, "_capability", lambda device: capability)
+        monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: room)
+        monkeypatch.setattr(torch.version, "hip", None)
+        got = {}
+        problems = itertools.product(
+            [32, 64, 128, 200, 256], [torch.float32, torch.bfloat16], [16, 32, 64, 128]
+        )
+        for dim, dtype, block in problems:
+            plan = plan_of(replace(self.CASE, q_block=block, k_block=128))
+            with FakeTensorMode():
+                q = torch.empty(1, HEADS, 40, dim, dtype=dtype, device="cuda")
+                sentence = block_sparse.BACKEND.refuses(q, q, q, plan)
+            if sentence is not None:
+                got[dim, dtype, block] = sentence
+        padded = {(200, *rest) for dim, *rest in refused if dim == 256}
+        assert set(got) == refused | padded
+        for (_, dtype, block), sentence in got.items():
+            assert f"fit {room // 1024} KiB of shared memory" in sentence
+            assert f"{dtype.itemsize} bytes and {block} tokens" in sentence

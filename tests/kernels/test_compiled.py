@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from dit_sparse.kernels.tiles import choose_tile, shared_memory
+
 triton = pytest.importorskip("triton")
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     pytest.skip("the Hopper kernel is for Triton 3.6 and later", allow_module_level=True)
@@ -68,6 +70,15 @@ def test_the_portable_kernel_fits_ampere(reports):
         assert counts["mma"] > 0, report
         assert counts["spills"] <= 2, report
         assert report["shared"] <= 101_376, report  # also sm_86 and sm_89
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_portable_kernel_takes_no_more_shared_memory_than_is_counted(reports, capability: int):
+    for report in chosen(reports, "portable", capability):
+        variant = report["variant"]
+        dim, boxed = variant["head_dim"], variant["box"] or variant["disk"]
+        tile = choose_tile(divmod(capability, 10), dim, 2, 128, 128, boxed=boxed)
+        assert report["shared"] <= shared_memory(tile, dim, 2, 128), report
 
 
 @pytest.mark.parametrize("capability", [80, 90])
