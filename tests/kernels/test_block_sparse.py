@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,14 @@ from tests.problems import Boxes
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
+launching = pytest.importorskip("dit_sparse.kernels.launch")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 tiles = pytest.importorskip("dit_sparse.kernels.tiles")
 
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+specialised = pytest.mark.skipif(
+    launching.TensorDescriptor is None, reason="needs tensor descriptors, of Triton 3.4 and later"
+)
 
 # Every choice of values for any three of these factors occurs in some case.
 INTERPRETED = [
@@ -144,32 +149,40 @@ class TestInterpreted:
             k, v = plan.order.undo(k), plan.order.undo(v)
         check(result, q, k, v, plan)
 
+    @specialised
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("ragged", [False, True])
     @pytest.mark.parametrize("order", ["none", "head"])
-    def test_the_specialised_kernel(self, box: bool, ragged: bool, order: str):
+    def test_the_specialised_kernel(
+        self, box: bool, ragged: bool, order: str, monkeypatch: pytest.MonkeyPatch
+    ):
         """The Hopper kernel's arithmetic; its schedule shows on a GPU alone."""
         case = Case(64, 128, 128, torch.float16, ragged=ragged, box=box, order=order)
         plan = plan_of(case)
         q, k, v = tensors_of(case, plan)
         result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
         ordered = (q, k, v) if plan.order is None else tuple(plan.order(x) for x in (q, k, v))
-        assert hopper.launch(*ordered, plan, 64**-0.5, result)
-        if box:
-            assert hopper.launch(*ordered, plan, 64**-0.5, result, partial=True)
+        backend = block_sparse.TritonBackend(interpreted=True)
+        monkeypatch.setattr(portable, "launch", None)  # it has no part in this
+        launches = backend._specialised(q, *ordered, plan, 64**-0.5, result)
+        assert len(launches) == 1 + box
         check(result, q, k, v, plan)
 
+    @specialised
     @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("ragged", [False, True])
     @pytest.mark.parametrize("order", ["none", "head"])
-    def test_a_bound_instead_of_the_running_maximum(self, ragged: bool, order: str):
+    def test_a_bound_instead_of_the_running_maximum(self, box: bool, ragged: bool, order: str):
         """Rows that the bound overtakes are marked, and computed again."""
-        case = Case(64, 128, 128, torch.float16, ragged=ragged, box=False, order=order)
+        case = Case(64, 128, 128, torch.float16, ragged=ragged, box=box, order=order)
         plan = plan_of(case)
         q, k, v = tensors_of(case, plan)
         q = q / 8  # half precision holds no more of what stands below the bound
-        out_of_reach = torch.arange(0, q.shape[2], 300)
+        q[:, 1] /= 32
+        k[:, 1] *= 32  # heads differ in their longest key
+        out_of_reach = torch.arange(0, q.shape[2], 50)
         q[:, 0, out_of_reach] *= 1000
         room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=True)
         (qo, ko, vo), result = room.ordered, room.result
@@ -178,7 +191,37 @@ class TestInterpreted:
         assert 0 < marked.sum() <= 2 * len(out_of_reach)
         tile = tiles.Tile(32, warps=4, stages=1, tma=False)
         portable.launch(q, ko, vo, plan, 64**-0.5, tile, result, part="repair")
+        if box:
+            assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, partial=True)
         check(result, q, k, v, plan)
+
+    @specialised
+    def test_which_rows_a_bound_marks(self):
+        """Those with less than 2^-85 of the weight that it allows; no others are repaired."""
+        blocks = Blocks.uniform(4 * 128, 128)
+        plan = BlockPlan.from_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), blocks, blocks)
+        q, k, v = tensors_of(Case(64, 128, 128, torch.float16), plan)
+        k[:, 1] *= 3
+        q[:, :, 256:] *= torch.linspace(1, 30, 256)[:, None]
+        q[:, 1, 256:] /= 3
+        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        assert hopper.launch(q, k, v, plan, 64**-0.5, result, bound=True)
+        exact = masked_attention(q, k, v)[1]
+        lengths, longest = q.double().norm(dim=-1), k.double().norm(dim=-1).amax(-1)
+        below = (lengths * longest[..., None] * 64**-0.5 - exact) / math.log(2)
+        clear = (below - 85).abs() > 0.5
+        marked = result.lse == torch.inf
+        assert torch.equal(marked[clear], (below > 85)[clear])
+        assert bool(((below > 86) & (below < 95)).any())
+        assert bool(((below > 75) & (below < 84)).any())
+        torch.testing.assert_close(result.lse.double()[~marked], exact[~marked], rtol=0, atol=1e-3)
+        again = marked.unflatten(-1, (4, 128)).any(-1).repeat_interleave(128, -1)
+        assert 0 < again.sum() < again.numel()
+        result.out[~again] = 7.0
+        tile = tiles.Tile(32, warps=4, stages=1, tma=False)
+        portable.launch(q, k, v, plan, 64**-0.5, tile, result, part="repair")
+        assert bool((result.out[~again] == 7.0).all())
+        torch.testing.assert_close(result.lse.double(), exact, rtol=0, atol=1e-3)
 
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("box", [False, True])
@@ -189,6 +232,7 @@ class TestInterpreted:
         run = interpreted(32) if backend == "triton" else backend
         check_beside_nan(attend(q, k, v, plan, backend=run), q, k, v, plan, read)
 
+    @specialised
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("box", [False, True])
     def test_rows_that_read_nothing_in_the_specialised_kernel(self, box: bool):
