@@ -115,8 +115,7 @@ def _block_sparse_fwd_hopper(
     if not BOUND:
         acc = acc * alpha[:, None]
     acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
-    # Rows that read nothing were given values too, by weights of 0, which hide no NaN.
-    acc = tl.where((l_i == 0.0)[:, None], 0.0, acc)
+    acc = tl.where((l_i == 0.0)[:, None], 0.0, acc)  # a weight of 0 hides no NaN
 
     rows = q_start + tl.arange(0, BLOCK_M)
     row_inside = rows < tl.load(q_starts_ptr + block + 1)
