@@ -161,13 +161,12 @@ class TestInterpreted:
         case = Case(64, 128, 128, torch.float16, ragged=ragged, box=box, order=order)
         plan = plan_of(case)
         q, k, v = tensors_of(case, plan)
-        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
-        ordered = (q, k, v) if plan.order is None else tuple(plan.order(x) for x in (q, k, v))
+        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=False)
         backend = block_sparse.TritonBackend(interpreted=True)
         monkeypatch.setattr(portable, "launch", None)  # it has no part in this
-        launches = backend._specialised(q, *ordered, plan, 64**-0.5, result)
+        launches = backend._specialised(room, plan, 64**-0.5)
         assert len(launches) == 1 + box
-        check(result, q, k, v, plan)
+        check(room.result, q, k, v, plan)
 
     @specialised
     @pytest.mark.usefixtures("poisoned")
@@ -204,8 +203,9 @@ class TestInterpreted:
         k[:, 1] *= 3
         q[:, :, 256:] *= torch.linspace(1, 30, 256)[:, None]
         q[:, 1, 256:] /= 3
-        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
-        assert hopper.launch(q, k, v, plan, 64**-0.5, result, bound=True)
+        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=True)
+        result = room.result
+        assert hopper.launch(q, k, v, plan, 64**-0.5, result, lengths=room.lengths)
         exact = masked_attention(q, k, v)[1]
         lengths, longest = q.double().norm(dim=-1), k.double().norm(dim=-1).amax(-1)
         below = (lengths * longest[..., None] * 64**-0.5 - exact) / math.log(2)
