@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dit_sparse.block_times import Work
 from dit_sparse.grid import TokenGrid
 from dit_sparse.neighbourhood import Neighbourhood
 from dit_sparse.per_axis import Extents
 from dit_sparse.tile_lists import Reach, cuts
-from dit_sparse.tiling import MASKED, SHORT
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Candidate:
         blocks: blocks of the sequence, text included.
         visited: pairs of a query and a key block that are read.
         full: those of them without a masked element.
+        masked_blocks: query blocks with entries that are masked.
         worst: the most entries of any query block of the picture.
         density: share of the score matrix that is computed.
         whole: whether every block of the picture holds as many tokens as a block may.
-        dense: entries of a dense kernel with blocks of that size.
+        dense_blocks: blocks of a dense kernel, of that size.
     """
 
     tile: Extents
@@ -43,10 +44,16 @@ class Candidate:
     blocks: int
     visited: int
     full: int
+    masked_blocks: int
     worst: int
     density: float
     whole: bool
-    dense: int
+    dense_blocks: int
+
+    @property
+    def dense(self) -> int:
+        """Entries of a dense kernel."""
+        return self.dense_blocks**2
 
     @property
     def partial(self) -> int:
@@ -61,16 +68,18 @@ class Candidate:
     @property
     def worst_bound(self) -> float:
         """The same for the query block that reads most, which is what a single wave waits for."""
-        return math.sqrt(self.dense) / self.worst
+        return self.dense_blocks / self.worst
 
     @property
     def speedup(self) -> float:
-        """Estimated speedup: short and masked entries cost what `dit_sparse.tiling` says."""
-        return self.dense / (self.full * (1.0 if self.whole else SHORT) + self.partial * MASKED)
+        """Estimated speedup from the times that were measured for entries of each kind and for
+        query blocks; over the same kernel, reading everything."""
+        work = Work(self.blocks, self.full, self.partial, self.masked_blocks, self.whole)
+        return Work(self.dense_blocks, self.dense).time / work.time
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        derived = ("partial", "bound", "worst_bound", "speedup")
+        derived = ("dense", "partial", "bound", "worst_bound", "speedup")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -156,10 +165,11 @@ class Simulator:
             blocks=tiles + text,
             visited=math.prod(a.visited for a in axes) + around,
             full=math.prod(a.full for a in axes) + around,
+            masked_blocks=tiles - math.prod(a.clean for a in axes),
             worst=math.prod(a.worst for a in axes) + text,
             density=area / total**2,
             whole=math.prod(tile) == self.block and all(a.even for a in axes),
-            dense=math.ceil(total / self.block) ** 2,
+            dense_blocks=math.ceil(total / self.block),
         )
 
     def _tiles(self) -> list[Extents]:
@@ -188,12 +198,14 @@ class Simulator:
 
 
 class _Axis(NamedTuple):
-    """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, the most of
-    one tile, pairs of tokens in visited tiles, and whether all tiles are of one size."""
+    """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, tiles with
+    no other pairs, the most pairs of one tile, pairs of tokens in visited tiles, and whether all
+    tiles are of one size."""
 
     tiles: int
     visited: int
     full: int
+    clean: int
     worst: int
     area: int
     even: bool
@@ -208,6 +220,7 @@ class _Axis(NamedTuple):
             tiles=len(cut) - 1,
             visited=int(reach.count.sum()),
             full=int(reach.full_count.sum()),
+            clean=int((reach.count == reach.full_count).sum()),
             worst=int(reach.count.max()),
             area=int((cut.diff() * keys).sum()),
             even=(len(cut) - 1) * tile == rule.extent,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.block_times import ROW, WHOLE, Work
 from dit_sparse.grid import TokenGrid
 from dit_sparse.neighbourhood import Axis, Intervals, Neighbourhood
 from dit_sparse.per_axis import Extents
@@ -60,12 +61,13 @@ def best_tile_for(heads: tuple[tuple[Axis, ...], ...], block: int) -> Extents:
 def window_for_density(
     grid: TokenGrid, density: float, block: int, tile: Extents | None = None
 ) -> WindowShape:
-    """Tile and window whose visited share of blocks is nearest to a density, strided by the tile.
+    """Tile, window and stride whose visited share of blocks is nearest to a density.
 
-    Along every axis a window is the whole axis or an odd number of tiles, at least three: it is
-    made of whole tiles, so that little of a visited block is masked, and reads the tiles on both
-    sides, so that no part of the grid is cut off from the rest. Shapes within 10 % of the density
-    compete on time per visited token pair against evenness, the same share of every axis.
+    Along every axis a window is the whole axis or some tiles, at least three: an odd number strided
+    by one tile, or an even number strided by two, which both begin where a tile does, so that
+    little of a visited block is masked. It reads the tiles on both sides, so that no part of the
+    grid is cut off from the rest. Shapes within 10 % of the density compete on time per visited
+    token pair against evenness, the same share of every axis.
 
     Where three tiles per axis already exceed the density (small grids, densities below a few per
     cent), the result is the nearest that there is; the density of the plan tells.
@@ -74,12 +76,12 @@ def window_for_density(
     # Short blocks cost as much as whole ones: many below a quarter cost more than they save.
     least = min(block // 4, math.ceil(grid.length / 64))
     shapes = [tile] if tile else [s for s in _shapes(grid, block) if math.prod(s) >= least]
-    best = _Found(math.inf, math.inf, 0, grid.shape, grid.shape)
+    best = _Found(math.inf, math.inf, 0, grid.shape, grid.shape, grid.shape)
     for blocks, shape in sorted((_blocks(grid, shape), shape) for shape in shapes):
-        if best.miss <= _NEAR and best.cost <= 2 * math.log(blocks):
+        if best.miss <= _NEAR and best.cost <= search.least(blocks):
             break  # all visited blocks could be whole, and those to come would still cost more
         best = min(best, *search.found(shape))
-    return WindowShape(best.window, best.tile, best.tile)
+    return WindowShape(best.window, best.stride, best.tile)
 
 
 class _Found(NamedTuple):
@@ -89,6 +91,7 @@ class _Found(NamedTuple):
     cost: float
     size: int
     window: Extents
+    stride: Extents
     tile: Extents
 
 
@@ -97,6 +100,11 @@ class _Search:
     grid: TokenGrid
     density: float
     block: int
+
+    def least(self, blocks: int) -> float:
+        """What any window near the density costs with this many blocks of the grid, or more."""
+        entries = self.density * math.exp(_NEAR)  # for each pair of blocks, at most
+        return math.log(blocks**2 * WHOLE + blocks * ROW / entries)
 
     def found(self, tile: Extents) -> Iterator[_Found]:
         """For any two axes of windows, those of the third that come next to the density."""
@@ -122,38 +130,45 @@ class _Search:
             cost=math.log(time) + _EVEN * uneven,
             size=sum(tile),
             window=(a.window, b.window, c.window),
+            stride=(a.stride, b.stride, c.stride),
             tile=tile,
         )
 
 
 class _Visits(NamedTuple):
-    """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, and
-    whether all tiles are of one size."""
+    """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, tiles with
+    no other pairs, and whether all tiles are of one size."""
 
     tiles: int
     visited: int
     full: int
+    clean: int
     even: bool
 
 
 class _Choice(NamedTuple):
-    """A window along one axis, strided by the tile, and the share of its pairs that it visits."""
+    """A window and a stride along one axis, and the share of its pairs that it visits."""
 
     window: int
+    stride: int
     share: float
     visits: _Visits
 
     @staticmethod
-    def of(extent: int, window: int, tile: int) -> _Choice:
-        visits = _visits(Neighbourhood(extent, window, min(tile, window)), tile)
-        return _Choice(window, visits.visited / visits.tiles**2, visits)
+    def of(extent: int, window: int, stride: int, tile: int) -> _Choice:
+        visits = _visits(Neighbourhood(extent, window, stride), tile)
+        return _Choice(window, stride, visits.visited / visits.tiles**2, visits)
 
 
 @cache
 def _choices(extent: int, tile: int, everything: bool) -> list[_Choice]:
-    """The windows of three or more whole tiles, odd in number, narrow first; all of the axis."""
-    windows = () if everything else range(3 * tile, extent, 2 * tile)
-    return [_Choice.of(extent, window, tile) for window in (*windows, extent)]
+    """The windows of three or more whole tiles, narrow first; all of the axis."""
+    whole = [_Choice.of(extent, extent, min(tile, extent), tile)]
+    if everything:
+        return whole
+    odd = [_Choice.of(extent, w, tile, tile) for w in range(3 * tile, extent, 2 * tile)]
+    even = [_Choice.of(extent, w, 2 * tile, tile) for w in range(4 * tile, extent, 2 * tile)]
+    return sorted((*odd, *even, *whole), key=lambda choice: (choice.share, choice.window))
 
 
 @cache
@@ -163,7 +178,8 @@ def _visits(axis: Axis, tile: int) -> _Visits:
     reach = Reach.of(intervals, torch.tensor(along))
     tiles = len(along) - 1
     even = tiles * tile == axis.extent
-    return _Visits(tiles, int(reach.count.sum()), int(reach.full_count.sum()), even)
+    visited, full = int(reach.count.sum()), int(reach.full_count.sum())
+    return _Visits(tiles, visited, full, int((reach.count == reach.full_count).sum()), even)
 
 
 @lru_cache(maxsize=64)
@@ -172,23 +188,24 @@ def _intervals(axis: Axis) -> Intervals:
     return axis.intervals()
 
 
-# Time of a short block and of a masked one, relative to a whole one (H200, head dim 128; masked
-# ones in the portable kernel, before they ran in the specialised one). Masked blocks gather in the
-# few rows of tiles at the border, whose programs run on when all others have ended: their
-# arithmetic alone would be 2.4.
-SHORT, MASKED = 1.2, 10.0
-
 # What evenness may cost: a window whose share of an axis is twice as far off as another's must
-# take 0.6 of its time. More of it changes nothing on common grids, less of it gives bands.
-_EVEN = 0.75
+# take 0.76 of its time. More of it buys evenness with masked blocks, less of it gives bands.
+_EVEN = 0.4
 _NEAR = math.log(1.1)
 
 
 def _time(tile: Extents, axes: Sequence[_Visits], block: int) -> float:
-    """Estimated time of all visited blocks, in whole blocks; the counts are products of axes."""
-    whole = math.prod(tile) == block and all(axis.even for axis in axes)
+    """Estimated time of all visited blocks; the counts are products of axes."""
     visited, full = math.prod(a.visited for a in axes), math.prod(a.full for a in axes)
-    return full * (1.0 if whole else SHORT) + (visited - full) * MASKED
+    rows = math.prod(a.tiles for a in axes)
+    work = Work(
+        rows=rows,
+        full=full,
+        partial=visited - full,
+        masked_rows=rows - math.prod(a.clean for a in axes),
+        whole=math.prod(tile) == block and all(axis.even for axis in axes),
+    )
+    return work.time
 
 
 def _blocks(grid: TokenGrid, tile: Extents) -> int:

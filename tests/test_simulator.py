@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dit_sparse.block_times import ROW, WHOLE
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
@@ -29,6 +31,7 @@ def assert_counts(simulator: Simulator, candidate: Candidate) -> None:
     plan = method.plan(Q, Q, CallContext(layout))
     assert candidate.blocks == plan.q_blocks.n
     assert (candidate.full, candidate.partial) == (int(plan.full.sum()), int(plan.partial.sum()))
+    assert candidate.masked_blocks == int((plan.partial > 0).sum())
     picture = candidate.blocks - -(-simulator.text // simulator.block)
     assert candidate.worst == int((plan.full + plan.partial)[0, 0, :picture].max())
     assert candidate.density == pytest.approx(plan.density, rel=1e-9)
@@ -111,11 +114,20 @@ def test_dense_is_no_speedup() -> None:
 def test_masked_and_short_entries_cost_more() -> None:
     simulator = Simulator(TokenGrid(8, 16, 16), (4, 8, 8))
     exact, shared = (simulator.count((2, 8, 8), stride) for stride in ((1, 1, 1), (4, 8, 8)))
-    assert shared.partial == 0 < exact.partial
-    assert shared.speedup == shared.bound
-    assert exact.speedup < exact.bound
+    assert shared.partial == shared.masked_blocks == 0
+    unmasked = replace(exact, full=exact.visited)
+    assert unmasked.speedup > exact.speedup
+    assert replace(unmasked, masked_blocks=0).speedup > unmasked.speedup
     short = simulator.count((2, 4, 8), (4, 8, 8))
-    assert short.speedup < short.bound
+    assert replace(short, whole=True).speedup > short.speedup
+
+
+def test_query_blocks_cost_too() -> None:
+    """Entries shrink with a window, query blocks do not."""
+    simulators = [Simulator(TokenGrid(1, 64, 64), (1, w, 64)) for w in (6, 26)]
+    few, many = (simulator.count((1, 2, 64), (1, 2, 64)) for simulator in simulators)
+    assert few.bound == pytest.approx(13 / 3 * many.bound)
+    assert few.speedup == pytest.approx((ROW + 13 * WHOLE) / (ROW + 3 * WHOLE) * many.speedup)
 
 
 def test_bad_input_is_refused() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse import tiling
+from dit_sparse.block_times import Work
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
@@ -156,14 +157,27 @@ class TestDensity:
         grid = TokenGrid(13, 30, 45)
         assert WindowMethod().shape_on(grid) == WindowMethod(density=0.3).shape_on(grid)
 
-    def test_windows_are_odd_multiples_of_the_tile_or_the_whole_axis(self):
-        grid = TokenGrid(21, 30, 52)
-        for density in (0.05, 0.1, 0.3, 0.6):
-            shape = WindowMethod(density=density).shape_on(grid)
-            assert shape.stride == shape.tile
-            assert math.prod(shape.tile) <= 128
-            for window, tile, extent in zip(shape.window, shape.tile, grid.shape, strict=True):
-                assert window == extent or (window % tile == 0 and window // tile % 2 == 1)
+    def test_windows_are_whole_tiles_or_the_whole_axis(self):
+        """An odd number strided by one tile, or an even number strided by two."""
+        strides = set()
+        for grid in (TokenGrid(21, 30, 52), TokenGrid(21, 45, 80)):
+            for density in (0.05, 0.1, 0.3, 0.6):
+                shape = WindowMethod(density=density).shape_on(grid)
+                assert math.prod(shape.tile) <= 128
+                for window, stride, tile, extent in zip(
+                    shape.window, shape.stride, shape.tile, grid.shape, strict=True
+                ):
+                    if window < extent:
+                        assert (window % tile, stride) == (0, tile * (2 - window // tile % 2))
+                        strides.add(stride // tile)
+        assert strides == {1, 2}
+
+    @pytest.mark.parametrize(("density", "most"), [(0.2, 50), (0.1, 25)])
+    def test_images_of_powers_of_two_have_no_masked_blocks(self, density: float, most: float):
+        """At 0.1 tiles of 7x16 tokens, short and masked ones among them, took as long as 0.2."""
+        plan = plan_on(WindowMethod(density=density), TokenGrid(1, 128, 128))
+        assert (plan.box, plan.k_blocks.ragged) == (None, False)
+        assert _time(plan) / 132 < most
 
     @pytest.mark.parametrize("name", [*REAL_GRIDS, "5x9x13", "12x11", "1x37", "3x3x200", "2x4x4"])
     @pytest.mark.parametrize("block", [64, 128])
@@ -237,9 +251,14 @@ class TestTile:
 
 
 def _time(plan: BlockPlan) -> float:
-    whole = not plan.q_blocks.ragged
-    full, partial = int(plan.full.sum()), int(plan.partial.sum())
-    return full * (1.0 if whole else tiling.SHORT) + partial * tiling.MASKED
+    work = Work(
+        rows=plan.q_blocks.n,
+        full=int(plan.full.sum()),
+        partial=int(plan.partial.sum()),
+        masked_rows=int((plan.partial > 0).sum()),
+        whole=not plan.q_blocks.ragged,
+    )
+    return work.time
 
 
 class TestRefusals:
