@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -68,6 +68,8 @@ def frame_of(
     starts = blocks.starts[:-1].long()
     start, stop = layout.grid_start, layout.grid_start + grid.length
     context = (starts < start) | (starts >= stop)
+    picture = (~context).nonzero()[:, 0].tolist()
+    blocks = replace(blocks, picture=range(picture[0], picture[-1] + 1))
     first = _first_frame(layout, blocks, lifted)
     hidden = _padding(layout, starts)
     frame = Frame(
@@ -76,7 +78,7 @@ def frame_of(
         context=context.to(device),
         hidden=None if hidden is None else hidden.to(device),
         first=first.to(device),
-        candidates=int((~context).sum()),
+        candidates=len(picture),
     )
     frame.blocks.__dict__.update(total=blocks.total, ragged=blocks.ragged)  # known on the host
     return frame

@@ -27,10 +27,13 @@ class Blocks:
     Args:
         starts: int32 `[n + 1]`, first position of each block; the last element is N.
         size: the most tokens a block holds; kernels compute whole tiles of this size.
+        picture: numbers of the blocks of the picture, where others stand around them. Those read
+            everything, so kernels may begin with them; no result depends on it.
     """
 
     starts: Tensor
     size: int
+    picture: range | None = None
 
     @classmethod
     def uniform(cls, total: int, size: int, device: torch.device | str | None = None) -> Blocks:
@@ -81,7 +84,7 @@ class Blocks:
         return ids.repeat_interleave(self.lengths, output_size=self.total)
 
     def to(self, device: torch.device | str) -> Blocks:
-        return Blocks(self.starts.to(device), self.size)
+        return replace(self, starts=self.starts.to(device))
 
     def __str__(self) -> str:
         return f"{self.n} blocks of {self.size}"
@@ -259,6 +262,11 @@ class BlockPlan:
         """int32, shape of `offsets`: entries of every row."""
         exact = self.full + self.partial
         return exact if self.pools is None else exact + self.pools.counts.sum(-1, dtype=torch.int32)
+
+    @cached_property
+    def masked_rows(self) -> Tensor:
+        """int32, query blocks with partial entries in any head; waits for the device."""
+        return (self.partial > 0).any(0).any(0).nonzero()[:, 0].int()
 
     @cached_property
     def entries(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class Surroundings:
         for entry in range(layout.batch or 1):
             real = whole if layout.batch is None else layout.valid_ranges(entry)
             context.append(tuple(i for i in outside if any(a <= starts[i] < b for a, b in real)))
+        blocks = replace(blocks, picture=range(first, first + len(tiles)))
         return Surroundings(blocks, first, len(tiles), tuple(context))
 
 

@@ -11,26 +11,37 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
-    q_starts_ptr, order_ptr, lower_ptr, upper_ptr,
+    q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
     k_row_b, k_row_h, k_col_h,
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
-    n_heads, n_q_blocks, n_queries, scale_log2, guard,
+    n_heads, n_q_blocks, n_outer, first_inner, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
+    # The blocks around the picture read everything: were they not begun first, in all heads, the
+    # last of them would run on alone. Query blocks of one head are neighbours in the launch order
+    # and walk the same keys in L2.
     pid = tl.program_id(0)
-    block = pid % n_q_blocks
-    head = (pid // n_q_blocks) % n_heads
-    batch = pid // n_q_blocks // n_heads
+    outer = tl.num_programs(0) // n_q_blocks * n_outer
+    n_inner = n_q_blocks - n_outer
+    width = tl.where(pid < outer, n_outer, n_inner)
+    pair = tl.where(pid < outer, pid, pid - outer)
+    block = pair % width
+    pair //= width
+    skipped = tl.where(block < first_inner, 0, n_inner)
+    block += tl.where(pid < outer, skipped, first_inner)
+    head = pair % n_heads
+    batch = pair // n_heads
+    if PARTIAL:
+        block = tl.load(rows_ptr + block)
 
     q_start = tl.load(q_starts_ptr + block)
     q_desc = tl.make_tensor_descriptor(

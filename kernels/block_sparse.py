@@ -185,7 +185,7 @@ class TritonBackend:
         tile = self._tile(q, v, plan)
         if room.lengths is not None:
             launches.append(portable.launch(q, k, v, plan, scale, tile, result, part="repair"))
-        if plan.predicate is not None:
+        if plan.predicate is not None and len(plan.masked_rows):
             masked = None
             if plan.box:
                 masked = hopper.launch(ordered, k, v, plan, scale, result, partial=True)

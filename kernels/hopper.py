@@ -164,18 +164,21 @@ def _launch(
     batch, heads, n_queries, head_dim = q.shape
     dim, keys = padded(head_dim), plan.k_blocks.size
     starts, counts = plan.spans
+    rows = plan.masked_rows if box else plan.q_blocks.starts[:-1]
+    picture = range(len(rows)) if box else plan.q_blocks.picture or range(len(rows))
     order = starts if plan.order is None else plan.order.index
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         *(_coordinates(plan) if box else (None, None)),
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
-        plan.q_blocks.starts, order,
+        plan.q_blocks.starts, rows, order,
         box.lower if box else starts, box.upper if box else starts,
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
-        heads, plan.q_blocks.n, n_queries, scale * LOG2_E, box.guard if box else 0,
+        heads, len(rows), len(rows) - len(picture), picture.start, n_queries, scale * LOG2_E,
+        box.guard if box else 0,
     )  # fmt: skip
     constants = {
         "D": head_dim,
@@ -187,7 +190,7 @@ def _launch(
         "PARTIAL": box is not None,
         "BOUND": lengths is not None,
     }
-    grid = (batch * heads * plan.q_blocks.n, 1, 1)
+    grid = (batch * heads * len(rows), 1, 1)
     return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
 
 

@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_sparse.attention import attend, select_backend
 from dit_sparse.backend import AttentionOutput, Backend
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan, Blocks
 from tests.block_cases import HEADS, LAYOUTS, Case, covering, plan_of, tensors_of
 from tests.oracle import masked_attention
@@ -167,6 +170,23 @@ class TestInterpreted:
         launches = backend._specialised(room, plan, 64**-0.5)
         assert len(launches) == 1 + box
         check(room.result, q, k, v, plan)
+
+    @specialised
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("text", [(0, 0), (150, 0), (0, 3), (3, 150)])
+    def test_blocks_around_a_picture(self, text: tuple[int, int]):
+        """Their query blocks come first, and only those with masked entries are taken up again."""
+        layout = TokenLayout.of(TokenGrid(1, 21, 32), *text)
+        method = WindowMethod(window=(12, 32), stride=(4, 32), tile=(4, 32))
+        plan = method.plan(*[torch.empty(1)] * 2, CallContext(layout))
+        assert 0 < len(plan.masked_rows) < len(plan.q_blocks.picture) == 6
+        case = Case(64, 128, 128, torch.float16)
+        q, k, v = tensors_of(case, plan)
+        result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        ordered = tuple(plan.order(x) for x in (q, k, v))
+        assert hopper.launch(*ordered, plan, 64**-0.5, result)
+        assert hopper.launch(*ordered, plan, 64**-0.5, result, partial=True)
+        check(result, q, k, v, plan)
 
     @specialised
     @pytest.mark.usefixtures("poisoned")
