@@ -3,14 +3,17 @@
     python scripts/bench_kernels.py --output benchmarks/kernels.jsonl
 
 Every case runs its variants in turn, round by round. Rates count the floating-point operations of
-the visited blocks (4 N_q N_k D per head times the measured density); `total_ms` adds one plan made
-from scratch, the permutation and its undoing. The error is relative to fp32 on the same inputs.
+the visited blocks (4 N_q N_k D per head times the measured density). All times include the
+permutation and its undoing, `total_ms` one plan made from scratch too. `of_bound` is the time over
+that of the sparse kernel reading everything (`full`) times the share of blocks that is visited. The
+error is relative to fp32 on the same inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -44,8 +47,21 @@ class Case:
     tokens: int
     heads: int
     head_dim: int
-    density: float
+    density: float | None
     grid: str | None = None
+    window: tuple[int, ...] | None = None
+    stride: tuple[int, ...] | None = None
+    text: int = 0
+
+    @property
+    def method(self) -> WindowMethod:
+        if self.window is None:
+            return WindowMethod(density=self.density)
+        return WindowMethod(window=self.window, stride=self.stride)
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout.of(TokenGrid.parse(self.grid or ""), text_first=self.text)
 
 
 RANDOM = [
@@ -72,28 +88,39 @@ WINDOW = [
     )
     for density in (0.2, 0.1)
 ]
+# FLUX.1 at 4096 pixels, HunyuanVideo and Wan 2.1 at 720p, with the windows of arXiv 2504.16922.
+EXPLICIT = [
+    Case("window", grid.length + text, heads, 128, None, str(grid), window, stride, text)
+    for grid, text, heads, window, strides in (
+        (TokenGrid(1, 256, 256), 512, 24, (80, 80), ((16, 16), (1, 1))),
+        (TokenGrid(30, 48, 80), 0, 24, (18, 24, 24), ((16, 8, 8), (1, 1, 1))),
+        (TokenGrid(21, 45, 80), 0, 40, (9, 15, 24), ((3, 5, 8), (1, 1, 1))),
+    )
+    for stride in strides
+]
 
 
 def block_mask(case: Case, n: int, device: str) -> Tensor:
     """bool `[1, H, n, n]` with the same number of blocks in every row."""
     generator = torch.Generator(device).manual_seed(0)
     scores = torch.rand(1, case.heads, n, n, generator=generator, device=device)
+    density = case.density or 1.0
     if case.pattern == "clustered":  # half of each list near the diagonal
         distance = (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs()
-        scores += (distance < case.density * n / 4) * 1.0
-    kept = scores.topk(max(1, round(case.density * n)), dim=-1).indices
+        scores += (distance < density * n / 4) * 1.0
+    kept = scores.topk(max(1, round(density * n)), dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
 
 
 def window_on(case: Case) -> WindowShape:
-    return WindowMethod(density=case.density).shape_on(TokenGrid.parse(case.grid or ""))
+    return case.method.shape_on(case.layout.grid)
 
 
 def planner(case: Case, device: str, q: Tensor) -> Callable[[], BlockPlan]:
     """A function that makes the case's plan from scratch."""
     if case.grid is not None:
-        context = CallContext(TokenLayout.of(TokenGrid.parse(case.grid)))
-        return lambda: WindowMethod(density=case.density).plan(q, q, context)
+        context = CallContext(case.layout)
+        return lambda: case.method.plan(q, q, context)
     blocks = Blocks.uniform(case.tokens, 128, device)
     mask = block_mask(case, blocks.n, device)
     return lambda: BlockPlan.from_mask(mask, blocks, blocks)
@@ -142,6 +169,11 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     for name in sparse:
         backend, _ = select_backend(q, k, v, plan, name)
         variants[name] = lambda backend=backend: attend(q, k, v, plan, backend=backend)
+    if case.window is not None:
+        blocks = Blocks.uniform(case.tokens, 128, "cuda")
+        everything = torch.ones(1, 1, blocks.n, blocks.n, dtype=torch.bool, device="cuda")
+        full = BlockPlan.from_mask(everything, blocks, blocks)
+        variants["full"] = lambda: attend(q, k, v, full)
     unbounded = TritonBackend(bound=False)  # a running maximum instead of a bound
     variants["maximum"] = lambda: attend(q, k, v, plan, backend=unbounded)
     sparse += ("maximum",)
@@ -151,6 +183,9 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     for row in rows:
         if row["variant"] in sparse:
             row["relative_error"] = relative_error(variants[row["variant"]]().out, q, k, v, plan)
+            if "full" in times:
+                share = int(plan.count.sum()) / math.ceil(case.tokens / 128) ** 2
+                row["of_bound"] = round(row["ms"] / (times["full"].median * share), 3)
     return [row for row in rows if row["variant"] != "plan"]
 
 
@@ -159,7 +194,7 @@ def row_of(case: Case, name: str, times: dict[str, Timing], density: float) -> d
     flop = 4 * case.heads * case.tokens**2 * case.head_dim
     dense = {key: times[key].median for key in ("cudnn", "flash")}
     milliseconds = times[name].median
-    total = milliseconds + (0.0 if name in dense else times["plan"].median)
+    total = milliseconds + (0.0 if name in (*dense, "full") else times["plan"].median)
     rate = flop * density / milliseconds * 1e-9
     return {
         **asdict(case),
@@ -184,6 +219,7 @@ def line_of(row: dict[str, Any]) -> str:
         f"{row['tflops']:6.1f} TFLOP/s {row['of_cudnn']:5.2f} of cuDNN {row['speedup']:6.2f}x "
         f"({row['speedup_with_plan']:.2f}x with plan) "
         f"error {row.get('relative_error', float('nan')):.1e}"
+        + (f" {row['of_bound']:.2f} of the bound" if "of_bound" in row else "")
     )
 
 
@@ -192,11 +228,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/kernels.jsonl"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, on short cases")
-    parser.add_argument("--cases", choices=("random", "window", "all"), default="all")
+    parser.add_argument("--cases", choices=("random", "window", "explicit", "all"), default="all")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("Expected a CUDA GPU, found none. This benchmark has no meaning on a CPU.")
-    cases = {"random": RANDOM, "window": WINDOW, "all": RANDOM + WINDOW}[arguments.cases]
+    cases = {
+        "random": RANDOM,
+        "window": WINDOW,
+        "explicit": EXPLICIT,
+        "all": RANDOM + WINDOW + EXPLICIT,
+    }[arguments.cases]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     header = environment("cuda")
     print(json.dumps(header))

@@ -44,6 +44,8 @@ def kernel_table(rows: list[dict[str, Any]]) -> str:
             continue
         flex = variants.get((_case(row), "flex"))
         grid = f" {row['grid']}" if row["grid"] else ""
+        if row.get("stride"):
+            grid += f", {row['window']}"
         flex_ms = f"{flex['ms']:.2f} ms" if flex else ""
         lines.append(
             f"| {row['pattern']}{grid} | {row['tokens']:,} x {row['heads']} x {row['head_dim']} | "
@@ -80,7 +82,9 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("pattern", "tokens", "heads", "head_dim", "density", "grid"))
+    return tuple(
+        row[key] for key in ("pattern", "tokens", "heads", "head_dim", "density", "grid", "window")
+    )
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> str:

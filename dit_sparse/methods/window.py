@@ -38,9 +38,9 @@ class WindowMethod:
             (height, width) for images or (width,) for sequences; one integer for all axes; a tuple
             of such windows, one per head; or "auto" (or nothing) for a density.
         density: instead of a window: the share of blocks to visit, spread evenly over the axes;
-            windows are then odd multiples of the tile. 0.3 if neither is given.
+            windows are then multiples of the tile. 0.3 if neither is given.
         stride: queries per axis that share one window, at most the window; one number or one per
-            axis. By default 1 for a window and the tile for a density.
+            axis. By default 1 for a window, and for a density one tile or two.
         dilation: distance of neighbouring keys of a window; one number or one per axis.
             Window times dilation is at most the axis.
         causal: hide what comes later along an axis; true or false for all axes or for each.
