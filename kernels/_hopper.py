@@ -11,6 +11,26 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _place(n_q_blocks, n_outer, first_inner, n_heads):
+    """Query block, head and batch entry of a program.
+
+    The blocks around the picture read everything: were they not begun first, in all heads, the last
+    of them would run on alone. Query blocks of one head are neighbours in the launch order and walk
+    the same keys in L2.
+    """
+    pid = tl.program_id(0)
+    outer = tl.num_programs(0) // n_q_blocks * n_outer
+    n_inner = n_q_blocks - n_outer
+    width = tl.where(pid < outer, n_outer, n_inner)
+    number = tl.where(pid < outer, pid, pid - outer)
+    block = number % width
+    skipped = tl.where(block < first_inner, 0, n_inner)
+    block += tl.where(pid < outer, skipped, first_inner)
+    pair = number // width
+    return block, pair % n_heads, pair // n_heads
+
+
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
@@ -26,20 +46,7 @@ def _block_sparse_fwd_hopper(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    # The blocks around the picture read everything: were they not begun first, in all heads, the
-    # last of them would run on alone. Query blocks of one head are neighbours in the launch order
-    # and walk the same keys in L2.
-    pid = tl.program_id(0)
-    outer = tl.num_programs(0) // n_q_blocks * n_outer
-    n_inner = n_q_blocks - n_outer
-    width = tl.where(pid < outer, n_outer, n_inner)
-    pair = tl.where(pid < outer, pid, pid - outer)
-    block = pair % width
-    pair //= width
-    skipped = tl.where(block < first_inner, 0, n_inner)
-    block += tl.where(pid < outer, skipped, first_inner)
-    head = pair % n_heads
-    batch = pair // n_heads
+    block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     if PARTIAL:
         block = tl.load(rows_ptr + block)
 
