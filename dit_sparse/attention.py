@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.backend import Again, AttentionOutput, Backend, PreparingBackend, kernel_module
+from dit_sparse.coarse import means, one_softmax
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check_for
@@ -118,7 +119,7 @@ def prepare(
     chosen, refusals = select_backend(q, k, v, plan, backend)
     again: Again | None = None
     whole = q.shape[1] == k.shape[1] and (plan.order is None or chosen.reorders)
-    if whole and isinstance(chosen, PreparingBackend):
+    if whole and plan.coarse is None and isinstance(chosen, PreparingBackend):
         out, again = chosen.prepare(q, k, v, plan, scale)
     else:
         out = _run(chosen, plan, scale, q, k, v)
@@ -141,6 +142,17 @@ def _run(
 ) -> AttentionOutput:
     if (group := q.shape[1] // k.shape[1]) > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    result = _run_lists(backend, plan, scale, q, k, v)
+    if (coarse := plan.coarse) is None:
+        return result
+    return one_softmax(
+        result, backend.run(q, means(coarse, k), means(coarse, v), coarse.plan, scale)
+    )
+
+
+def _run_lists(
+    backend: Backend, plan: BlockPlan, scale: float, q: Tensor, k: Tensor, v: Tensor
+) -> AttentionOutput:
     if plan.order is None or backend.reorders:
         return backend.run(q, k, v, plan, scale)
     order = plan.order

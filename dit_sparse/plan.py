@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
+from dit_sparse.pools import Pools as Pools
+from dit_sparse.pools import Tail as Tail
 from dit_sparse.predicate import BoxPredicate, DiskPredicate, Predicate, make_contiguous
 
 
@@ -91,31 +93,24 @@ class Blocks:
 
 
 @dataclass(frozen=True, eq=False)
-class Pools:
-    """Entries that stand for a key block by means of its keys and values.
+class Coarse:
+    """Mean keys and values of cells of tokens, which queries read beside the keys of a plan.
 
-    An entry of factor g stands for its block by one row per group of g consecutive keys (the last
-    group may be smaller): their mean key and mean value, with bias ln(count) on the score.
+    A mean counts as one key: no ln(count) is added to its score, unlike to those of `Pools`.
 
     Args:
-        factors: powers of two from 2 to 128, ascending.
-        counts: int32 `[1 or B, 1 or H, n_q, len(factors)]`, entries of each factor in a row.
+        cell: int64 `[N_k]` in the order of the tensors that a call gets, the number of the cell of
+            every token; `size` for a token of none.
+        size: number of cells, M.
+        plan: which queries, in that order too, read which of the M means; without an order.
     """
 
-    factors: tuple[int, ...]
-    counts: Tensor
+    cell: Tensor
+    size: int
+    plan: BlockPlan
 
-    def __post_init__(self) -> None:
-        make_contiguous(self, ("counts",))
-
-    def to(self, device: torch.device | str) -> Pools:
-        return Pools(self.factors, self.counts.to(device))
-
-    def __str__(self) -> str:
-        return f"pools of {', '.join(map(str, self.factors))}"
-
-
-Tail = Literal["none", "zeroth", "first", "block"]
+    def to(self, device: torch.device | str) -> Coarse:
+        return Coarse(self.cell.to(device), self.size, self.plan.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +135,7 @@ class BlockPlan:
             from the mean covariance per token (`"first"`, PISA, arXiv 2602.01077).
         hidden: bool `[1 or B, n_k]`, key blocks that the tail must not stand for and that no row
             may list, such as text padding; `None`: there are none.
+        coarse: further keys, means over cells of tokens; `attend` adds them, backends do not.
         order: the permutation that leads from the caller's order to plan order; `None`: none.
         scale: what the caller's scale of the scores is multiplied by; above 0.
     """
@@ -155,6 +151,7 @@ class BlockPlan:
     pools: Pools | None = None
     tail: Tail = "none"
     hidden: Tensor | None = None
+    coarse: Coarse | None = None
     order: Permutation | None = None
     scale: float = 1.0
 
@@ -298,7 +295,10 @@ class BlockPlan:
     def density_tensor(self) -> Tensor:
         """`density` as a float64 scalar on the plan's device, without waiting for it."""
         rows = self.offsets[..., 0].numel() * self.q_blocks.starts[-1].double()
-        return (self.q_blocks.lengths * self._read).sum() / (rows * self.k_blocks.starts[-1])
+        share = (self.q_blocks.lengths * self._read).sum() / (rows * self.k_blocks.starts[-1])
+        if (coarse := self.coarse) is None:
+            return share
+        return share + coarse.plan.density_tensor * (coarse.size / self.k_blocks.starts[-1])
 
     @property
     def _read(self) -> Tensor:
@@ -328,7 +328,7 @@ class BlockPlan:
         """bool `[1 or B, H', N_q, N_k]`: which query reads which key, in the caller's order.
 
         For looking at and for tests: memory grows with N_q x N_k. H' is 1 when nothing differs
-        between heads. Pooled entries count as read, what a tail stands for does not.
+        between heads. Pooled entries count as read, tails and coarse keys do not.
         """
         heads = max(
             self.offsets.shape[1],
@@ -372,7 +372,7 @@ class BlockPlan:
     def __str__(self) -> str:
         batch, heads, _ = self.offsets.shape
         extras = [f"tail {self.tail}"] if self.tail != "none" else []
-        parts = ("box", "disk", "pools", "order")
+        parts = ("box", "disk", "pools", "coarse", "order")
         extras += [name for name in parts if getattr(self, name) is not None]
         extras += [f"scale x {self.scale:.4g}"] if self.scale != 1.0 else []
         return (

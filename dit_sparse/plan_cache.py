@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dit_sparse.attention import Prepared, kind, prepare
+from dit_sparse.coarse import in_plan_order
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenOrder, common_order
 from dit_sparse.method import CallContext, Segmented, SparseMethod
@@ -53,7 +54,7 @@ class PlannedCall:
         another one."""
         if order not in self.inside:
             same = order.agrees(self.plan.order)
-            self.inside[order] = PlannedCall(replace(self.plan, order=None)) if same else None
+            self.inside[order] = PlannedCall(in_plan_order(self.plan)) if same else None
         return self.inside[order]
 
 

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import BlockPlan, Blocks, Pools, Tail
+from dit_sparse.plan import BlockPlan, Blocks, Coarse, Pools, Tail
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
 
 _MAX_FACTOR = 128
@@ -42,6 +42,8 @@ def check(plan: BlockPlan) -> BlockPlan:
         _check_disk(plan, plan.disk)
     _check_heads(plan)
     _check_order(plan)
+    if plan.coarse is not None:
+        _check_coarse(plan, plan.coarse)
     if not 0.0 < plan.scale < math.inf:
         raise ValueError(f"Expected a scale above 0, got {plan.scale}.")
     if plan.tail not in get_args(Tail):
@@ -235,6 +237,24 @@ def _check_pools(plan: BlockPlan, pools: Pools) -> None:
         )
     if bool((pools.counts < 0).any()):
         raise ValueError(f"Expected pools.counts of at least 0, got {int(pools.counts.min())}.")
+
+
+def _check_coarse(plan: BlockPlan, coarse: Coarse) -> None:
+    keys, (low, high) = plan.k_blocks.total, coarse.cell.aminmax()
+    if coarse.cell.shape != (keys,) or low < 0 or high > coarse.size:
+        raise ValueError(
+            f"Expected coarse.cell of shape [{keys}] with numbers of 0 to {coarse.size}, got "
+            f"{list(coarse.cell.shape)} with {int(low)} to {int(high)}."
+        )
+    if coarse.plan.order is not None or coarse.plan.coarse is not None:
+        raise ValueError("Expected coarse.plan without an order and coarse keys, got one with.")
+    lengths = (coarse.plan.q_blocks.total, coarse.plan.k_blocks.total)
+    if lengths != (plan.q_blocks.total, coarse.size):
+        raise ValueError(
+            f"Expected coarse.plan for {plan.q_blocks.total} queries and {coarse.size} keys, got "
+            f"{lengths[0]} and {lengths[1]}."
+        )
+    check(coarse.plan)
 
 
 def _check_hidden(plan: BlockPlan) -> None:

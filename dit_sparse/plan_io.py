@@ -40,11 +40,16 @@ def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> Path:
     """Writes a plan, whole or not at all, and returns the path.
 
     Raises:
-        ValueError: the plan is not well-formed (`plan_check.check`).
+        ValueError: the plan is not well-formed (`plan_check.check`), or has coarse keys.
         OSError: the file cannot be written.
     """
     path = Path(path)
     check(plan)
+    if plan.coarse is not None:
+        raise ValueError(
+            "Expected a plan without coarse keys, got one with. Files have no place for them: make "
+            "the plan anew from its method."
+        )
     stored, names = _without_copies(plan)
     header: dict[str, Any] = {
         "version": _VERSION,

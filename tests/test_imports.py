@@ -16,14 +16,19 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own row and from those above it.
 LAYERS = (
     ("grid", "models", "model_identity", "step_segments"),
-    ("predicate",),
+    (
+        "predicate",
+        "pools",
+    ),
     ("plan",),
     (
         "orders",
         "attention_map",
         "block_budget",
+        "block_times",
         "calibration",
         "calibration_solver",
+        "coarse",
         "correction",
         "frame",
         "importance",

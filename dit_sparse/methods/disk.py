@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse import per_axis
+from dit_sparse.coarse import squares
 from dit_sparse.grid import TokenLayout
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.neighbourhood import Within, whole
@@ -26,15 +27,19 @@ _MOST = 32_767  # rows and columns: sums of two squares stay in 32 bits
 class DiskMethod:
     """A query reads the keys less than a radius away, in all frames, and all text.
 
-    CLEAR's models are distilled for such windows, and its optional copy of the picture at low
-    resolution needs their weights: it is not here. Without them, take a radius of at least half
-    the grid that the model was trained on.
+    CLEAR's models are distilled for such windows. Without their weights take a radius of at least
+    half the grid that the model was trained on.
 
     Args:
         radius: in tokens; a key at exactly this distance is not read.
         trained_tokens: length of the sequence that the model was trained on, text included, to
             multiply the scale of the scores by sqrt(ln(tokens) / ln(trained_tokens)) on a longer
-            one; CLEAR's is 64 * 64 + 512 = 4608. By default the scale stays.
+            one; CLEAR's is 64 * 64 + 512 = 4608. By default the scale stays. With low resolution
+            the first logarithm is that of 10 times as many tokens, as CLEAR has it.
+        down_factor: side of the squares of tokens whose mean keys and values every query of the
+            picture reads besides; CLEAR's is 4. They count as one key each, and what stands in the
+            circle is read twice. CLEAR learns the weights of a square's tokens, which begin as
+            their mean; here they stay that. `None`: no low resolution.
         tile: tokens per axis of the tiles that blocks are cut from; by default the shape that
             should take the least time on this grid.
         block: tokens a block holds at most: 64 or 128.
@@ -47,6 +52,7 @@ class DiskMethod:
     trained_tokens: int | None = None
     tile: tuple[int, ...] | None = None
     block: int = 128
+    down_factor: int | None = None
 
     name: ClassVar[str] = "disk"
     scope: ClassVar[PlanScope] = "layout"
@@ -61,6 +67,10 @@ class DiskMethod:
         if trained is not None and (not per_axis.is_count(trained) or trained < 2):
             raise ValueError(f"Expected trained_tokens of at least 2, got {trained!r}.")
         per_axis.check_block(self.block)
+        if self.down_factor is not None and not per_axis.is_count(self.down_factor):
+            raise ValueError(
+                f"Expected a down_factor of at least 1 token, got {self.down_factor!r}."
+            )
         if self.tile is not None:
             object.__setattr__(self, "tile", per_axis.counts(self.tile, "tile"))
 
@@ -90,7 +100,10 @@ class DiskMethod:
         visits, masked = _in_reach(Visits.of(around, q.device), tiling, self._limit)
         disk = _disk(tiling, layout, self._limit) if masked else None
         plan = assemble(layout, tiling, [visits], self.block, disk=disk)
-        return replace(plan, scale=self.scale(layout))
+        coarse = None
+        if self.down_factor is not None:
+            coarse = squares(layout, self.down_factor, self.block, q.device)
+        return replace(plan, scale=self.scale(layout), coarse=coarse)
 
     @property
     def _limit(self) -> int:
@@ -101,7 +114,8 @@ class DiskMethod:
         """Factor of the scale of the scores."""
         if self.trained_tokens is None or layout.length < 2:
             return 1.0
-        return math.sqrt(math.log(layout.length) / math.log(self.trained_tokens))
+        tokens = layout.length * (10 if self.down_factor else 1)
+        return math.sqrt(math.log(tokens) / math.log(self.trained_tokens))
 
 
 def _in_reach(square: Visits, tiling: Tiling, limit: int) -> tuple[Visits, bool]:

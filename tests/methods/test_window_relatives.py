@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.attention import attend
+from dit_sparse.attention import attend, prepare
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.coarse import in_plan_order
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.methods.anchors import AnchorMethod
 from dit_sparse.methods.disk import DiskMethod
@@ -18,7 +22,10 @@ from dit_sparse.methods.freeswim import FreeSwimMethod
 from dit_sparse.methods.shifted import ShiftedMethod
 from dit_sparse.methods.sta import SlidingTileMethod
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.plan_check import check
+from dit_sparse.plan_io import save_plan
 from tests.methods.layouts import grids, layouts, plan_on
+from tests.oracle import masked_attention
 from tests.window_oracle import Place, attention, axis_keys, product_reads, sequence_mask
 
 IMAGE = TokenGrid(1, 12, 16)
@@ -302,6 +309,43 @@ class TestDisk:
         assert method.scale(layout) == pytest.approx((math.log(16896) / math.log(4608)) ** 0.5)
         assert method.scale(TokenLayout.of(TokenGrid(1, 64, 64), 512)) == 1.0
         assert DiskMethod().scale(layout) == 1.0
+        low = DiskMethod(radius=8, trained_tokens=64 * 64 + 512, down_factor=4)
+        assert low.scale(layout) == pytest.approx((math.log(168960) / math.log(4608)) ** 0.5)
+
+    @pytest.mark.parametrize("hoisted", [False, True])
+    @pytest.mark.parametrize("factor", [1, 2, 4])
+    @pytest.mark.parametrize("text", [(0, 0), (3, 0), (0, 5), (2, 5)])
+    def test_low_resolution_beside_the_circle(
+        self, text: tuple[int, int], factor: int, hoisted: bool
+    ):
+        """One softmax over text, circle and the means of all squares; text reads no means."""
+        layout = TokenLayout.of(TokenGrid(2, 7, 9), *text)
+        method = DiskMethod(radius=2.5, down_factor=factor, trained_tokens=20, tile=(2, 3, 4))
+        plan = plan_on(method, layout)
+        source = torch.Generator().manual_seed(0)
+        q, k, v = (
+            torch.randn(2, 3, layout.length, 8, generator=source, dtype=torch.float64)
+            for _ in range(3)
+        )
+        squares = _square_means(layout, factor)
+        keys, values = (torch.cat([x, squares @ x], dim=2) for x in (k, v))
+        picture = torch.zeros(layout.length, dtype=torch.bool)
+        picture[layout.grid_start : layout.grid_start + 126] = True
+        mask = torch.cat([plan.to_mask()[0, 0], picture[:, None].expand(-1, len(squares))], dim=1)
+        exact, lse = masked_attention(q, keys, values, mask, 8**-0.5 * plan.scale)
+        if hoisted:
+            order = plan.order
+            got = attend(*(order(x) for x in (q, k, v)), in_plan_order(plan))
+            got = AttentionOutput(order.undo(got.out), order.undo(got.lse))
+        else:
+            got = attend(q, k, v, plan)
+        torch.testing.assert_close(got.out, exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got.lse.double(), lse, rtol=1e-5, atol=1e-5)
+        again = prepare(q, k, v, plan)[1].again(q, k, v)
+        torch.testing.assert_close(again.out, exact, rtol=1e-6, atol=1e-6)
+        base = replace(plan, coarse=None).density
+        read = int(picture.sum()) * len(squares) / layout.length**2
+        assert plan.density == pytest.approx(base + read)
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -311,11 +355,43 @@ class TestDisk:
             ({"radius": True}, "radius above 0 .* got True"),
             ({"radius": "8"}, "radius above 0 .* got '8'"),
             ({"trained_tokens": 1}, "trained_tokens of at least 2, got 1"),
+            ({"down_factor": 0}, "down_factor of at least 1 token, got 0"),
+            ({"down_factor": 2.0}, "down_factor of at least 1 token, got 2.0"),
         ],
     )
     def test_refuses(self, options: dict[str, object], sentence: str):
         with pytest.raises(ValueError, match=sentence):
             DiskMethod(**options)
+
+    def test_faults_of_low_resolution_are_found(self, tmp_path: Path):
+        plan = plan_on(DiskMethod(radius=2, down_factor=2), TokenGrid(1, 6, 8))
+        coarse = plan.coarse
+        assert coarse is not None
+        for wrong, sentence in (
+            (replace(coarse, cell=coarse.cell[1:]), r"coarse.cell of shape \[48\]"),
+            (replace(coarse, cell=coarse.cell + 12), "numbers of 0 to 12, got .* 12 to 23"),
+            (replace(coarse, plan=plan), "without an order and coarse keys"),
+            (replace(coarse, plan=in_plan_order(replace(plan, coarse=None))), "48 queries and 12"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                check(replace(plan, coarse=wrong))
+        with pytest.raises(ValueError, match="plan without coarse keys"):
+            save_plan(plan, tmp_path / "plan.safetensors")
+
+
+def _square_means(layout: TokenLayout, factor: int) -> torch.Tensor:
+    """`[M, N]` that makes the means of the squares of every frame."""
+    frames, height, width = layout.grid.shape
+    rows = []
+    for frame, y, x in itertools.product(
+        range(frames), range(0, height, factor), range(0, width, factor)
+    ):
+        row = torch.zeros(layout.length, dtype=torch.float64)
+        for i, j in itertools.product(range(y, y + factor), range(x, x + factor)):
+            if i < height and j < width:
+                row[layout.grid_start + (frame * height + i) * width + j] = 1.0
+        rows.append(row / row.sum())
+    return torch.stack(rows)
 
 
 class TestAnchors:
