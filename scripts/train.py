@@ -83,7 +83,7 @@ def _add_stage(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the denoiser of the --resume folder",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    add("--compile", action=argparse.BooleanOptionalAction, help="by default where it pays")
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
@@ -118,7 +118,9 @@ def request_of(arguments: argparse.Namespace) -> Request:
         kinds=tuple(arguments.kinds.split(",")) if arguments.kinds else stage.kinds,
         prompts=prompts,
         state=arguments.state,
-        compile=arguments.compile,
+        compile=recipe.compiles and torch.cuda.is_available()
+        if arguments.compile is None
+        else arguments.compile,
         latents=arguments.latents,
         restart_denoiser=arguments.restart_denoiser,
         shown=shown,

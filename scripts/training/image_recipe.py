@@ -34,7 +34,9 @@ class ImageRecipe:
         clip: of `CLIPTextConfig`, without the vocabulary.
         t5: of `T5Config`, without the vocabulary.
         vocabulary: tokens of the tokenizer.
-        stages, card, limit_bytes, smallest: see `recipe.Recipe`.
+        stages, card, limit_bytes, compiles, smallest: see `recipe.Recipe`. PyTorch 2.11's compiler
+            dies of an assertion in this model with flash attention, which it must have (see
+            `flux_denoiser`); recorded as graphs, its steps are as fast per token as compiled ones.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ImageRecipe:
     stages: Mapping[str, Stage]
     card: Card
     limit_bytes: int = 22_000_000
+    compiles: bool = False
     smallest: Size = (1, 64, 64)
 
     @property

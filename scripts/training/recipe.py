@@ -79,6 +79,10 @@ class Recipe(Protocol):
         """What the exported folder may weigh, tokenizer and settings included."""
 
     @property
+    def compiles(self) -> bool:
+        """Whether the transformer's blocks are compiled for training on a GPU."""
+
+    @property
     def smallest(self) -> Size:
         """A size to try an export out with."""
 

@@ -32,7 +32,7 @@ class VideoRecipe:
         text: of `UMT5Config`, without the vocabulary.
         vocabulary: tokens of the tokenizer.
         shift: of the pipeline's sampling schedule towards noise, which does not depend on the size.
-        stages, card, limit_bytes, smallest: see `recipe.Recipe`.
+        stages, card, limit_bytes, compiles, smallest: see `recipe.Recipe`.
     """
 
     name: str
@@ -44,6 +44,7 @@ class VideoRecipe:
     card: Card
     shift: float = 4.0
     limit_bytes: int = 40_000_000
+    compiles: bool = True
     smallest: Size = (9, 64, 64)
 
     @property
