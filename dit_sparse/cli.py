@@ -6,17 +6,16 @@ Imports of torch wait until a command runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import dit_sparse
 from dit_sparse import models
+from dit_sparse.commands.evaluate_options import evaluate
+from dit_sparse.commands.output import Format, sentences, show
 
 _EMBEDDED = models.get(models.DEFAULT)
 # A missing folder of a model that ships is an error, not a reason to show noise.
@@ -33,26 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Format = Annotated[str, typer.Option("--format", help="text or json (one object on stdout).")]
-
-
-@contextmanager
-def _sentences(output_format: str) -> Iterator[None]:
-    """Turns ValueError, which is how this package refuses input, into a sentence and exit 2."""
-    from dit_sparse.commands.words import among
-
-    try:
-        among(output_format, ("text", "json"), "--format")
-        yield
-    except ValueError as error:
-        logger.debug("The refused input was found here:", exc_info=True)
-        typer.echo(f"dit-sparse: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _print(data: Any, text: str, output_format: str) -> None:
-    typer.echo(json.dumps(data, indent=2, allow_nan=False) if output_format == "json" else text)
 
 
 @app.callback(invoke_without_command=True)
@@ -120,7 +99,7 @@ def sample(
     output_format: Format = "text",
 ) -> None:
     """Make pictures with a sparse method and print what they cost."""
-    with _sentences(output_format):
+    with sentences(output_format):
         from dit_sparse.commands import sample as sampling
         from dit_sparse.commands.methods import method_of
         from dit_sparse.commands.words import device_of, dtype_of, prompts_of
@@ -159,7 +138,7 @@ def sample(
                 quiet=quiet,
             )
         )
-        _print(report.to_dict(), str(report), output_format)
+        show(report.to_dict(), str(report), output_format)
 
 
 @app.command()
@@ -200,7 +179,7 @@ def calibrate(
     output_format: Format = "text",
 ) -> None:
     """Find the orders and block masks of a method that decides beforehand."""
-    with _sentences(output_format):
+    with sentences(output_format):
         from dit_sparse.commands import calibrate as calibrating
         from dit_sparse.commands.words import device_of, dtype_of, prompts_of
 
@@ -235,7 +214,7 @@ def calibrate(
                 quiet=quiet,
             )
         )
-        _print(report.to_dict(), str(report), output_format)
+        show(report.to_dict(), str(report), output_format)
 
 
 @app.command()
@@ -255,7 +234,7 @@ def plan(
     output_format: Format = "text",
 ) -> None:
     """Count what a window costs on a grid, and pick the tile and stride to run it with."""
-    with _sentences(output_format):
+    with sentences(output_format):
         from dit_sparse.commands import plan as planning
         from dit_sparse.commands.words import value_of
 
@@ -274,7 +253,10 @@ def plan(
         )
         if plot is not None:
             planning.plot(report, plot)
-        _print(report.to_dict(), str(report), "json" if as_json else output_format)
+        show(report.to_dict(), str(report), "json" if as_json else output_format)
+
+
+app.command()(evaluate)
 
 
 @app.command()
@@ -283,12 +265,12 @@ def doctor(
     output_format: Format = "text",
 ) -> None:
     """Say which backends run here (exit code 1 if none does) and whether the models are whole."""
-    with _sentences(output_format):
+    with sentences(output_format):
         from dit_sparse.commands.words import device_of
         from dit_sparse.doctor import examine
 
         found = examine(device_of(device))
-        _print(found.to_dict(), str(found), output_format)
+        show(found.to_dict(), str(found), output_format)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -296,21 +278,21 @@ def doctor(
 @app.command()
 def methods(output_format: Format = "text") -> None:
     """List the sparse attention methods and their options."""
-    with _sentences(output_format):
+    with sentences(output_format):
         from dit_sparse.commands.tables import method_rows, method_text
 
         rows = method_rows()
-        _print(rows, method_text(rows), output_format)
+        show(rows, method_text(rows), output_format)
 
 
 @app.command()
 def families(output_format: Format = "text") -> None:
     """List the model families that are supported."""
-    with _sentences(output_format):
+    with sentences(output_format):
         from dit_sparse.commands.tables import family_rows, family_text
 
         rows = family_rows()
-        _print(rows, family_text(rows), output_format)
+        show(rows, family_text(rows), output_format)
 
 
 def main() -> None:

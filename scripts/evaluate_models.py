@@ -26,13 +26,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse.bench import environment
+from dit_sparse.evaluation.features import load_extractor
+from dit_sparse.evaluation.prompts import fixed_prompts
 from scripts.evaluation import distance, figures, neighbours
 from scripts.evaluation.clips import HELD_OUT, open_splits
-from scripts.evaluation.features import load_extractor
 from scripts.evaluation.maps import map_heads
 from scripts.evaluation.model import Model, open_pipeline
 from scripts.evaluation.probe import capture, layers_of
-from scripts.evaluation.prompts import fixed_prompts
 from scripts.evaluation.sheets import held_out_prompts, write_sheets
 from scripts.training.source import Source
 

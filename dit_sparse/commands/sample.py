@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dit_sparse import attention, media
-from dit_sparse.commands.models import Model, open_model
+from dit_sparse.commands.models import Model, compile_blocks, open_model
 from dit_sparse.commands.report import Comparison, Report, Result
 from dit_sparse.commands.timing import DenoisingTimer
 from dit_sparse.commands.words import among, at_least
@@ -126,7 +126,7 @@ def sample(request: Request) -> Report:
         media.check_output(path)
     model.pipeline.set_progress_bar_config(disable=request.quiet, leave=False)
     if request.compile:
-        _compile(model)
+        compile_blocks(model)
     started = time.perf_counter()
     _warm_up(model, request, calls[0])
     warm = time.perf_counter() - started
@@ -145,16 +145,6 @@ def _output(path: Path | None, model: Model) -> Path:
             f"Expected a .png for the images of {type(model.pipeline).__name__}, got {str(path)!r}."
         )
     return path
-
-
-def _compile(model: Model) -> None:
-    for transformer in model.transformers:
-        if not getattr(transformer, "_repeated_blocks", None):
-            raise ValueError(
-                f"Expected a transformer with repeated blocks for --compile, got "
-                f"{type(transformer).__name__}. Leave --compile out."
-            )
-        transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def _warm_up(model: Model, request: Request, call: Mapping[str, Any]) -> None:

@@ -54,6 +54,14 @@ class DenoisingTimer:
         """Seconds of denoising; 0 if no transformer ran."""
         return self._between(self.begins[0], self.ends[-1]) if self.ends else 0.0
 
+    def mark(self) -> Mark:
+        """A mark of this moment, for `before`."""
+        return self._mark()
+
+    def before(self, mark: Mark) -> float:
+        """Seconds from a mark to the first forward; 0 if no transformer ran."""
+        return self._between(mark, self.begins[0]) if self.begins else 0.0
+
     def step_seconds(self, steps: int) -> list[float]:
         """Seconds of each step: from its first forward to that of the next step.
 

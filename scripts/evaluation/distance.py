@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dit_sparse.evaluation.distances import frechet_distance
+from dit_sparse.evaluation.features import EXTRACTOR, Extractor
 from scripts.evaluation.clips import captions_of, draw, spread_frames, to_video
-from scripts.evaluation.features import EXTRACTOR, Extractor
 from scripts.evaluation.model import Model
 from scripts.training.source import Source
 
@@ -32,33 +33,6 @@ class Protocol:
     clips: int
     per_clip: int
     seed: int = 0
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Frechet distance of two sets of features, in float64.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of means m and covariances C (arXiv 1706.08500,
-    eq. 6). Few samples make it larger: compare values of equal counts alone.
-
-    Args:
-        first, second: `[N, D]`, equally many.
-
-    Raises:
-        ValueError: sets of different sizes.
-    """
-    if first.shape != second.shape or first.ndim != 2 or len(first) < 2:
-        raise ValueError(
-            f"Expected two sets of equally many features [N, D], got {list(first.shape)} and "
-            f"{list(second.shape)}. The distance depends on their number: draw as many of each."
-        )
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    as_they_are = nn.Identity()
-    as_they_are.num_features = first.shape[1]  # type: ignore[assignment]  # torchmetrics reads it
-    metric = FrechetInceptionDistance(as_they_are)
-    metric.update(first.double().cpu(), real=True)
-    metric.update(second.double().cpu(), real=False)
-    return float(metric.compute())
 
 
 def measure_split(

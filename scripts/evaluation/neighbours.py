@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.evaluation.features import EXTRACTOR, Extractor
 from scripts.data.preview import contact_sheet
 from scripts.evaluation.clips import captions_of, draw, spread_frames, to_video
-from scripts.evaluation.features import EXTRACTOR, Extractor
 from scripts.evaluation.model import Model
 from scripts.training.source import Source
 

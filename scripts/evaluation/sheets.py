@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from dit_sparse import media
+from dit_sparse.evaluation.prompts import fixed_prompts
 from scripts.data.preview import contact_sheet
 from scripts.evaluation.clips import HELD_OUT, captions_of, to_video
 from scripts.evaluation.model import Model
-from scripts.evaluation.prompts import fixed_prompts
 from scripts.training.source import Source
 
 COLUMNS = 8  # frames of a clip, or half as many pictures, in a row

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dit_sparse.evaluation.distances import frechet_distance
+from dit_sparse.evaluation.features import load_extractor
+from dit_sparse.evaluation.prompts import CLIPS, STILLS
 from scripts.data import backgrounds, palette
 from scripts.data.captions import ACTION_WORDS
 from scripts.data.motions import ACTIONS
 from scripts.evaluation import neighbours
 from scripts.evaluation.clips import captions_of, draw, open_splits, spread_frames, to_video
-from scripts.evaluation.distance import frechet_distance
-from scripts.evaluation.features import load_extractor
-from scripts.evaluation.prompts import CLIPS, STILLS
 
 SIZE = (5, 16, 16)
 # A word of each kind of background's captions that no other kind's has.

@@ -19,13 +19,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dit_sparse
+from dit_sparse.evaluation.prompts import CLIPS
 from dit_sparse.grid import TokenGrid
 from dit_sparse.pipelines.tiny import tiny_pipeline
 from scripts import evaluate_models
 from scripts.evaluation.maps import map_heads
 from scripts.evaluation.model import Model, open_pipeline
 from scripts.evaluation.probe import capture, layers_of
-from scripts.evaluation.prompts import CLIPS
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -1,7 +1,8 @@
 """Fixed prompts that no training scene says.
 
-Training never shows a design and an action over one kind of background (see `scripts.data.scenes`);
-each prompt here names just such a composition, of a design that training does show.
+Training of the embedded models never shows a design and an action over one kind of background (see
+`scripts/data/scenes.py`); each prompt here names just such a composition, of a design that training
+does show.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Prompt:
     Attributes:
         text: What a model is asked for.
         design: Name of the design that comes first in it.
-        action: What that one does, of `scripts.data.motions.ACTIONS`.
+        action: What that one does, of `ACTIONS` in `scripts/data/motions.py`.
         background: The kind of background that training never shows with both.
     """
 

@@ -1,0 +1,258 @@
+"""Plots of an evaluation, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_sparse.evaluation.store import Line
+from dit_sparse.evaluation.summary import Row, Summary
+
+_MARKERS = "osD^vP*Xh<>"
+_CEILING = 60.0  # dB: where identical clips are drawn
+_LABELLED = 8
+_GAMMA = 0.35  # of colours: a few large entries would leave the rest black
+
+
+def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | None:
+    """A metric against the speedup, a colour for each method; `None` if nothing has both."""
+    rows = [
+        row
+        for row in summary.rows
+        if row.speedup is not None and row.label != "stock" and _value(row, metric) is not None
+    ]
+    if not rows:
+        return None
+    figure = _figure(6.4, 4.2)
+    axes = figure.add_subplot()
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups["dense" if row.is_baseline else row.label.split(" ")[0]].append(row)
+    for number, (name, group) in enumerate(sorted(groups.items())):
+        colour = "gray" if name == "dense" else f"C{number % 10}"
+        axes.plot(
+            [row.speedup for row in group],
+            [_value(row, metric) for row in group],
+            _MARKERS[number % len(_MARKERS)],
+            color=colour,
+            label=name,
+        )
+    front = _front(rows, metric, higher)
+    axes.plot(*zip(*front, strict=True), color="black", lw=0.8, ls="--", zorder=0)
+    _annotate(axes, rows, metric, front)
+    axes.axvline(1, color="gray", lw=0.6)
+    if metric == "psnr":
+        axes.axhline(summary.target, color="gray", lw=0.6, ls=":")
+    axes.set(xlabel="speedup of denoising over the fastest dense attention", ylabel=title)
+    axes.margins(0.12)
+    axes.legend(fontsize="small")
+    return _svg(figure)
+
+
+def layer_densities(summary: Summary) -> str | None:
+    """Measured density of each layer's sparse calls, a row for each variant."""
+    rows = [r for r in summary.rows if not r.is_baseline and any(d is not None for d in r.layers)]
+    if not rows:
+        return None
+    width = max(len(row.layers) for row in rows)
+    values = np.full((len(rows), width), np.nan)
+    for i, row in enumerate(rows):
+        values[i, : len(row.layers)] = [np.nan if d is None else d for d in row.layers]
+    return _heat(values, [row.label for row in rows], "layer", "density", top=1.0)
+
+
+def call_heat(summary: Summary, key: str, title: str) -> str | None:
+    """`error` or `kept` of each layer's calls, mean over heads and steps, variants as rows."""
+    sums: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in _looked_at(summary.calls):
+        sums[line["variant"]][line["layer"]] += line[key]
+    if not sums:
+        return None
+    layers = 1 + max(layer for found in sums.values() for layer in found)
+    values = np.full((len(sums), layers), np.nan)
+    for i, found in enumerate(sums.values()):
+        for layer, numbers in found.items():
+            values[i, layer] = np.mean(numbers)
+    return _heat(values, list(sums), "layer", title, top=1.0 if key == "kept" else None)
+
+
+def head_heat(summary: Summary, variant: str, key: str, title: str) -> str | None:
+    """`error` or `kept` of each head of each layer, mean over steps, for one variant."""
+    own = [line for line in _looked_at(summary.calls) if line["variant"] == variant]
+    if not own:
+        return None
+    layers, heads = 1 + max(line["layer"] for line in own), max(len(line[key]) for line in own)
+    values: list[list[list[float]]] = [[[] for _ in range(layers)] for _ in range(heads)]
+    for line in own:
+        for head, number in enumerate(line[key]):
+            values[head][line["layer"]].append(number)
+    means = np.array([[np.mean(x) if x else np.nan for x in row] for row in values])
+    labels = [f"head {head}" for head in range(heads)]
+    return _heat(means, labels, "layer", f"{title}, {variant}", 1.0 if key == "kept" else None)
+
+
+def step_errors(summary: Summary) -> str | None:
+    """Mean error of the calls that were looked at, by denoising step."""
+    sums: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in _looked_at(summary.calls):
+        sums[line["variant"]][line["step"]] += line["error"]
+    if not sums or all(len(found) < 2 for found in sums.values()):
+        return None
+    figure = _figure(6.4, 3.6)
+    axes = figure.add_subplot()
+    for number, (name, found) in enumerate(sums.items()):
+        steps = sorted(found)
+        means = [float(np.mean(found[step])) for step in steps]
+        axes.plot(steps, means, marker=_MARKERS[number % len(_MARKERS)], ms=4, label=name)
+    axes.set(xlabel="denoising step", ylabel="relative error of attention", ylim=(0, None))
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure)
+
+
+def seconds(summary: Summary) -> str | None:
+    """Where the time of a generation goes, a bar for each variant."""
+    rows = [row for row in summary.rows if row.seconds]
+    if not rows:
+        return None
+    figure = _figure(6.4, 0.6 + 0.28 * len(rows))
+    axes = figure.add_subplot()
+    labels = [row.label for row in rows][::-1]
+    left = np.zeros(len(rows))
+    for part, name in (("encode", "text"), ("denoise", "denoising"), ("decode", "decoding")):
+        values = np.array([row.seconds[part] for row in rows][::-1])
+        axes.barh(labels, values, left=left, label=name)
+        left += values
+    axes.tick_params(labelsize=7)
+    axes.set(xlabel="seconds")
+    axes.legend(fontsize="x-small")
+    return _svg(figure)
+
+
+def block_pictures(maps: Mapping[str, np.ndarray]) -> str | None:
+    """Maps of a few heads, dense mass above what is read, a pair of rows for each variant."""
+    if not maps:
+        return None
+    heads = max(len(pictures) for pictures in maps.values())
+    figure = _figure(1.7 * heads + 0.4, 3.5 * len(maps))
+    panels = figure.subplots(2 * len(maps), heads, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for i, (label, pictures) in enumerate(maps.items()):
+        for head, (mass, read) in enumerate(pictures.astype(np.float32)):
+            above, below = panels[2 * i, head], panels[2 * i + 1, head]
+            above.imshow(mass**_GAMMA, cmap="magma", interpolation="nearest")
+            below.imshow(read, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        panels[2 * i, 0].set_title(f"{label}: mass", fontsize=7, loc="left")
+        panels[2 * i + 1, 0].set_title("read", fontsize=7, loc="left")
+    return _svg(figure)
+
+
+def _value(row: Row, metric: str) -> float | None:
+    if metric == "psnr":
+        return None if row.psnr is None else min(row.psnr, _CEILING)
+    if row.identical and row.quality.get("psnr") is None and metric == "ssim":
+        return 1.0
+    return row.quality.get(metric)
+
+
+def _front(rows: Sequence[Row], metric: str, higher: bool) -> list[tuple[float, float]]:
+    sign = 1 if higher else -1
+    points = sorted(
+        ((row.speedup or 0.0, _value(row, metric) or 0.0) for row in rows),
+        key=lambda p: (-p[0], -sign * p[1]),
+    )
+    best, found = -math.inf, []
+    for speed, value in points:
+        if sign * value > best:
+            best = sign * value
+            found.append((speed, value))
+    return found
+
+
+def _annotate(
+    axes: Any, rows: Sequence[Row], metric: str, front: Sequence[tuple[float, float]]
+) -> None:
+    """Names on the front, or everywhere if there are few."""
+    for row in rows:
+        point = (row.speedup or 0.0, _value(row, metric) or 0.0)
+        if point in front or len(rows) <= _LABELLED:
+            text = row.label.replace("density=", "").replace("dense_", "")
+            axes.annotate(text, point, xytext=(4, 4), textcoords="offset points", fontsize=6)
+
+
+def _looked_at(calls: Sequence[Line]) -> list[Line]:
+    return [line for line in calls if "failed" not in line]
+
+
+def _heat(
+    values: np.ndarray, labels: Sequence[str], xlabel: str, title: str, top: float | None
+) -> str:
+    rows, columns = values.shape
+    figure = _figure(max(4.0, 2.6 + 0.3 * columns), 0.9 + 0.26 * rows)
+    axes = figure.add_subplot()
+    finite = values[np.isfinite(values)]
+    image = axes.imshow(
+        np.ma.masked_invalid(values),
+        aspect="auto",
+        cmap="viridis",
+        vmin=0.0,
+        vmax=top or float(finite.max(initial=1e-6)),
+    )
+    axes.set_yticks(range(rows), labels, fontsize=7)
+    axes.set_xticks(range(columns), [str(i) for i in range(columns)], fontsize=6)
+    axes.set(xlabel=xlabel, title=title)
+    axes.title.set_fontsize(9)
+    if rows * columns <= 400:
+        _write_values(axes, values, image)
+    figure.colorbar(image, ax=axes)
+    return _svg(figure)
+
+
+def _write_values(axes: Any, values: np.ndarray, image: Any) -> None:
+    middle = image.norm.vmax / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if value < middle else "black"
+            text = f"{value:.2f}".removeprefix("0")
+            axes.text(column, row, text, ha="center", va="center", fontsize=5, color=colour)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+#: Every plot of a report: a name, and what makes it or has nothing to show.
+Plot = tuple[str, Callable[[Summary], str | None]]
+PLOTS: tuple[Plot, ...] = (
+    ("PSNR", lambda s: pareto(s, "psnr", "PSNR against dense, dB", higher=True)),
+    ("SSIM", lambda s: pareto(s, "ssim", "SSIM against dense", higher=True)),
+    ("LPIPS", lambda s: pareto(s, "lpips", "LPIPS against dense", higher=False)),
+    (
+        "Features",
+        lambda s: pareto(
+            s, "cosine_EfficientNetLite0", "cosine distance, EfficientNetLite0", higher=False
+        ),
+    ),
+    ("Seconds", seconds),
+    ("Density by layer", layer_densities),
+    ("Error by layer", lambda s: call_heat(s, "error", "relative error of attention outputs")),
+    ("Kept mass by layer", lambda s: call_heat(s, "kept", "softmax mass that is read exactly")),
+    ("Error by step", step_errors),
+)

@@ -1,0 +1,319 @@
+"""Puts the lines of an evaluation together: one row for each variant, and what to turn on."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_sparse.evaluation.distances import clip_features, frechet_distance, kernel_distance
+from dit_sparse.evaluation.features import EXTRACTOR
+from dit_sparse.evaluation.runner import failures, timed_warm
+from dit_sparse.evaluation.speed_model import SpeedModel, speed_model
+from dit_sparse.evaluation.store import Line, Store, Task
+from dit_sparse.evaluation.variants import BASELINES, STOCK
+
+_PARTS = ("encode", "denoise", "decode", "total")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant over all its clips.
+
+    Args:
+        label, command: its name, and the words that run the same.
+        clips: how many there are.
+        failed: why it stopped, if it did.
+        times: how many its seconds are medians of; 0 if only a first run, which tunes and
+            compiles, was timed.
+        seconds: medians of the parts of a generation and of a step.
+        spread: half the distance between the quartiles of denoising, relative to its median.
+        density: measured, over all self-attention calls.
+        peak_bytes: most memory that tensors took on the GPU.
+        quality: means over clips; `None` where all clips are identical.
+        worst: the worst clip's, for PSNR and SSIM.
+        identical: clips that equal the dense ones.
+        layers: measured density of each layer's sparse calls.
+        speedup, speedup_total: of denoising and of the whole call over the fastest dense variant.
+        model: what the speed should be; `None` where attention was not timed.
+    """
+
+    label: str
+    command: tuple[str, ...]
+    clips: int
+    failed: str | None
+    times: int
+    seconds: Mapping[str, float]
+    spread: float
+    density: float
+    peak_bytes: int | None
+    quality: Mapping[str, float | None]
+    worst: Mapping[str, float]
+    identical: int
+    layers: tuple[float | None, ...]
+    speedup: float | None = None
+    speedup_total: float | None = None
+    model: SpeedModel | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.label in BASELINES
+
+    @property
+    def psnr(self) -> float | None:
+        """Mean over clips in dB; infinite where all are identical, `None` where not measured."""
+        mean = self.quality.get("psnr")
+        return math.inf if mean is None and self.identical else mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {k: v for k, v in vars(self).items() if k != "model"}
+        return plain | {"model": None if self.model is None else self.model.to_dict()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All variants of a folder.
+
+    Args:
+        settings: what they have in common.
+        rows: one for each, in the order of their first run.
+        gaps: metrics that were not computed, and why.
+        calls: lines about single attention calls.
+        baseline: the fastest dense variant.
+        target: PSNR in dB that a recommendation must reach.
+        prompts, seeds: what the clips are of.
+    """
+
+    settings: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    gaps: Mapping[str, str]
+    calls: tuple[Line, ...]
+    baseline: str | None
+    target: float
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> tuple[Row, ...]:
+        """Sparse variants with a PSNR and a speedup."""
+        return tuple(r for r in self.rows if r.psnr and r.speedup and not r.is_baseline)
+
+    @property
+    def front(self) -> tuple[Row, ...]:
+        """Sparse variants that no other beats in both PSNR and speed, the fastest first."""
+        best, found = float("-inf"), []
+        for row in sorted(self.measured, key=lambda r: (-(r.speedup or 0), -(r.psnr or 0))):
+            if (row.psnr or 0) > best:
+                best = row.psnr or 0
+                found.append(row)
+        return tuple(found)
+
+    @property
+    def best(self) -> Row | None:
+        """The fastest variant that is faster than dense and good enough."""
+        good = [r for r in self.measured if (r.psnr or 0) >= self.target and (r.speedup or 0) > 1]
+        return max(good, key=lambda r: r.speedup or 0, default=None)
+
+    @property
+    def recommendation(self) -> str:
+        """What to turn on, in a sentence."""
+        best = self.best
+        if best is not None:
+            return (
+                f"Turn on {best.label}: {best.speedup:.2f}x faster denoising than the fastest "
+                f"dense attention, at {decibel(best.psnr)} against it."
+            )
+        faster = [r for r in self.measured if (r.speedup or 0) > 1]
+        if not self.measured:
+            return "Nothing to recommend: no sparse variant has a PSNR and a time yet."
+        if not faster:
+            return "Leave attention dense: no variant was faster than the fastest dense one."
+        near = max(faster, key=lambda r: r.psnr or 0)
+        return (
+            f"Leave attention dense: no faster variant reaches {self.target:g} dB PSNR; "
+            f"{near.label} comes nearest with {decibel(near.psnr)} at {near.speedup:.2f}x."
+        )
+
+    @property
+    def command(self) -> str | None:
+        """The command of the recommendation."""
+        return None if self.best is None else shlex.join(self.best.command)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("rows", "calls")}
+        return plain | {
+            "recommendation": self.recommendation,
+            "command": self.command,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'variant':<44} density  speedup    PSNR   clips"]
+        for row in self.rows:
+            psnr = "same" if row.psnr == math.inf else _number(row.psnr, ".2f")
+            lines.append(
+                f"{row.label:<44} {row.density:7.3f}  {_number(row.speedup, '.2f'):>6}x "
+                f"{psnr:>7}   {row.clips:>5}"
+            )
+        lines += [f"failed: {label}: {why}" for label, why in self.failed.items()]
+        lines += [f"no {name}: {why}" for name, why in self.gaps.items()]
+        lines.append(self.recommendation)
+        return "\n".join([*lines, *filter(None, [self.command])])
+
+
+def summarise(store: Store, target: float) -> Summary:
+    """Everything in a folder, whichever calls it comes from."""
+    lines = store.lines()
+    made = [line for line in lines if line["kind"] in ("clip", "repeat")]
+    failed = failures(lines)
+    rows = [
+        _row(store, label, [line for line in made if line["variant"] == label], failed, lines)
+        for label in dict.fromkeys(line["variant"] for line in made)
+    ]
+    dense = [r for r in rows if r.is_baseline and r.seconds]
+    baseline = min(dense, key=lambda r: r.seconds["denoise"], default=None)
+    timings = {line["variant"]: line for line in lines if line["kind"] == "time"}
+    records = {line["variant"]: line["record"] for line in made if line.get("record")}
+    gaps: dict[str, str] = {}
+    for line in lines:
+        gaps = line["gaps"] if line["kind"] == "gaps" else gaps
+    return Summary(
+        settings=store.settings() or {},
+        rows=tuple(_compared(row, baseline, timings, records) for row in rows),
+        gaps=gaps,
+        calls=tuple(line for line in lines if line["kind"] == "call"),
+        baseline=None if baseline is None else baseline.label,
+        target=target,
+        prompts=tuple(dict.fromkeys(line["prompt"] for line in made)),
+        seeds=tuple(dict.fromkeys(line["seed"] for line in made)),
+        failed=failed,
+    )
+
+
+def decibel(psnr: float | None) -> str:
+    """A PSNR in words."""
+    if psnr is None:
+        return "an unknown PSNR"
+    return "identical clips" if psnr == math.inf else f"{psnr:.1f} dB PSNR"
+
+
+def metrics_of(lines: Sequence[Line]) -> dict[tuple[str, Task], dict[str, Any]]:
+    """The numbers of every clip, those added later too."""
+    found: dict[tuple[str, Task], dict[str, Any]] = {}
+    for line in lines:
+        if line["kind"] in ("clip", "metrics") and line["status"] == "ok":
+            key = (line["variant"], Task(line["prompt"], line["seed"]))
+            found.setdefault(key, {}).update(line["metrics"])
+    return found
+
+
+def _row(
+    store: Store, label: str, own: Sequence[Line], failed: Mapping[str, str], lines: Sequence[Line]
+) -> Row:
+    well = [line for line in own if line["status"] == "ok"]
+    warm = [line for line in well if timed_warm(line)]
+    numbers = {t: m for (name, t), m in metrics_of(lines).items() if name == label}
+    quality, worst = _quality(list(numbers.values()))
+    quality |= _set_distances(store, label, list(numbers))
+    records = [line["record"] for line in well if line.get("record")]
+    peaks = [line["peak_bytes"] for line in well if line.get("peak_bytes")]
+    return Row(
+        label=label,
+        command=tuple(own[0]["command"]),
+        clips=len({Task(li["prompt"], li["seed"]) for li in well if li["kind"] == "clip"}),
+        failed=failed.get(label),
+        times=len(warm),
+        seconds=_seconds(warm or well),
+        spread=_spread([line["seconds"]["denoise"] for line in warm]),
+        density=fmean(line["density"] for line in well) if well else 1.0,
+        peak_bytes=max(peaks, default=None),
+        quality=quality,
+        worst=worst,
+        identical=sum(bool(m.get("identical")) for m in numbers.values()),
+        layers=tuple(row["density"] for row in records[-1]["layers"]) if records else (),
+    )
+
+
+def _seconds(lines: Sequence[Line]) -> dict[str, float]:
+    if not lines:
+        return {}
+    found = {part: median(line["seconds"][part] for line in lines) for part in _PARTS}
+    found["step"] = median(line["seconds"]["denoise"] / line["steps"] for line in lines)
+    return found
+
+
+def _spread(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, high = np.quantile(values, [0.25, 0.75])
+    return float((high - low) / 2 / median(values))
+
+
+def _quality(
+    clips: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Means over clips, and the worst PSNR and SSIM; infinite PSNRs are left out of both."""
+    names = dict.fromkeys(
+        name
+        for clip in clips
+        for name, value in clip.items()
+        if not isinstance(value, (list, bool))
+    )
+    means: dict[str, float | None] = {}
+    for name in names:
+        finite = [clip[name] for clip in clips if clip.get(name) is not None]
+        means[name] = fmean(finite) if finite else None
+    worst = {
+        name: min(clip[name] for clip in clips if clip.get(name) is not None)
+        for name in ("psnr", "ssim")
+        if means.get(name) is not None
+    }
+    return means, worst
+
+
+def _set_distances(store: Store, label: str, tasks: Sequence[Task]) -> dict[str, float | None]:
+    """Distances of all clips of a variant to the dense clips of the same prompts and seeds."""
+    if label == STOCK or len(tasks) < 2:
+        return {}
+    pairs = []
+    for task in tasks:
+        both = [store.read_array(store.feature_path(name, task)) for name in (label, STOCK)]
+        if both[0] is None or both[1] is None:
+            return {}
+        pairs.append([torch.from_numpy(x) for x in both])
+    ours, dense = (torch.stack(side) for side in zip(*pairs, strict=True))
+    return {
+        f"FD_{EXTRACTOR}": frechet_distance(ours.flatten(0, 1), dense.flatten(0, 1)),
+        f"KD_{EXTRACTOR}": kernel_distance(ours.flatten(0, 1), dense.flatten(0, 1)),
+        f"video_KD_{EXTRACTOR}": kernel_distance(clip_features(ours), clip_features(dense)),
+    }
+
+
+def _compared(
+    row: Row,
+    baseline: Row | None,
+    timings: Mapping[str, Line],
+    records: Mapping[str, Mapping[str, Any]],
+) -> Row:
+    if baseline is None or not row.seconds:
+        return row
+    dense, own = baseline.seconds["denoise"], row.seconds["denoise"]
+    return replace(
+        row,
+        speedup=dense / own,
+        speedup_total=baseline.seconds["total"] / row.seconds["total"],
+        model=speed_model(row.label, row.density, own, dense, timings, records),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,167 @@
+"""Ways to run attention, as words: `window:density=0.2|0.3, pisa:density=0.2:dense_first=0.2`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from dit_sparse.commands.methods import method_of
+from dit_sparse.commands.words import among
+from dit_sparse.method import SparseMethod
+
+#: What stays dense, beside the options of a method.
+SCHEDULE = ("dense_first", "dense_last", "dense_layers", "min_tokens")
+
+#: Dense baselines: the model's own processors, with diffusers' default backend or another.
+STOCK = "stock"
+KERNELS = {"cudnn": "_native_cudnn", "flash": "_native_flash"}
+BASELINES = (STOCK, "dense", *KERNELS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run attention.
+
+    Args:
+        label: its name in every table; no two are alike.
+        method: of the self-attention; `None` keeps the stock processors.
+        kernel: for stock processors, an attention backend of diffusers; `None` is its default.
+        words: the options of `dit-sparse sample` that run the same.
+    """
+
+    label: str
+    method: SparseMethod | None = None
+    kernel: str | None = None
+    words: tuple[str, ...] = ()
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether all of attention is computed."""
+        return self.method is None or self.method.name == "dense"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A method by name with one or more values for each option."""
+
+    name: str
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def baselines_of(names: Sequence[str]) -> tuple[Variant, ...]:
+    """The dense variants of these names; stock is always the first, since all are compared with it.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    found = [Variant(STOCK, words=("--method", "dense"))]
+    for name in dict.fromkeys(names):
+        if among(name, BASELINES, "a dense baseline") == "dense":
+            found.append(Variant(name, method_of("dense"), words=("--method", "dense")))
+        elif name in KERNELS:
+            found.append(Variant(name, kernel=KERNELS[name]))
+    return tuple(found)
+
+
+def variants_of(
+    entries: Sequence[Any], schedule: Mapping[str, str] | None = None
+) -> tuple[Variant, ...]:
+    """One variant for every combination of the values that the entries list.
+
+    Args:
+        entries: texts as in the docstring of this module, or mappings from a method's name to its
+            options, where a list stands for several values.
+        schedule: `dense_first` and the like, for all variants that do not say otherwise.
+
+    Raises:
+        ValueError: nothing, unknown names or bad values, or the same variant twice.
+    """
+    wishes = [wish for entry in entries for wish in _wishes(entry)]
+    found = [variant for wish in wishes for variant in _combinations(wish, schedule or {})]
+    if not found:
+        raise ValueError(
+            "Expected at least one method to evaluate, got none. Give --methods such as "
+            "window:density=0.3,pisa:density=0.2."
+        )
+    twice = [label for label, count in Counter(v.label for v in found).items() if count > 1]
+    if twice:
+        raise ValueError(f"Expected each method once, got {twice[0]!r} twice. Drop one.")
+    return tuple(found)
+
+
+def _wishes(entry: Any) -> list[Wish]:
+    if isinstance(entry, Mapping):
+        return [Wish(str(name), _listed(name, options)) for name, options in entry.items()]
+    if not isinstance(entry, str):
+        raise ValueError(
+            f"Expected a method as text or as a mapping to its options, got {entry!r}."
+        )
+    return [_read(text) for text in entry.split(",") if text.strip()]
+
+
+def _read(text: str) -> Wish:
+    name, *parts = (part.strip() for part in text.split(":"))
+    options: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        key, equals, values = part.partition("=")
+        if not equals or not key.strip() or not values.strip():
+            raise ValueError(
+                f"Expected a method as name:option=value, such as window:density=0.2|0.3, got "
+                f"{text.strip()!r}."
+            )
+        options[_key(key)] = tuple(value.strip() for value in values.split("|"))
+    return Wish(name, options)
+
+
+def _listed(name: Any, options: Any) -> dict[str, tuple[str, ...]]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"Expected the options of {name!r} as a mapping, got {options!r}.")
+    return {
+        _key(str(key)): tuple(map(_word, value if isinstance(value, list) else [value]))
+        for key, value in options.items()
+    }
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _key(text: str) -> str:
+    return text.strip().replace("-", "_")
+
+
+def _combinations(wish: Wish, schedule: Mapping[str, str]) -> list[Variant]:
+    values = {**{key: (value,) for key, value in schedule.items()}, **wish.options}
+    return [
+        _variant(wish.name, dict(zip(values, chosen, strict=True)))
+        for chosen in product(*values.values())
+    ]
+
+
+def _variant(name: str, chosen: Mapping[str, str]) -> Variant:
+    options = {key: value for key, value in chosen.items() if key not in SCHEDULE}
+    dense = {key: value for key, value in chosen.items() if key in SCHEDULE and value != "0"}
+    layers = dense.get("dense_layers", "").replace("+", ",")
+    tokens = dense.get("min_tokens", "0")
+    if not tokens.isdecimal():
+        raise ValueError(f"Expected min_tokens as a number of tokens, got {tokens!r}.")
+    method = method_of(
+        name,
+        [f"{key}={value}" for key, value in options.items()],
+        dense_first=dense.get("dense_first", "0"),
+        dense_last=dense.get("dense_last", "0"),
+        dense_layers=layers or None,
+        min_tokens=int(tokens),
+    )
+    words = ["--method", name]
+    for key, value in options.items():
+        words += ["--option", f"{key}={value}"]
+    for key, value in dense.items():
+        words += [f"--{key.replace('_', '-')}", layers if key == "dense_layers" else value]
+    shown = [f"{key}={value}" for key, value in (*options.items(), *dense.items())]
+    return Variant(" ".join([name, *shown]), method, words=tuple(words))
