@@ -56,11 +56,11 @@ LAYERS = (
     ("attention",),
     ("ops", "plan_cache", "plan_reuse", "record", "session", "window_search"),
     ("pipelines",),
-    ("bench", "doctor", "media", "metrics", "commands", "cli", "__main__"),
+    ("bench", "doctor", "media", "metrics", "commands", "evaluation", "cli", "__main__"),
 )
 OPTIONAL = {
     "diffusers": ("pipelines", "commands", "cli", "__main__"),
-    "transformers": ("pipelines", "commands", "cli", "__main__"),
+    "transformers": ("pipelines", "commands", "evaluation", "cli", "__main__"),
     "triton": ("kernels",),
 }
 

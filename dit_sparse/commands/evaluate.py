@@ -22,6 +22,8 @@ from dit_sparse.evaluation.spec import Spec
 from dit_sparse.evaluation.store import Store
 from dit_sparse.evaluation.summary import Summary, summarise
 
+_LAUNCHED = "DIT_SPARSE_LAUNCHED"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -67,14 +69,14 @@ def evaluate(spec: Spec, *, retry: bool = False, quiet: bool = False) -> Report 
     model = open_model(spec.model, device=device, dtype=spec.dtype, offload=spec.offload)
     store = Store(spec.output, share.process)
     runner = Runner(spec, model, store, metrics, share, retry, quiet or share.process > 0)
-    if share.process == 0:
-        store.agree(runner.settings)
+    store.agree(runner.settings)
     runner.prepare()
     runner.make_clips()
     if share.processes > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
     if share.process > 0:
         return None
     runner.measure_again()
@@ -85,30 +87,35 @@ def evaluate(spec: Spec, *, retry: bool = False, quiet: bool = False) -> Report 
 
 
 def launch(processes: int, words: Sequence[str]) -> int:
-    """Runs this command in several processes through accelerate; the exit code of the launch.
+    """Runs this command in several processes on this machine; the exit code of the launch.
 
     Args:
         processes: one for each GPU that is to be used.
         words: of the command line, from `evaluate` on.
+
+    Raises:
+        ValueError: there are not so many GPUs, or this process was itself launched.
     """
+    if _LAUNCHED in os.environ:  # else a launcher that starts one process would begin a chain
+        raise ValueError(
+            f"Expected to be one of {processes} processes, got one by itself. Give --processes to "
+            "the first command only."
+        )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if processes < 1 or (gpus and processes > gpus):
         raise ValueError(f"Expected --processes from 1 to {max(gpus, 1)}, got {processes}.")
     root = str(Path(dit_sparse.__file__).parents[1])  # runs from a bare checkout
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    place = ["--multi_gpu"] if gpus else ["--cpu"]
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", *place),
-        *("--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"),
-        *("--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"),
-        *("-m", "dit_sparse", *words),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(processes), "-m", "dit_sparse", *words),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), _LAUNCHED: "1"}
     return subprocess.run(command, env=environment, check=False).returncode
 
 
 def launched() -> bool:
-    """Whether this process is one of several."""
+    """Whether this process is one of several, of ours or of `accelerate launch`."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

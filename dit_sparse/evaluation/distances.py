@@ -23,10 +23,10 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     as_they_are = nn.Identity()
     as_they_are.num_features = first.shape[1]  # type: ignore[assignment]  # torchmetrics reads it
-    metric = FrechetInceptionDistance(as_they_are)
+    metric = FrechetInceptionDistance(as_they_are, sync_on_compute=False)  # one process has all
     metric.update(first.double().cpu(), real=True)
     metric.update(second.double().cpu(), real=False)
-    return float(metric.compute())
+    return max(0.0, float(metric.compute()))  # rounding may leave it just below
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> float:

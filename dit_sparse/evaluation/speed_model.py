@@ -8,7 +8,7 @@ and every plan that is made what planning takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -20,23 +20,24 @@ class SpeedModel:
         attention_share: share of dense self-attention in the fastest dense denoising.
         ideal: speedup of a kernel with the rate of dense attention and free planning, at the
             measured density.
-        predicted: speedup from the kernel's and the plan's own times; `None` where those were not
-            taken.
-        kernel_efficiency: rate of the kernel on what it computes over that of dense attention.
-        kernel_ms, dense_ms, plan_ms: of one call.
-        plan_share: share of planning in the variant's own denoising.
+        dense_ms: of one dense call.
         teraflop: of its self-attention in a generation, counted from the measured density.
+        predicted: speedup from the kernel's and the plan's own times; this and all below are `None`
+            where those were not taken.
+        kernel_efficiency: rate of the kernel on what it computes over that of dense attention.
+        kernel_ms, plan_ms: of one call.
+        plan_share: share of planning in the variant's own denoising.
     """
 
     attention_share: float
     ideal: float
-    predicted: float | None
-    kernel_efficiency: float | None
-    kernel_ms: float | None
     dense_ms: float
-    plan_ms: float | None
-    plan_share: float | None
     teraflop: float
+    predicted: float | None = None
+    kernel_efficiency: float | None = None
+    kernel_ms: float | None = None
+    plan_ms: float | None = None
+    plan_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,23 +72,20 @@ def speed_model(
     batch, heads, tokens, dim = dense["shape"]
     flop = 4 * batch * heads * tokens**2 * dim * calls * density
     ideal = dense_denoise / (rest + density * attention)
-    common = {
-        "attention_share": attention / dense_denoise,
-        "ideal": ideal,
-        "dense_ms": dense_ms,
-        "teraflop": flop / 1e12,
-    }
+    known = SpeedModel(
+        attention_share=attention / dense_denoise,
+        ideal=ideal,
+        dense_ms=dense_ms,
+        teraflop=flop / 1e12,
+    )
     timed, record = timings.get(label), records.get(label)
     if timed is None or record is None or "kernel_ms" not in timed:
-        nothing = dict.fromkeys(
-            ("predicted", "kernel_efficiency", "kernel_ms", "plan_ms", "plan_share")
-        )
-        return SpeedModel(**common, **nothing)
+        return known
     plans = record["sparse"] - record["reused"]
     planning = plans * timed["plan_ms"] / 1e3
     kernels = record["sparse"] * timed["kernel_ms"] / 1e3 + record["dense"] * dense_ms / 1e3
-    return SpeedModel(
-        **common,
+    return replace(
+        known,
         predicted=dense_denoise / (rest + kernels + planning),
         kernel_efficiency=timed["density"] * dense_ms / timed["kernel_ms"],
         kernel_ms=timed["kernel_ms"],

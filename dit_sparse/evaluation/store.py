@@ -64,12 +64,16 @@ class Store:
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Writes the settings that all runs share, or compares them with those that are there.
 
+        Only the first process writes.
+
         Raises:
             ValueError: the folder was begun with others, is damaged, or cannot be written.
         """
         path = self.folder / _SETTINGS
         known = self.settings()
         if known is None:
+            if self.process > 0:
+                return
             self._replace(path, (json.dumps(dict(settings), indent=1) + "\n").encode())
             return
         for name, value in settings.items():

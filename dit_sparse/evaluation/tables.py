@@ -38,7 +38,8 @@ def tables(summary: Summary) -> tuple[Table, ...]:
             "Further quality",
             f"Against the same clips. FD, KD and cosine are distances of {EXTRACTOR} features of "
             "frames, video KD one of clips' features; none is an FID, KID or FVD. Motion above 1 "
-            "flickers more than dense, below 1 less.",
+            "flickers more than dense, below 1 less. The kernel distances are unbiased for "
+            "independent clips; of clips from the same noise they may come out below 0.",
             summary,
             _QUALITY,
         ),
@@ -183,7 +184,7 @@ _TIME: tuple[tuple[str, Cell], ...] = (
     ("±", lambda row: f"{row.spread:.1%}" if row.times > 1 else ""),
     ("decoding", _seconds("decode")),
     ("total", _seconds("total")),
-    ("of", lambda row: f"{row.times} runs" if row.times else "1 cold run"),
+    ("of", lambda row: f"{row.times} runs" if row.times else "cold run" * bool(row.seconds)),
     (
         "peak memory",
         lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
