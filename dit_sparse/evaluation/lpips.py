@@ -43,7 +43,7 @@ def load_lpips(
             {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
         )
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"Expected the weights of torchvision's AlexNet in {str(path)!r}, got another file "
             f"({reason})."

@@ -186,6 +186,9 @@ def summarise(store: Store, target: float) -> Summary:
     gaps: dict[str, str] = {}
     for line in lines:
         gaps = line["gaps"] if line["kind"] == "gaps" else gaps
+    for line in lines:
+        if line["kind"] in ("call", "time") and "failed" in line:
+            gaps = {**gaps, f"attention calls of {line['variant']}": line["failed"]}
     return Summary(
         settings=store.settings() or {},
         rows=tuple(_compared(row, baseline, timings, records) for row in rows),
