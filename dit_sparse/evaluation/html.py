@@ -24,9 +24,11 @@ pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #eaeef2; }
+th { white-space: normal; vertical-align: bottom; max-width: 6.5em; }
 th:first-child, td:first-child { text-align: left; }
 tr.best td { background: #dafbe1; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem;
+  margin-top: 1rem; }
 figure { margin: 0 0 1rem; }
 figcaption { font-size: .85rem; color: #57606a; margin-bottom: .2rem; }
 img { max-width: 100%; height: auto; }
@@ -82,7 +84,7 @@ def page(
     )
 
 
-_FIRST = {"PSNR", "SSIM", "LPIPS", "Features"}
+_FIRST = {"PSNR", "SSIM", "LPIPS", "Features", "Seconds"}
 
 
 def _table(table: Table, summary: Summary) -> str:

@@ -198,7 +198,8 @@ def block_maps(q: Tensor, k: Tensor, plan: BlockPlan) -> np.ndarray:
 
     Returns:
         float16 `[heads, 2, n_q, n_k]` in plan order, larger ones pooled to `MAP_SIDE`: the mean
-        mass that a query of a block row puts into a block, and 1 for blocks that are read.
+        mass that a query of a block row puts into a block; and 1 for blocks that are read exactly,
+        1/2 for those read by means of their keys.
     """
     if plan.order is not None:
         q, k = plan.order(q), plan.order(k)
@@ -207,7 +208,9 @@ def block_maps(q: Tensor, k: Tensor, plan: BlockPlan) -> np.ndarray:
     keys = k[0, [head // group for head in heads]]
     found = block_statistics(q[0, heads], keys, plan.k_blocks, 0.0)
     mass = found.sums / plan.q_blocks.lengths[:, None]
-    read = plan.visited[0].expand(q.shape[1], -1, -1)[heads].to(mass.dtype)
+    exact = plan.listed("full") | plan.listed("partial")
+    level = exact[0].float().maximum(plan.listed("pooled")[0] / 2)
+    read = level.expand(q.shape[1], -1, -1)[heads].to(mass.dtype)
     side = min(MAP_SIDE, mass.shape[-1])
     pictures = torch.stack([mass, read], dim=1)
     return F.adaptive_avg_pool2d(pictures, side).half().cpu().numpy()
