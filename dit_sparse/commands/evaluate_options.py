@@ -67,6 +67,9 @@ def evaluate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH, or FRAMESxHEIGHTxWIDTH: 81x480x832.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,

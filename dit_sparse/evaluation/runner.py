@@ -178,8 +178,10 @@ class Runner:
                 self.spec.probe_at,
                 steps,
             )
-        except (RuntimeError, NotImplementedError) as error:  # the clips and times are there
+        except Exception as error:  # clips and times are there, and are worth a report
             logger.warning("Attention calls could not be looked at: %s", error)
+            why = " ".join(str(error).split()) or repr(error)
+            self.store.append({"kind": "time", "variant": "all", "failed": why})
             return
         for label, pictures in maps.items():
             self.store.write_array(self.store.map_path(label), pictures)

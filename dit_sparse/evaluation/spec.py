@@ -25,7 +25,18 @@ from dit_sparse.models import DEFAULT
 #: Keys of the YAML file, which are the names of the command's options.
 KEYS = (
     *("model", "methods", "baselines", "prompts", "count", "seeds", "negative_prompt"),
-    *("height", "width", "frames", "steps", "guidance", "dtype", "device", "offload", "compile"),
+    *(
+        "size",
+        "height",
+        "width",
+        "frames",
+        "steps",
+        "guidance",
+        "dtype",
+        "device",
+        "offload",
+        "compile",
+    ),
     *("rounds", "metrics", "lpips_weights", "clip_model", "probe_at", "target_psnr"),
     *("dense_first", "dense_last", "dense_layers", "min_tokens", "output"),
 )
@@ -144,6 +155,7 @@ def spec_of(given: Mapping[str, Any]) -> Spec:
     Raises:
         ValueError: a value is of another kind than the option's, or out of range.
     """
+    given = _with_size(given)
     device = device_of(_text(given, "device"))
     baselines = given.get("baselines") or _baselines(device)
     schedule = {k: str(given[k]) for k in SCHEDULE if given.get(k) is not None}
@@ -172,6 +184,23 @@ def spec_of(given: Mapping[str, Any]) -> Spec:
         **others,
         **lists,
     )
+
+
+def _with_size(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`size`, which is HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH, taken apart."""
+    size = given.get("size")
+    if size is None:
+        return given
+    sides = str(size).split("x")
+    if len(sides) not in (2, 3) or not all(side.isdecimal() for side in sides):
+        raise ValueError(
+            f"Expected a size such as 480x832 or 81x480x832 (frames, height, width), got {size!r}."
+        )
+    found = dict(zip(("width", "height", "frames"), map(int, reversed(sides)), strict=False))
+    twice = [name for name in found if given.get(name) is not None]
+    if twice:
+        raise ValueError(f"Expected --size or --{twice[0]}, got both. Drop one.")
+    return {**given, **found}
 
 
 def _baselines(device: torch.device) -> tuple[str, ...]:

@@ -108,6 +108,11 @@ class TestSpec:
         assert [v.label for v in spec.variants] == ["stock", "dense", "window"]
         assert (spec.seeds, spec.rounds, spec.dtype) == ((0,), 5, torch.float32)
 
+    def test_a_size_is_height_and_width_or_frames_too(self) -> None:
+        still, clip = (spec_of(self.given(size=text)) for text in ("64x96", "9x64x96"))
+        assert (still.frames, still.height, still.width) == (None, 64, 96)
+        assert (clip.frames, clip.height, clip.width) == (9, 64, 96)
+
     def test_a_file_gives_the_same_as_words(self, tmp_path: Path) -> None:
         path = tmp_path / "sweep.yaml"
         path.write_text(
@@ -130,6 +135,8 @@ class TestSpec:
         ("more", "sentence"),
         [
             ({"steps": 0}, "--steps"),
+            ({"size": "480"}, "such as 480x832"),
+            ({"size": "480x832", "width": 832}, "--size or --width"),
             ({"steps": "many"}, "an integer for steps"),
             ({"guidance": "high"}, "a number for guidance"),
             ({"seeds": [-1]}, "seeds from 0"),
