@@ -2,10 +2,12 @@
 
     python scripts/bench_pipeline.py --models wan-1.3b-480p flux-2048 --modes eager compiled
 
-One forward without guidance, bf16, variants in turn. A sparse variant is timed with its plan in
-the cache, as in every step but the first; `plan_ms` is what the first one adds. `ideal` is the
-speedup of a sparse kernel with the rate of dense cuDNN attention and free planning, at the measured
-density.
+One forward without guidance, bf16, variants in turn. Static plans are in the cache, as in every
+step but the first; `plan_ms` is what the first one adds. PISA and PSA plan in every call. Random
+weights must not flatter what looks at q and k, so that all read a fixed number of blocks; PARO runs
+random orders and masks of the density. `ideal` is the speedup of a sparse kernel with the rate of
+dense cuDNN attention and free planning at the measured density, and `of_ideal` how much of it was
+reached.
 """
 
 from __future__ import annotations
@@ -15,13 +17,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
@@ -29,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 import dit_sparse
 from dit_sparse.attention import dense_attention
 from dit_sparse.bench import environment, time_interleaved
-from dit_sparse.methods.window import WindowMethod
-
-DENSITIES = (0.3, 0.2, 0.1)
+from dit_sparse.grid import TokenGrid
+from dit_sparse.method import SparseMethod
+from scripts.step_variants import paro_method, variants
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,13 @@ class Model:
         build: makes the transformer on the default device and dtype.
         inputs: makes the arguments of its forward.
         attention: layers, heads, tokens and head dim of its self-attention.
+        grid: the picture's tokens.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     attention: tuple[int, int, int, int]
+    grid: TokenGrid
 
 
 def wan(heads: int, ffn: int, layers: int, frames: int, height: int, width: int) -> Model:
@@ -62,7 +72,8 @@ def wan(heads: int, ffn: int, layers: int, frames: int, height: int, width: int)
             "encoder_hidden_states": torch.randn(1, 512, 4096),
         }
 
-    return Model(build, inputs, (layers, heads, frames * height * width // 4, 128))
+    grid = TokenGrid(frames, height // 2, width // 2)
+    return Model(build, inputs, (layers, heads, grid.length, 128), grid)
 
 
 def flux(pixels: int) -> Model:
@@ -84,7 +95,7 @@ def flux(pixels: int) -> Model:
             "txt_ids": torch.zeros(512, 3),
         }
 
-    return Model(build, inputs, (57, 24, side * side + 512, 128))
+    return Model(build, inputs, (57, 24, side * side + 512, 128), TokenGrid(1, side, side))
 
 
 def hunyuan(frames: int, height: int, width: int) -> Model:
@@ -100,18 +111,42 @@ def hunyuan(frames: int, height: int, width: int) -> Model:
             "guidance": torch.tensor([6000.0]),
         }
 
-    tokens = frames * height * width // 4 + 256
-    return Model(HunyuanVideoTransformer3DModel, inputs, (60, 24, tokens, 128))
+    grid = TokenGrid(frames, height // 2, width // 2)
+    return Model(HunyuanVideoTransformer3DModel, inputs, (60, 24, grid.length + 256, 128), grid)
+
+
+def cogvideox(frames: int, height: int, width: int) -> Model:
+    """The 5B model, which has rotary embeddings, unlike the 2B one."""
+    heads, layers, text = 48, 42, 226
+
+    def build() -> nn.Module:
+        return CogVideoXTransformer3DModel(
+            num_attention_heads=heads, num_layers=layers, use_rotary_positional_embeddings=True
+        )
+
+    def inputs() -> dict[str, Any]:
+        angles = torch.randn(frames * height * width // 4, 64)
+        return {
+            "hidden_states": torch.randn(1, frames, 16, height, width),
+            "encoder_hidden_states": torch.randn(1, text, 4096),
+            "timestep": torch.tensor([500.0]),
+            "image_rotary_emb": (angles.cos(), angles.sin()),
+        }
+
+    grid = TokenGrid(frames, height // 2, width // 2)
+    return Model(build, inputs, (layers, heads, grid.length + text, 64), grid)
 
 
 MODELS = {
     "wan-1.3b-480p": wan(12, 8960, 30, 21, 60, 104),
+    "wan-1.3b-720p": wan(12, 8960, 30, 21, 90, 160),
     "wan-14b-480p": wan(40, 13824, 40, 21, 60, 104),
     "wan-14b-720p": wan(40, 13824, 40, 21, 90, 160),
     "flux-1024": flux(1024),
     "flux-2048": flux(2048),
     "flux-4096": flux(4096),
     "hunyuan-720p": hunyuan(33, 90, 160),
+    "cogvideox-5b": cogvideox(13, 60, 90),
 }
 
 
@@ -143,14 +178,21 @@ def timed(forward: Callable[[], Tensor]) -> float:
     return start.elapsed_time(stop)
 
 
-def measure(name: str, compiled: bool, rounds: int) -> list[dict[str, Any]]:
-    """One row per variant of a model."""
+def measure(
+    name: str, compiled: bool, rounds: int, densities: Sequence[float], folder: Path
+) -> list[dict[str, Any]]:
+    """One row per variant of a model; calibrations are put into the folder."""
     model = MODELS[name]
     attention = attention_ms(model)
     transformer, inputs = built(model)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True)
-    runs = timed_in_turn(transformer, lambda: transformer(**inputs)[0], rounds)
+    layers, heads = model.attention[:2]
+    methods: dict[str, SparseMethod] = dict(variants(densities))
+    for density in densities:
+        paro = paro_method(transformer, model.grid, layers, heads, density, folder / name)
+        methods[f"paro {density}"] = paro
+    runs = timed_in_turn(transformer, lambda: transformer(**inputs)[0], methods, rounds)
     fastest = min(runs[variant].median for variant in ("stock", "dense"))
     share = attention / fastest
     return [
@@ -159,12 +201,8 @@ def measure(name: str, compiled: bool, rounds: int) -> list[dict[str, Any]]:
             "tokens": model.attention[2],
             "compiled": compiled,
             "variant": variant,
-            "measured_density": round(run.density, 4),
-            "ms": round(run.median, 2),
-            "plan_ms": round(max(0.0, run.first - run.median), 2),
             "attention_share": round(share, 3),
-            "speedup": round(fastest / run.median, 3),
-            "ideal": round(1 / (1 - share * (1 - run.density)), 3),
+            **(run.record(share, fastest) if run.times else {"failed": run.failure}),
         }
         for variant, run in runs.items()
     ]
@@ -172,35 +210,67 @@ def measure(name: str, compiled: bool, rounds: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Run:
-    """Times of one variant in milliseconds; `first` is the host's time of a forward that plans."""
+    """Times of one variant in milliseconds.
 
-    times: list[float]
+    Args:
+        times: of forwards.
+        first: the host's time of a forward that plans.
+        density: measured.
+        failure: why there are no times.
+    """
+
+    times: list[float] = field(default_factory=list)
     first: float = 0.0
     density: float = 1.0
+    failure: str | None = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.times)
 
+    def record(self, share: float, fastest: float) -> dict[str, Any]:
+        """Its part of a row, with what the measured density allows at best."""
+        speedup, ideal = fastest / self.median, 1 / (1 - share * (1 - self.density))
+        return {
+            "measured_density": round(self.density, 4),
+            "ms": round(self.median, 2),
+            "plan_ms": round(max(0.0, self.first - self.median), 2),
+            "speedup": round(speedup, 3),
+            "ideal": round(ideal, 3),
+            "of_ideal": round(speedup / ideal, 3),
+        }
+
 
 def timed_in_turn(
-    transformer: nn.Module, forward: Callable[[], Tensor], rounds: int
+    transformer: nn.Module,
+    forward: Callable[[], Tensor],
+    methods: Mapping[str, SparseMethod],
+    rounds: int,
 ) -> dict[str, Run]:
-    methods: dict[str, Any] = {"stock": None, "dense": "dense"}
-    methods |= {f"window {d}": WindowMethod(density=d) for d in DENSITIES}
-    runs = {variant: Run([]) for variant in methods}
+    """Times stock processors, dense attention and the methods; one that fails leaves the others."""
+    every: dict[str, Any] = {"stock": None, "dense": "dense", **methods}
+    runs = {variant: Run() for variant in every}
     for turn in range(rounds + 1):  # the first one compiles
-        for (variant, method), run in zip(methods.items(), runs.values(), strict=True):
+        for (variant, method), run in zip(every.items(), runs.values(), strict=True):
+            if run.failure is not None:
+                continue
             dit_sparse.remove(transformer)
-            if method is not None:
-                dit_sparse.apply(transformer, method)
-            start = time.perf_counter()
-            timed(forward)
-            run.first = 1e3 * (time.perf_counter() - start)
-            if turn:
-                run.times.append(timed(forward))
-            if variant.startswith("window"):
-                run.density = dit_sparse.summary(transformer).density
+            try:
+                if method is not None:
+                    dit_sparse.apply(transformer, method, steps=1)
+                start = time.perf_counter()
+                timed(forward)
+                run.first = 1e3 * (time.perf_counter() - start)
+                if turn:
+                    run.times.append(timed(forward))
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                if method is None:
+                    raise
+                run.times, run.failure = [], " ".join(str(error).split())
+                continue
+            if variant in methods:
+                run.density = dit_sparse.summary(transformer).density or 1.0
+    dit_sparse.remove(transformer)
     return runs
 
 
@@ -210,16 +280,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["wan-1.3b-480p"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.3, 0.2, 0.1])
+    parser.add_argument("--append", action="store_true", help="keep the rows that are there")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/steps.jsonl"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("Expected a CUDA GPU, found none. This benchmark has no meaning on a CPU.")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     header = environment("cuda")
-    with arguments.output.open("w") as lines:
+    mode_of_file = "a" if arguments.append else "w"
+    with arguments.output.open(mode_of_file) as lines, TemporaryDirectory() as folder:
         for name in arguments.models:
             for mode in arguments.modes:
-                for row in measure(name, mode == "compiled", arguments.rounds):
+                chosen = (arguments.rounds, arguments.densities, Path(folder))
+                for row in measure(name, mode == "compiled", *chosen):
                     lines.write(json.dumps({**row, "environment": header}) + "\n")
                     lines.flush()
                     print({k: v for k, v in row.items() if k != "environment"})
