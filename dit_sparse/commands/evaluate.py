@@ -51,8 +51,16 @@ class Report:
         return f"{self.summary}\n{', '.join(str(path) for path in self.files)}"
 
 
-def evaluate(spec: Spec, *, retry: bool = False, quiet: bool = False) -> Report | None:
+def evaluate(
+    spec: Spec, *, retry: bool = False, quiet: bool = False, minutes: float | None = None
+) -> Report | None:
     """Runs what is missing in the folder and writes the report anew.
+
+    Args:
+        spec: what to run.
+        retry: run methods again that failed before.
+        quiet: no progress bars.
+        minutes: begin no further run after so many; the report is of what is there.
 
     In several processes (`accelerate launch`), prompts are split over them and the first one does
     the rest.
@@ -68,7 +76,8 @@ def evaluate(spec: Spec, *, retry: bool = False, quiet: bool = False) -> Report 
     metrics = Metrics.open(spec.metrics, device, spec.lpips_weights, spec.clip_model)
     model = open_model(spec.model, device=device, dtype=spec.dtype, offload=spec.offload)
     store = Store(spec.output, share.process)
-    runner = Runner(spec, model, store, metrics, share, retry, quiet or share.process > 0)
+    quiet = quiet or share.process > 0
+    runner = Runner(spec, model, store, metrics, share, retry, quiet, minutes)
     store.agree(runner.settings)
     runner.prepare()
     runner.make_clips()
@@ -80,8 +89,8 @@ def evaluate(spec: Spec, *, retry: bool = False, quiet: bool = False) -> Report 
     if share.process > 0:
         return None
     runner.measure_again()
-    runner.repeat_for_time()
     runner.probe_calls()
+    runner.repeat_for_time()
     summary = summarise(store, spec.target_psnr)
     return Report(spec.output, write_report(store, summary), summary)
 

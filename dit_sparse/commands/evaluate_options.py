@@ -83,6 +83,9 @@ def evaluate(
     processes: Annotated[
         int, typer.Option(help="Split the prompts over so many processes, one for each GPU.")
     ] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no further run after so many; then report.")
+    ] = None,
     retry: Annotated[
         bool, typer.Option("--retry", help="Run methods again that failed before.")
     ] = False,
@@ -105,12 +108,21 @@ def evaluate(
             if name in given:
                 given[name] = _items(given[name])
         spec = spec_of({**chosen, **given, "compile": compile or chosen.get("compile", False)})
-        report = evaluating.evaluate(spec, retry=retry, quiet=quiet)
+        report = evaluating.evaluate(spec, retry=retry, quiet=quiet, minutes=minutes)
         if report is not None:
             show(report.to_dict(), str(report), output_format)
 
 
-_HANDLED = ("config", "prompts", "compile", "processes", "retry", "quiet", "output_format")
+_HANDLED = (
+    "config",
+    "prompts",
+    "compile",
+    "processes",
+    "minutes",
+    "retry",
+    "quiet",
+    "output_format",
+)
 
 
 def _items(text: str) -> list[str]:

@@ -7,7 +7,7 @@ is downloaded: a metric without its weights is a gap with a sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ NAMES = ("psnr", "ssim", "temporal", "lpips", "features", "clip")
 #: Of these, the ones that look at a clip alone.
 ALONE = ("clip",)
 
-_AT_ONCE = 16  # frames
+_AT_ONCE = 1 << 22  # pixels
 _SPREAD = 16  # frames of a clip whose features are kept
 
 
@@ -150,7 +150,7 @@ def psnr(clip: Clip, dense: Clip) -> dict[str, Any]:
 
     `None` stands for infinity, where frames are equal; `identical` says whether all are.
     """
-    pairs = zip(clip.frames.split(_AT_ONCE), dense.frames.split(_AT_ONCE), strict=True)
+    pairs = _a_few_at_a_time(clip, dense)
     errors = torch.cat([(a - b).double().square().mean((1, 2, 3)) for a, b in pairs])
     return {
         "psnr": _decibel(float(errors.mean())),
@@ -217,11 +217,17 @@ def _clip(folder: str | None, device: torch.device) -> Measure:
 
 def _per_frame(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Measure:
     def measure(clip: Clip, dense: Clip) -> dict[str, Any]:
-        pairs = zip(clip.frames.split(_AT_ONCE), dense.frames.split(_AT_ONCE), strict=True)
+        pairs = _a_few_at_a_time(clip, dense)
         values = torch.cat([of(ours, theirs).double().cpu() for ours, theirs in pairs])
         return {name: float(values.mean()), f"{name}_frames": values.tolist()}
 
     return measure
+
+
+def _a_few_at_a_time(clip: Clip, dense: Clip) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same frames of both, as many as fit into memory beside a model."""
+    count = max(1, _AT_ONCE // (clip.frames.shape[-2] * clip.frames.shape[-1]))
+    yield from zip(clip.frames.split(count), dense.frames.split(count), strict=True)
 
 
 def _decibel(error: float) -> float | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,9 @@ class Runner:
         share: the part of this process.
         retry: run variants again that failed in an earlier call.
         quiet: no progress bar.
+        minutes: after which no further run is begun, counted from here.
         warm: variants that this process has run.
+        late: whether runs were left out because the minutes were over.
     """
 
     spec: Spec
@@ -60,7 +64,9 @@ class Runner:
     share: Share = field(default_factory=Share)
     retry: bool = False
     quiet: bool = False
+    minutes: float | None = None
     warm: set[str] = field(default_factory=set)
+    late: bool = False
 
     def __post_init__(self) -> None:
         spec, model = self.spec, self.model
@@ -72,6 +78,8 @@ class Runner:
             for prompt in self.prompts
         }
         self.tasks = [Task(prompt, seed) for seed in spec.seeds for prompt in self.prompts]
+        allowed = math.inf if self.minutes is None else 60 * self.minutes
+        self._deadline = time.monotonic() + allowed
 
     @property
     def settings(self) -> Line:
@@ -114,6 +122,8 @@ class Runner:
         with tqdm(total=total, desc="clips", disable=self.quiet or not total) as bar:
             for task, variants in work:
                 for variant in variants:
+                    if self._time_is_up():
+                        return
                     bar.set_postfix_str(variant.label)
                     if variant.label not in failed and not self._make_clip(variant, task):
                         failed.add(variant.label)
@@ -154,7 +164,7 @@ class Runner:
         ) as bar:
             for turn in range(max(missing.values(), default=0)):
                 for variant in self.spec.variants:
-                    if missing.get(variant.label, 0) > turn:
+                    if missing.get(variant.label, 0) > turn and not self._time_is_up():
                         bar.set_postfix_str(variant.label)
                         self._repeat(variant, task)
                         bar.update()
@@ -187,6 +197,14 @@ class Runner:
             self.store.write_array(self.store.map_path(label), pictures)
         for line in lines:
             self.store.append({**line, "prompt": task.prompt, "seed": task.seed})
+
+    def _time_is_up(self) -> bool:
+        if time.monotonic() < self._deadline:
+            return False
+        if not self.late:
+            logger.warning("The minutes are over. Run the same command again to go on.")
+        self.late = True
+        return True
 
     def _steps(self, task: Task) -> int | None:
         found = [
@@ -267,8 +285,8 @@ class Runner:
                 raise _CannotGoOnError(str(error)) from error
         numbers = self.metrics.alone(clip)
         if label != STOCK:
-            ours = Clip.of(frames, task.prompt, self.spec.device, found)
-            numbers |= self.metrics.compare(ours, self._dense(task))
+            kept = None if found is None else torch.from_numpy(found)
+            numbers |= self.metrics.compare(replace(clip, features=kept), self._dense(task))
         return {"measured": sorted(self.metrics.measures), "metrics": numbers}
 
     def _dense(self, task: Task) -> Clip:

@@ -148,6 +148,34 @@ def test_a_killed_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["clips"] == 2
 
 
+def test_what_takes_too_long_is_reported_as_far_as_it_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = count_generations(monkeypatch)
+    monkeypatch.setattr(running.time, "monotonic", lambda: 60.0 * len(made))
+    rows = rows_of(sweep("--minutes", "6", "--rounds", "2"))
+    assert len(made) == 6
+    assert [row["clips"] for row in rows.values()] == [2, 2, 1, 1]
+    assert rows_of(sweep())["window density=1.0 block=64"]["clips"] == 2
+
+
+def test_a_file_of_options_does_the_same() -> None:
+    Path("sweep.yaml").write_text(
+        "model: tiny:wan\nsize: 9x64x96\nsteps: 2\ndevice: cpu\nmetrics: [psnr, ssim, temporal]\n"
+        "methods:\n  - window: {density: [0.2, 1.0], block: 64}\ncount: 1\nrounds: 3\n"
+        "probe_at: []\noutput: from-file\n"
+    )
+    words = ["evaluate", "--config", "sweep.yaml", "--rounds", "0", "-q", "--format", "json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr + str(result.exception)
+    report = json.loads(result.stdout)
+    assert report["output"] == "from-file"
+    wanted = sweep("--count", "1")
+    for label, row in rows_of(wanted).items():
+        assert rows_of(report)[label]["quality"] == row["quality"]
+        assert row["times"] == 0
+
+
 def test_a_failing_method_is_recorded_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
