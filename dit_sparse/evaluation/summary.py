@@ -41,7 +41,7 @@ class Row:
         identical: clips that equal the dense ones.
         layers: measured density of each layer's sparse calls.
         speedup, speedup_total: of denoising and of the whole call over the fastest dense variant.
-        model: what the speed should be; `None` where attention was not timed.
+        model_of_speed: what the speed should be; `None` where attention was not timed.
     """
 
     label: str
@@ -59,7 +59,7 @@ class Row:
     layers: tuple[float | None, ...]
     speedup: float | None = None
     speedup_total: float | None = None
-    model: SpeedModel | None = None
+    model_of_speed: SpeedModel | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -73,8 +73,9 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        plain = {k: v for k, v in vars(self).items() if k != "model"}
-        return plain | {"model": None if self.model is None else self.model.to_dict()}
+        plain = {k: v for k, v in vars(self).items() if k != "model_of_speed"}
+        found = self.model_of_speed
+        return plain | {"model_of_speed": None if found is None else found.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def _compared(
         row,
         speedup=dense / own,
         speedup_total=baseline.seconds["total"] / row.seconds["total"],
-        model=speed_model(row.label, row.density, own, dense, timings, records),
+        model_of_speed=speed_model(row.label, row.density, own, dense, timings, records),
     )
 
 

@@ -128,7 +128,7 @@ def _quality(name: str, form: str, *, worst: bool = False) -> Cell:
 
 def _model(name: str, form: str) -> Cell:
     def cell(row: Row) -> str:
-        value = None if row.model is None else getattr(row.model, name)
+        value = None if row.model_of_speed is None else getattr(row.model_of_speed, name)
         return "" if value is None else f"{value:{form}}"
 
     return cell
@@ -143,9 +143,9 @@ def _speedup(row: Row) -> str:
 
 
 def _of_ideal(row: Row) -> str:
-    if row.model is None or row.speedup is None or row.is_baseline:
+    if row.model_of_speed is None or row.speedup is None or row.is_baseline:
         return ""
-    return f"{row.speedup / row.model.ideal:.2f}"
+    return f"{row.speedup / row.model_of_speed.ideal:.2f}"
 
 
 def _label(row: Row) -> str:

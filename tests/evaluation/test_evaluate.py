@@ -237,13 +237,20 @@ def test_missing_weights_are_named_in_the_report(monkeypatch: pytest.MonkeyPatch
 
 def test_the_probe_is_part_of_the_report() -> None:
     report = sweep("--count", "1", "--probe-at", "0.5", "--rounds", "1")
-    sparse = rows_of(report)["window density=0.2 block=64"]["model"]
+    sparse = rows_of(report)["window density=0.2 block=64"]["model_of_speed"]
     assert sparse["kernel_ms"] > 0
     assert 0 < sparse["attention_share"] <= 1
     assert sparse["ideal"] > 1
     page = Path("out/report.html").read_text()
     for name in ("Error by layer", "Kept mass by layer", "Attention maps", "PSNR"):
         assert f'alt="{name}"' in page, name
+    from scripts.report import quality_table
+    from scripts.report import rows_of as rows_in
+
+    table = quality_table(rows_in(Path("out/summary.jsonl")))
+    assert "tiny:wan, height 64, num_frames 9" in table
+    assert f"| window density=0.2 block=64 | {0.375} |" in table
+    assert "| identical |" in table
 
 
 @pytest.mark.parametrize("family", ["flux", "dit"])
