@@ -22,7 +22,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def environment_of(rows: list[dict[str, Any]]) -> str:
     environment = rows[0]["environment"]
-    names = [f"{n} {environment[n]}" for n in ("torch", "triton", "diffusers", "cudnn")]
+    names = [f"{n} {environment.get(n)}" for n in ("torch", "triton", "diffusers", "cudnn")]
     return f"One {environment['device']}, {', '.join(n for n in names if 'None' not in n)}, bf16"
 
 
