@@ -134,7 +134,7 @@ class Metrics:
                 found |= measure(clip, dense)
             except ValueError as error:
                 self.unsuited[name] = str(error)
-        return found
+        return {name: finite(value) for name, value in found.items()}
 
     def alone(self, clip: Clip) -> dict[str, Any]:
         """Numbers of a clip that need no other."""
@@ -143,6 +143,11 @@ class Metrics:
             if name in self.measures:
                 found |= self.measures[name](clip, clip)
         return found
+
+
+def finite(value: Any) -> Any:
+    """`None` in place of NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def psnr(clip: Clip, dense: Clip) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from dit_sparse.evaluation.distances import clip_features, frechet_distance, kernel_distance
 from dit_sparse.evaluation.features import EXTRACTOR
+from dit_sparse.evaluation.metrics import finite
 from dit_sparse.evaluation.runner import failures, timed_warm
 from dit_sparse.evaluation.speed_model import SpeedModel, speed_model
 from dit_sparse.evaluation.store import Line, Store, Task
@@ -295,11 +296,12 @@ def _set_distances(store: Store, label: str, tasks: Sequence[Task]) -> dict[str,
             return {}
         pairs.append([torch.from_numpy(x) for x in both])
     ours, dense = (torch.stack(side) for side in zip(*pairs, strict=True))
-    return {
+    found = {
         f"FD_{EXTRACTOR}": frechet_distance(ours.flatten(0, 1), dense.flatten(0, 1)),
         f"KD_{EXTRACTOR}": kernel_distance(ours.flatten(0, 1), dense.flatten(0, 1)),
         f"video_KD_{EXTRACTOR}": kernel_distance(clip_features(ours), clip_features(dense)),
     }
+    return {name: finite(value) for name, value in found.items()}
 
 
 def _compared(
