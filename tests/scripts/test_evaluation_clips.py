@@ -171,5 +171,5 @@ def test_features_rank_blur_and_noise(network, photograph):
 def test_features_do_not_depend_on_the_batch(network, photograph, monkeypatch):
     pictures = torch.cat([photograph, photograph.flip(-1), 1 - photograph])[..., ::4, ::4]
     together = network(pictures)
-    monkeypatch.setattr("scripts.evaluation.features._AT_ONCE", 1)
+    monkeypatch.setattr("dit_sparse.evaluation.features._AT_ONCE", 1)
     assert torch.allclose(network(pictures), together, atol=1e-4)
