@@ -251,7 +251,10 @@ class Runner:
         return made
 
     def _begin(self, kind: str, variant: Variant, task: Task) -> Line:
-        words = ("dit-sparse", "sample", "--model", self.spec.model, *variant.words)
+        words = ["dit-sparse", "sample", "--model", self.spec.model, *variant.words]
+        for name in ("frames", "height", "width", "steps", "guidance", "negative_prompt"):
+            value = getattr(self.spec, name)
+            words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         return {
             "kind": kind,
             "variant": variant.label,
@@ -261,7 +264,7 @@ class Runner:
             "status": "ok",
             "warm": variant.label in self.warm,
             "process": self.share.process,
-            "command": list(words),
+            "command": words,
         }
 
     def _keep(self, variant: Variant, task: Task, frames: np.ndarray) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def test_a_sweep_measures_every_variant() -> None:
     assert rows[report["baseline"]]["speedup"] == 1.0
     assert report["settings"]["model"] == "tiny:wan"
     assert sparse["command"][:4] == ["dit-sparse", "sample", "--model", "tiny:wan"]
+    again = CliRunner().invoke(app, [*sparse["command"][1:], "--device", "cpu", "-o", "a.png"])
+    assert again.exit_code == 0, again.stderr
     lines = [json.loads(line) for line in Path("out/summary.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == LABELS
 
