@@ -42,38 +42,54 @@ def _soften(m_i, l_i, acc, scores, v):
 
 
 @triton.jit
-def _pooled_entries(m_i, l_i, acc, q, k_ptr, v_ptr, indices_ptr, starts_ptr, listed, scale_log2,
-                    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, S: tl.constexpr,
-                    GROUPS: tl.constexpr):  # fmt: skip
-    """The entries of factor 2**S, GROUPS rows each: several in a tile, or some tiles for one."""
-    within = tl.arange(0, BLOCK_N)
-    for first in range(0, listed * GROUPS, BLOCK_N):
-        nth = (first + within) // GROUPS
-        group = (first + within) % GROUPS
-        block = tl.load(indices_ptr + nth, mask=nth < listed, other=0)
-        length = tl.load(starts_ptr + block + 1) - tl.load(starts_ptr + block)
-        count = tl.minimum(length - (group << S), 1 << S)
-        inside = (nth < listed) & (count > 0)
-        k = _load_rows(k_ptr, block * GROUPS + group, inside, D, BLOCK_D)
-        v = _load_rows(v_ptr, block * GROUPS + group, inside, DV, BLOCK_DV)
-        bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32))
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where(inside[None, :], scores + bias[None, :], float("-inf"))
-        m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
-    return m_i, l_i, acc
+def _pooled_row(nth, counts_ptr, n_k_blocks, SIZE: tl.constexpr, FACTORS: tl.constexpr):
+    """Of the nth pooled row that a query block reads: its entry, and its row but for what the
+    entry's block adds, which is the second number for every block."""
+    entry = nth
+    rest = nth
+    per_block = tl.zeros_like(nth) + 1
+    listed_before = 0
+    rows_before = 0
+    base = 0
+    nth_factor = 0
+    for s in tl.static_range(1, 8):
+        if (FACTORS >> s) & 1:
+            groups = SIZE >> s if SIZE >> s > 1 else 1
+            here = nth >= rows_before
+            entry = tl.where(here, listed_before + (nth - rows_before) // groups, entry)
+            rest = tl.where(here, base + (nth - rows_before) % groups, rest)
+            per_block = tl.where(here, groups, per_block)
+            listed = tl.load(counts_ptr + nth_factor)
+            listed_before += listed
+            rows_before += listed * groups
+            base += n_k_blocks * groups
+            nth_factor += 1
+    return entry, rest, per_block
+
+
+@triton.jit
+def _pooled_rows(counts_ptr, SIZE: tl.constexpr, FACTORS: tl.constexpr):
+    """How many pooled rows a query block reads."""
+    rows = 0
+    nth_factor = 0
+    for s in tl.static_range(1, 8):
+        if (FACTORS >> s) & 1:
+            rows += tl.load(counts_ptr + nth_factor) * (SIZE >> s if SIZE >> s > 1 else 1)
+            nth_factor += 1
+    return rows
 
 
 @triton.jit
 def _approximate_fwd(
-    q_ptr, k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, slope_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, k_mean_ptr, v_mean_ptr, slope_ptr, out_ptr, lse_ptr,
     indices_ptr, offsets_ptr, full_ptr, partial_ptr, counts_ptr,
     visited_ptr, hidden_ptr, starts_ptr, q_starts_ptr, order_ptr,
     q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, hidden_stride_b,
     n_heads, n_q_blocks, n_k_blocks, n_queries, pooled_rows, scale, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
     FACTORS: tl.constexpr, N_FACTORS: tl.constexpr, TAIL: tl.constexpr,
     HAS_HIDDEN: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -81,14 +97,15 @@ def _approximate_fwd(
 
     TAIL: 0 none, 1 means only, 2 with one slope for all blocks, 3 with a slope for each.
     """
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // PARTS  # of the same block, which read the same rows
     block = pid % n_q_blocks
     head = (pid // n_q_blocks) % n_heads
     batch = pid // n_q_blocks // n_heads
-    entry = (batch * n_heads + head).to(tl.int64)
+    pair = (batch * n_heads + head).to(tl.int64)
     row = batch * list_stride_b + head * list_stride_h + block
 
     rows = tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)
+    rows += tl.program_id(0) % PARTS * BLOCK_M
     row_inside = rows < tl.load(q_starts_ptr + block + 1)
     tokens = rows.to(tl.int64)
     if HAS_ORDER:
@@ -100,7 +117,7 @@ def _approximate_fwd(
     q = tl.load(q_ptr + tokens[:, None] * q_stride_n + cols[None, :], mask=q_inside, other=0.0)
 
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    lse_ptr += entry * n_queries
+    lse_ptr += pair * n_queries
     v_cols = tl.arange(0, BLOCK_DV)
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + v_cols[None, :]
     out_inside = row_inside[:, None] & (v_cols < DV)[None, :]
@@ -112,41 +129,26 @@ def _approximate_fwd(
     if N_FACTORS > 0:
         indices_ptr += tl.load(offsets_ptr + row) + tl.load(full_ptr + row)
         indices_ptr += tl.load(partial_ptr + row)
-        k_ptr += entry * pooled_rows * D
-        v_ptr += entry * pooled_rows * DV
+        k_ptr += pair * pooled_rows * D
+        v_ptr += pair * pooled_rows * DV
         counts_ptr += row.to(tl.int64) * N_FACTORS
-        for s in tl.static_range(1, 8):
-            if (FACTORS >> s) & 1:
-                listed = tl.load(counts_ptr)
-                m_i, l_i, acc = _pooled_entries(
-                    m_i,
-                    l_i,
-                    acc,
-                    q,
-                    k_ptr,
-                    v_ptr,
-                    indices_ptr,
-                    starts_ptr,
-                    listed,
-                    scale_log2,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    s,
-                    SIZE >> s if SIZE >> s > 1 else 1,
-                )
-                indices_ptr += listed
-                counts_ptr += 1
-                k_ptr += n_k_blocks * (SIZE >> s if SIZE >> s > 1 else 1) * D
-                v_ptr += n_k_blocks * (SIZE >> s if SIZE >> s > 1 else 1) * DV
+        total = _pooled_rows(counts_ptr, SIZE, FACTORS)
+        for first in range(0, total, BLOCK_N):
+            nth = first + within
+            entry, rest, per_block = _pooled_row(nth, counts_ptr, n_k_blocks, SIZE, FACTORS)
+            listed = tl.load(indices_ptr + entry, mask=nth < total, other=0)
+            pooled = listed * per_block + rest
+            k = _load_rows(k_ptr, pooled, nth < total, D, BLOCK_D)
+            v = _load_rows(v_ptr, pooled, nth < total, DV, BLOCK_DV)
+            bias = tl.load(bias_ptr + pooled, mask=nth < total, other=float("-inf"))
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
+            m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
 
     # The tail's own mass, rescaled with all other sums whenever the maximum rises.
     tail = tl.zeros([BLOCK_M], tl.float32)
     if TAIL > 0:
-        k_mean_ptr += entry * n_k_blocks * D
-        v_mean_ptr += entry * n_k_blocks * DV
+        k_mean_ptr += pair * n_k_blocks * D
+        v_mean_ptr += pair * n_k_blocks * DV
         visited_ptr += row.to(tl.int64) * n_k_blocks
         hidden_ptr += batch * hidden_stride_b
         for first in range(0, n_k_blocks, BLOCK_N):
@@ -171,11 +173,11 @@ def _approximate_fwd(
     acc = acc / l_safe[:, None]
     # Weights of slopes are shares of the softmax, at most 1, so that they fit a 16-bit query.
     if TAIL == 2:
-        slope_ptr += entry * D * DV
+        slope_ptr += pair * D * DV
         acc = _slope_product(acc, q_ptr, q_stride_n, tokens, row_inside, tail / l_safe * scale,
                              slope_ptr, D, DV, BLOCK_D, BLOCK_DV, CHUNK)  # fmt: skip
     if TAIL == 3:
-        slope_ptr += entry * n_k_blocks * D * DV
+        slope_ptr += pair * n_k_blocks * D * DV
         for number in range(n_k_blocks):
             unlisted = tl.load(visited_ptr + number) == 0
             if HAS_HIDDEN:

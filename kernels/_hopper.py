@@ -33,7 +33,7 @@ def _place(n_q_blocks, n_outer, first_inner, n_heads):
 
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
-    q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
+    q_ptr, k_desc, v_desc, above_desc, below_desc, bias_desc, slope_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
     q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
@@ -42,9 +42,11 @@ def _block_sparse_fwd_hopper(
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
-    n_heads, n_q_blocks, n_outer, first_inner, n_queries, scale_log2, guard,
+    bias_stride_b, bias_stride_h, bias_stride_block,
+    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_tiles, scale, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, BOUND: tl.constexpr,
+    TAIL: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     if PARTIAL:
@@ -62,6 +64,9 @@ def _block_sparse_fwd_hopper(
     if PARTIAL:
         first += steps
         steps = tl.load(partial_ptr + row)
+    if TAIL:  # tiles of block means in a row, each with a row of biases for every query block
+        steps = n_tiles
+        bias_row = batch * bias_stride_b + head * bias_stride_h + block * bias_stride_block
     indices_ptr += first
     starts_ptr += first
     lengths_ptr += first
@@ -89,10 +94,16 @@ def _block_sparse_fwd_hopper(
     behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
 
     for it in tl.range(0, steps, warp_specialize=True):
-        k = k_desc.load([k_row + tl.load(starts_ptr + it), k_col])
+        if TAIL:
+            start, behind_start = it * BLOCK_N, tl.maximum(it - 1, 0) * BLOCK_N
+            bias = bias_desc.load([bias_row + it, 0]).reshape(BLOCK_N)
+        else:
+            start = tl.load(starts_ptr + it)
+            behind_start = tl.load(starts_ptr + tl.maximum(it - 1, 0))
+        k = k_desc.load([k_row + start, k_col])
         # What the softmax needs from memory is loaded before the product with v: a load behind it
         # waits for it, and so does all that depends on the load.
-        if RAGGED and not PARTIAL:
+        if RAGGED and not PARTIAL and not TAIL:
             length = tl.load(lengths_ptr + it)
         scores = tl.dot(q, tl.trans(k))
         if PARTIAL:
@@ -102,7 +113,7 @@ def _block_sparse_fwd_hopper(
             below = below_desc.load([number, 0]).reshape(BLOCK_N)
             inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
             scores = tl.where((inside & guard) == guard, scores * scale_log2, float("-inf"))
-        v = v_desc.load([v_row + tl.load(starts_ptr + tl.maximum(it - 1, 0)), v_col])
+        v = v_desc.load([v_row + behind_start, v_col])
         if not BOUND:
             acc = acc * alpha[:, None]
         acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
@@ -112,9 +123,10 @@ def _block_sparse_fwd_hopper(
                 shift += tl.where(within < length, 0.0, float("-inf"))[None, :]
             p = tl.math.exp2(scores * scale_log2 + shift)
             l_i += tl.sum(p, 1)
-        elif PARTIAL or RAGGED:
+        elif PARTIAL or RAGGED or TAIL:
             if not PARTIAL:  # a column bias rides on the scaling, a select would not
-                bias = tl.where(within < length, 0.0, float("-inf"))
+                if not TAIL:
+                    bias = tl.where(within < length, 0.0, float("-inf"))
                 scores = scores * scale_log2 + bias[None, :]
             # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
             m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
@@ -128,7 +140,10 @@ def _block_sparse_fwd_hopper(
             m_i = m_new
         behind = p.to(v.dtype).to(tl.int16, bitcast=True)
 
-    v_start = tl.load(starts_ptr + tl.maximum(steps - 1, 0), mask=steps > 0, other=0)
+    if TAIL:
+        v_start = (steps - 1) * BLOCK_N
+    else:
+        v_start = tl.load(starts_ptr + tl.maximum(steps - 1, 0), mask=steps > 0, other=0)
     v = v_desc.load([v_row + v_start, v_col])
     if not BOUND:
         acc = acc * alpha[:, None]
@@ -145,19 +160,25 @@ def _block_sparse_fwd_hopper(
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
-    if PARTIAL:  # add the result so far, as if it were one more key of the row
+    if PARTIAL or TAIL:  # add the result so far, as if it were one more key of the row
         before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf"))
         before *= 1.4426950408889634
         m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
         alpha = tl.math.exp2(m_i - m_new)
         weight = tl.math.exp2(before - m_new)
-        l_i = l_i * alpha + weight
+        l_i = l_i * alpha
+        tail = l_i
+        l_i += weight
         acc = acc * alpha[:, None]
         acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
         m_i = m_new
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
+    if SLOPE:
+        slope = slope_desc.load([(batch * n_heads + head) * D, 0])
+        acc += (tail / l_safe * scale)[:, None] * tl.dot(q, slope)
+        acc = tl.where(empty[:, None], 0.0, acc)  # a slope may hold NaN
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if BOUND:
         # What is left of the weights may be too little to trust: 2^-126 is the least normal number,

@@ -5,62 +5,84 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_groups(ptr, sums, block, n_blocks, length, cols,
+def _store_groups(ptr, bias_ptr, sums, block, n_blocks, length, cols, real, first,
                   D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    """Means of a block's groups of 2**S tokens; returns where the rows of the next factor begin."""
+    """Means of a block's groups of 2**S tokens, and the logarithms of their counts, which are the
+    same for all heads; returns where those of the next factor begin."""
     group = tl.arange(0, GROUPS)
     count = tl.minimum(tl.maximum(length - (group << S), 0), 1 << S)
     mean = sums / tl.maximum(count, 1)[:, None]
     rows = (block * GROUPS + group).to(tl.int64)
     ptrs = ptr + rows[:, None] * D + cols[None, :]
-    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=(cols < D)[None, :])
-    return ptr + n_blocks * GROUPS * D
+    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=(cols < tl.where(real, D, 0))[None, :])
+    bias = tl.where(count > 0, tl.math.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+    tl.store(
+        bias_ptr + block * GROUPS + group, bias, mask=group < tl.where(real & first, GROUPS, 0)
+    )
+    return ptr + n_blocks * GROUPS * D, bias_ptr + n_blocks * GROUPS
 
 
 @triton.jit
 def _means_fwd(
-    x_ptr, pooled_ptr, means_ptr, starts_ptr, order_ptr,
-    stride_b, stride_h, stride_n, order_stride_h, n_heads, n_blocks, pooled_rows,
+    x0_ptr, x1_ptr, pooled_ptr, bias_ptr, means_ptr, tiled_ptr, starts_ptr, order_ptr, hidden_ptr,
+    x0_stride_b, x0_stride_h, x0_stride_n, x1_stride_b, x1_stride_h, x1_stride_n,
+    order_stride_h, hidden_stride_b, n_heads, n_pairs, n_blocks, width, pooled_rows,
     D: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr,
-    FACTORS: tl.constexpr, HAS_ORDER: tl.constexpr, MEANS: tl.constexpr,
+    FACTORS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    MEANS: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Every block once: its mean, and the means of its groups for the factors in FACTORS.
+    """Every block of one or two tensors once: its mean, and the means of its groups for the factors
+    in FACTORS.
 
     FACTORS has bit s set for factor 2**s. The rows of a factor begin behind those of the smaller
     ones, and a block has as many as a whole block would, so that rows are found by arithmetic.
     """
     pid = tl.program_id(0)
-    block = pid % n_blocks
-    head = (pid // n_blocks) % n_heads
-    batch = pid // n_blocks // n_heads
+    block = pid % width
+    head = (pid // width) % n_heads
+    batch = pid // width // n_heads
     cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     col_inside = cols < D
 
-    start = tl.load(starts_ptr + block)
-    length = tl.load(starts_ptr + block + 1) - start
+    real = block < n_blocks  # the others fill up a tile
+    start = tl.load(starts_ptr + block, mask=real, other=0)
+    length = tl.load(starts_ptr + block + 1, mask=real, other=0) - start
     within = tl.arange(0, SIZE)
     tokens = (start + within).to(tl.int64)
     if HAS_ORDER:
         tokens = tl.load(order_ptr + head * order_stride_h + tokens, mask=within < length, other=0)
-    x_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    if tl.program_id(2) == 0:
+        x_ptr = x0_ptr + batch.to(tl.int64) * x0_stride_b + head.to(tl.int64) * x0_stride_h
+        stride_n = x0_stride_n
+    else:
+        x_ptr = x1_ptr + batch.to(tl.int64) * x1_stride_b + head.to(tl.int64) * x1_stride_h
+        stride_n = x1_stride_n
     inside = (within < length)[:, None] & col_inside[None, :]
     x = tl.load(x_ptr + tokens[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
+    # Outputs of the second tensor stand behind those of the first.
+    entry = (tl.program_id(2) * n_pairs + batch * n_heads + head).to(tl.int64)
     sums = x.to(tl.float32)
-
-    entry = (batch * n_heads + head).to(tl.int64)
-    if MEANS:
-        # In fp32: covariances are taken about it, where rounding would weigh a common offset.
-        mean = tl.sum(sums, 0) / length
-        means_ptr += (entry * n_blocks + block) * D
-        tl.store(means_ptr + cols, mean, mask=col_inside)
+    if MEANS or TILED:
+        mean = tl.sum(sums, 0) / tl.maximum(length, 1)
+        if MEANS:  # in fp32: covariances are taken about it
+            means_ptr += (entry * n_blocks + block) * D
+            tl.store(means_ptr + cols, mean, mask=cols < tl.where(real, D, 0))
+        if TILED:
+            if HAS_HIDDEN:  # it may hold anything, also NaN, which no weight of 0 hides
+                hidden = tl.load(hidden_ptr + batch * hidden_stride_b + block, mask=real, other=1)
+                mean = tl.where(hidden != 0, 0.0, mean)
+            tiled_ptr += (entry * width + block) * D
+            tl.store(tiled_ptr + cols, mean.to(tiled_ptr.dtype.element_ty), mask=col_inside)
     pooled_ptr += entry * pooled_rows * D
+    first = (entry == 0) & (tl.program_id(1) == 0)
     for s in tl.static_range(1, 8):
         if FACTORS >> s:  # no larger factor, no more sums
             if s <= LOG_SIZE:
                 sums = tl.sum(tl.reshape(sums, [SIZE >> s, 2, COLUMNS]), 1)
             if (FACTORS >> s) & 1:
-                pooled_ptr = _store_groups(pooled_ptr, sums, block, n_blocks, length, cols, D,
-                                           s, SIZE >> s if s < LOG_SIZE else 1)  # fmt: skip
+                pooled_ptr, bias_ptr = _store_groups(
+                    pooled_ptr, bias_ptr, sums, block, n_blocks, length, cols, real, first,
+                    D, s, SIZE >> s if s < LOG_SIZE else 1)  # fmt: skip
 
 
 @triton.jit

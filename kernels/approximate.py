@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._approximate import _approximate_fwd
-from dit_sparse.kernels.pool import Means, covariance_sum, covariances, pool
+from dit_sparse.kernels.pool import Means, covariances, pool_all, slope
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.plan import BlockPlan
 
@@ -25,29 +25,38 @@ def needed(plan: BlockPlan) -> bool:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    *,
+    tail: bool = True,
 ) -> None:
     """Adds to `result`, which holds the softmax over the plan's exact entries.
 
     Args:
         q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
         k, v: in plan order, unit stride along D.
+        tail: whether to add the tail too, not only pooled entries.
     """
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     value_dim = v.shape[-1]
     factors = () if plan.pools is None else plan.pools.factors
-    has_tail = plan.tail != "none"
-    keys = pool(k, plan.k_blocks, factors=factors, means=has_tail)
-    values = pool(v, plan.k_blocks, factors=factors, means=has_tail)
-    slope = _slope(k, v, plan, keys)
+    has_tail = tail and plan.tail != "none"
+    keys, values = pool_all((k, v), plan.k_blocks, factors=factors, means=has_tail)
+    line = _slope(k, v, plan, keys) if has_tail else None
     order = plan.offsets if plan.order is None else plan.order.index
     hidden = plan.offsets if plan.hidden is None else plan.hidden.view(_BYTE)
     block_d, block_dv = padded(head_dim), padded(value_dim)
     wide = max(block_d, block_dv) > 128
-    _approximate_fwd[(batch * heads * plan.q_blocks.n,)](
-        q, keys.pooled, values.pooled, keys.blocks, values.blocks,
-        keys.blocks if slope is None else slope, out, lse,
+    rows, columns, warps, stages = _tile(plan, wide or q.element_size() == 4, has_tail)
+    parts = plan.q_blocks.size // rows
+    _approximate_fwd[(batch * heads * plan.q_blocks.n * parts,)](
+        q, keys.pooled, values.pooled, keys.bias, keys.blocks, values.blocks,
+        keys.blocks if line is None else line, out, lse,
         plan.indices, plan.offsets, plan.full, plan.partial,
         plan.offsets if plan.pools is None else plan.pools.counts,
         plan.visited.view(_BYTE) if has_tail else plan.offsets, hidden,
@@ -57,14 +66,18 @@ def launch(
         plan.k_blocks.n if plan.hidden is not None and plan.hidden.shape[0] > 1 else 0,
         heads, plan.q_blocks.n, plan.k_blocks.n, n_queries, keys.pooled.shape[2],
         scale, scale * LOG2_E,
-        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=plan.q_blocks.size,
-        BLOCK_N=32 if wide or q.element_size() == 4 else 64, CHUNK=min(block_d, 32 if wide else 64),
+        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=rows, PARTS=parts,
+        BLOCK_N=columns, CHUNK=min(block_d, 32 if wide else 64),
         SIZE=plan.k_blocks.size, FACTORS=sum(factors), N_FACTORS=len(factors),
-        TAIL=_TAILS[plan.tail], HAS_HIDDEN=plan.hidden is not None,
-        HAS_ORDER=plan.order is not None,
-        num_warps=8 if plan.q_blocks.size >= 128 else 4,
-        num_stages=2,
+        TAIL=_TAILS[plan.tail] if has_tail else 0, HAS_HIDDEN=plan.hidden is not None,
+        HAS_ORDER=plan.order is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def _tile(plan: BlockPlan, large: bool, tail: bool) -> tuple[int, int, int, int]:
+    """Queries and pooled rows of a tile, warps and stages."""
+    size = plan.q_blocks.size
+    return (size, 32 if large else 64, 8 if size >= 128 else 4, 2 if large or tail else 3)
 
 
 def _slope(k: Tensor, v: Tensor, plan: BlockPlan, keys: Means) -> Tensor | None:
@@ -73,9 +86,4 @@ def _slope(k: Tensor, v: Tensor, plan: BlockPlan, keys: Means) -> Tensor | None:
         return covariances(k, v, plan.k_blocks, keys.blocks)
     if plan.tail != "first":
         return None
-    total = covariance_sum(k, v, plan.k_blocks, keys.blocks, plan.hidden)
-    lengths = plan.k_blocks.lengths
-    if plan.hidden is not None:
-        lengths = lengths * ~plan.hidden
-    tokens = lengths.sum(-1).view(-1, 1, 1, 1).clamp(min=1)
-    return (total / tokens).to(k.dtype)
+    return slope(k, v, plan.k_blocks, keys, plan.hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
-from dit_sparse.kernels import approximate, hopper, norms, portable
+from dit_sparse.kernels import approximate, hopper, norms, portable, tail
 from dit_sparse.kernels.launch import Launch, Repeat
 from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
@@ -52,6 +52,19 @@ class _Room(NamedTuple):
             *(self.q, self.k, self.v, *moved, *self.ordered, *self.result),
             *(self.lengths or ()),
         ]
+
+
+class _Made(NamedTuple):
+    """What a call did.
+
+    Args:
+        launches: those for exact entries.
+        rest: what adds pooled entries and the tail to the result; `None` if there are none.
+    """
+
+    room: _Room
+    launches: list[Launch]
+    rest: Callable[[_Room], None] | None
 
 
 def _room(q: Tensor, k: Tensor, v: Tensor, moved: int, bounded: bool) -> _Room:
@@ -131,43 +144,42 @@ class TritonBackend:
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
-        return self._on_device(q, k, v, plan, scale)[0].result
+        return self._on_device(q, k, v, plan, scale).room.result
 
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> tuple[AttentionOutput, Again | None]:
         """`run`, and the same for tensors like these; see `dit_sparse.backend.PreparingBackend`."""
         q, k, v = q.detach(), k.detach(), v.detach()  # objects of their own, to be told apart
-        room, launches = self._on_device(q, k, v, plan, scale)
-        if approximate.needed(plan) or any(t.stride(-1) != 1 for t in (q, k, v)):
+        room, launches, rest = self._on_device(q, k, v, plan, scale)
+        if any(t.stride(-1) != 1 for t in (q, k, v)):
             return room.result, None  # there are other tensors between the launches
         repeats = [one.repeatable(room.tensors) for one in launches]
         ready = tuple(repeat for repeat in repeats if repeat is not None)
         if len(ready) < len(repeats) or (plan.order is not None and room.moved is None):
             return room.result, None
         moved = 0 if room.moved is None else len(room.moved)
-        return room.result, partial(_again, ready, moved, room.lengths is not None)
+        return room.result, partial(_again, ready, moved, room.lengths is not None, rest)
 
-    def _on_device(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> tuple[_Room, list[Launch]]:
+    def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         q, k, v = (_unit_stride(t) for t in (q, k, v))
         with _device_of(q):
             return self._run(q, k, v, plan, scale)
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> tuple[_Room, list[Launch]]:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
         bounded = on_hopper and scale > 0 and self._bounded(q, plan)
         room, launches = _in_order(q, k, v, plan, queries=on_hopper, bounded=bounded)
         main = self._specialised(room, plan, scale) if on_hopper else []
-        if not main:
+        specialised = bool(main)
+        if not specialised:
             _, k, v = room.ordered
             main = [portable.launch(q, k, v, plan, scale, self._tile(q, v, plan), room.result)]
-        if approximate.needed(plan):
-            approximate.launch(q, *room.ordered[1:], plan, scale, room.result)
-        return room, launches + main
+        if not approximate.needed(plan):
+            return _Made(room, launches + main, None)
+        rest = partial(_approximate, plan, scale, specialised)
+        rest(room)
+        return _Made(room, launches + main, rest)
 
     def _bounded(self, q: Tensor, plan: BlockPlan) -> bool:
         if q.dtype != torch.bfloat16:
@@ -235,13 +247,34 @@ def _in_order(
     return room, []
 
 
+def _approximate(plan: BlockPlan, scale: float, specialised: bool, room: _Room) -> None:
+    """Adds pooled entries and the tail to the result for exact entries.
+
+    Args:
+        specialised: whether the Hopper kernel may add the tail: queries are in order.
+    """
+    _, k, v = room.ordered
+    of_tail = specialised and tail.runs(plan)
+    of_tail = of_tail and tail.launch(*room.ordered, plan, scale, room.result) is not None
+    if plan.pools is not None or not of_tail:
+        approximate.launch(room.q, k, v, plan, scale, room.result, tail=not of_tail)
+
+
 def _again(
-    launches: Sequence[Repeat], moved: int, bounded: bool, q: Tensor, k: Tensor, v: Tensor
+    launches: Sequence[Repeat],
+    moved: int,
+    bounded: bool,
+    rest: Callable[[_Room], None] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> AttentionOutput:
-    """The launches on other tensors; see `_room`."""
+    """The launches on other tensors, see `_room`, and what is added to their result."""
     with _device_of(q):
         room = _room(q, k, v, moved, bounded)
         hopper.repeat(launches, room.tensors)
+        if rest is not None:
+            rest(room)
     return room.result
 
 

@@ -130,6 +130,52 @@ def launch(
     return _with_scratch(run)
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What stands for blocks that are not listed: a row of means for each, and a slope.
+
+    Args:
+        keys_means, values_means: `[B, H, W, D]`, contiguous; W whole tiles.
+        bias: fp32 `[1 or B, 1 or H, n_q, W]`, contiguous, added to the scores in units of log 2.
+        slope: `[B, H, D, D]`, contiguous; what a query times it adds to the share of the tail.
+        keys: means of a tile.
+    """
+
+    keys_means: Tensor
+    values_means: Tensor
+    bias: Tensor
+    slope: Tensor | None
+    keys: int
+
+    def describe(self, keys: int) -> tuple[Any, Any]:
+        rows = self.bias.numel() // keys
+        bias = TensorDescriptor(self.bias, [rows, keys], [keys, 1], [1, keys])
+        if self.slope is None:
+            return bias, None
+        dim = self.slope.shape[-1]
+        shape, block = [self.slope.numel() // dim, dim], [padded(dim)] * 2
+        return bias, TensorDescriptor(self.slope, shape, [dim, 1], block)
+
+    def strides(self, keys: int) -> tuple[int, int, int]:
+        """Rows of the bias from one batch entry, head and query block to the next."""
+        batch, heads, blocks, width = self.bias.shape
+        tiles = width // keys
+        of_head = blocks * tiles
+        return (heads * of_head if batch > 1 else 0, of_head if heads > 1 else 0, tiles)
+
+
+def launch_tail(
+    q: Tensor, tail: Tail, plan: BlockPlan, scale: float, result: AttentionOutput
+) -> Launch | None:
+    """Adds a tail to `result`, which holds the softmax over the listed blocks; `None`, and nothing
+    written, if the strides of q, `[B, H, N, D]` in plan order, do not allow it."""
+    qm, km, vm = (_Matrix.of(t) for t in (q, tail.keys_means, tail.values_means))
+    if qm is None or km is None or vm is None:
+        return None
+    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, None, None, tail)
+    return _with_scratch(run)
+
+
 def repeat(launches: Sequence[Repeat], tensors: Sequence[Tensor]) -> None:
     """Runs launches of this kernel, and any others, again."""
 
@@ -158,18 +204,21 @@ def _launch(
     result: AttentionOutput,
     box: BoxPredicate | None,
     lengths: tuple[Tensor, Tensor] | None,
+    tail: Tail | None = None,
 ) -> Launch:
     qm, km, vm = matrices
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
-    dim, keys = padded(head_dim), plan.k_blocks.size
-    starts, counts = plan.spans
+    dim, keys = padded(head_dim), tail.keys if tail else plan.k_blocks.size
+    starts, counts = (plan.indices, plan.indices) if tail else plan.spans
     rows = plan.masked_rows if box else plan.q_blocks.starts[:-1]
-    picture = range(len(rows)) if box else plan.q_blocks.picture or range(len(rows))
+    alike = box is not None or tail is not None or plan.q_blocks.picture is None
+    picture = range(len(rows)) if alike else plan.q_blocks.picture
     order = starts if plan.order is None else plan.order.index
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         *(_coordinates(plan) if box else (None, None)),
+        *(tail.describe(keys) if tail else (None, None)),
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
         plan.q_blocks.starts, rows, order,
@@ -177,18 +226,21 @@ def _launch(
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
-        heads, len(rows), len(rows) - len(picture), picture.start, n_queries, scale * LOG2_E,
-        box.guard if box else 0,
+        *(tail.strides(keys) if tail else (0, 0, 0)),
+        heads, len(rows), len(rows) - len(picture), picture.start, n_queries,
+        tail.bias.shape[-1] // keys if tail else 0, scale, scale * LOG2_E, box.guard if box else 0,
     )  # fmt: skip
     constants = {
         "D": head_dim,
         "BLOCK_D": dim,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged,
+        "RAGGED": plan.k_blocks.ragged and tail is None,
         "HAS_ORDER": plan.order is not None,
         "PARTIAL": box is not None,
         "BOUND": lengths is not None,
+        "TAIL": tail is not None,
+        "SLOPE": tail is not None and tail.slope is not None,
     }
     grid = (batch * heads * len(rows), 1, 1)
     return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)

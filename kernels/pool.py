@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,16 @@ class Means:
     Args:
         pooled: `[B, H, R, D]`, for every factor g in turn `n * ceil(size / g)` rows: those of
             block j begin at row `j * ceil(size / g)` of the factor, whatever the block's length.
+        bias: fp32 `[R]`, log2 of the tokens of every pooled row, -inf for rows without any.
         blocks: fp32 `[B, H, n, D]`, the mean of every block.
+        tiled: the means in the dtype of the tensor, `[B, H, W, D]`, with rows of zeros up to whole
+            tiles of blocks.
     """
 
     pooled: Tensor
+    bias: Tensor
     blocks: Tensor
+    tiled: Tensor
 
 
 def pool(
@@ -37,29 +43,86 @@ def pool(
     means: bool = True,
     order: Permutation | None = None,
 ) -> Means:
+    """`pool_all` of one tensor, with the means of its blocks in fp32 alone."""
+    return pool_all([x], blocks, factors=factors, means=means, order=order)[0]
+
+
+def pool_all(
+    tensors: Sequence[Tensor],
+    blocks: Blocks,
+    *,
+    factors: tuple[int, ...] = (),
+    means: bool = False,
+    tile: int | None = None,
+    order: Permutation | None = None,
+    hidden: Tensor | None = None,
+) -> list[Means]:
     """Means over blocks and over groups of consecutive tokens in them, summed in fp32.
 
+    What is not asked for is empty.
+
     Args:
-        x: `[B, H, N, D]`, unit stride along D.
+        tensors: one or two `[B, H, N, D]` of one dtype, unit stride along D; two of one shape are
+            read in one launch.
         blocks: cut of the N tokens; a size of a power of two.
         factors: pool factors, powers of two from 2 to 128.
-        means: whether to make the blocks' means; else `Means.blocks` is empty.
-        order: leads from the order of `x` to that of the blocks.
+        means: whether to make the blocks' means in fp32.
+        tile: blocks of a tile of `Means.tiled`; `None`: without it.
+        order: leads from the order of the tensors to that of the blocks.
+        hidden: bool `[1 or B, n]`, blocks that are zeros in `Means.tiled`, whatever they hold.
     """
-    batch, heads, _, dim = x.shape
+    if len({x.shape for x in tensors}) > 1:
+        options = (blocks, factors, means, tile, order, hidden)
+        return [_pool([x], *options)[0] for x in tensors]
+    return _pool(tensors, blocks, factors, means, tile, order, hidden)
+
+
+def _pool(
+    tensors: Sequence[Tensor],
+    blocks: Blocks,
+    factors: tuple[int, ...],
+    means: bool,
+    tile: int | None,
+    order: Permutation | None,
+    hidden: Tensor | None,
+) -> list[Means]:
+    x0, x1 = tensors[0], tensors[-1]
+    batch, heads, _, dim = x0.shape
+    lead = (len(tensors), batch, heads)
     rows = sum(blocks.n * -(-blocks.size // factor) for factor in factors)
-    pooled = x.new_empty(batch, heads, rows, dim)
-    of_blocks = x.new_empty(batch, heads, blocks.n if means else 0, dim, dtype=torch.float32)
+    width = blocks.n if tile is None else -(-blocks.n // tile) * tile
+    pooled = x0.new_empty(*lead, rows, dim)
+    bias = x0.new_empty(rows, dtype=torch.float32)
+    of_blocks = x0.new_empty(*lead, blocks.n if means else 0, dim, dtype=torch.float32)
+    tiled = x0.new_empty(*lead, width if tile else 0, dim)
     index = blocks.starts if order is None else order.index
-    columns = min(padded(dim), 64)
-    _means_fwd[(batch * heads * blocks.n, -(-dim // columns))](
-        x, pooled, of_blocks, blocks.starts, index,
-        *x.stride()[:3], index.stride(0) if index.ndim == 2 else 0, heads, blocks.n, rows,
+    columns = min(padded(dim), _COLUMNS)
+    _means_fwd[(batch * heads * width, -(-dim // columns), len(tensors))](
+        x0, x1, pooled, bias, of_blocks, tiled, blocks.starts, index,
+        _or(hidden, x0, torch.uint8),
+        *x0.stride()[:3], *x1.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
+        blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
+        heads, batch * heads, blocks.n, width, rows,
         D=dim, COLUMNS=columns, SIZE=blocks.size, LOG_SIZE=blocks.size.bit_length() - 1,
-        FACTORS=sum(factors), HAS_ORDER=order is not None, MEANS=means,
-        num_warps=4 if blocks.size <= 128 else 8,
+        FACTORS=sum(factors), HAS_ORDER=order is not None, HAS_HIDDEN=hidden is not None,
+        MEANS=means, TILED=tile is not None, num_warps=_WARPS if blocks.size <= 128 else 8,
     )  # fmt: skip
-    return Means(pooled, of_blocks)
+    return [Means(pooled[i], bias, of_blocks[i], tiled[i]) for i in range(len(tensors))]
+
+
+_COLUMNS, _WARPS = 64, 4
+
+
+def slope(
+    k: Tensor, v: Tensor, blocks: Blocks, keys: Means, hidden: Tensor | None = None
+) -> Tensor:
+    """Mean key-value covariance per token, in the dtype of k: `[B, H, D, D_v]`."""
+    total = covariance_sum(k, v, blocks, keys.blocks, hidden)
+    lengths = blocks.lengths
+    if hidden is not None:
+        lengths = lengths * ~hidden
+    tokens = lengths.sum(-1).view(-1, 1, 1, 1).clamp(min=1)
+    return (total / tokens).to(k.dtype)
 
 
 def covariance_sum(

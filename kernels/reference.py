@@ -153,10 +153,10 @@ def _row(
     keys, values = [k[..., picked.keys, :]], [v[..., picked.keys, :]]
     biases = [q.new_zeros(len(picked.keys))]
     for positions, level in picked.pools:
-        for group in positions.split(level):
-            keys.append(k[..., group, :].mean(-2, keepdim=True))
-            values.append(v[..., group, :].mean(-2, keepdim=True))
-            biases.append(q.new_tensor([len(group)]).log())
+        keys.append(_group_means(k[..., positions, :], level))
+        values.append(_group_means(v[..., positions, :], level))
+        counts = [len(group) for group in positions.split(level)]
+        biases.append(q.new_tensor(counts).log())
     if tail is not None:
         keys.append(tail.means.keys[..., picked.unlisted, :])
         values.append(tail.means.values[..., picked.unlisted, :])
@@ -179,6 +179,14 @@ def _row(
         added = tail.first_order(q, shares, picked.unlisted)
         out = out if added is None else out + added
     return out.masked_fill(mass == 0, 0.0), lse  # weights of 0 hide no NaN among the values
+
+
+def _group_means(x: Tensor, size: int) -> Tensor:
+    """Means of consecutive groups of tokens, the last of which may be smaller."""
+    rest = x.shape[-2] % size
+    whole, short = x.split((x.shape[-2] - rest, rest), dim=-2)
+    means = whole.unflatten(-2, (whole.shape[-2] // size, size)).mean(-2)
+    return torch.cat([means, short.mean(-2, keepdim=True)], dim=-2) if rest else means
 
 
 def _groups(size: int, lists: int) -> Iterator[tuple[slice, int]]:

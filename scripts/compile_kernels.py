@@ -35,6 +35,8 @@ from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._portable import _portable_fwd
+from dit_sparse.kernels._summary import _summary_fwd
+from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.tiles import choose_tile
 
 Q_BLOCK = K_BLOCK = 128
@@ -81,6 +83,8 @@ def variants() -> Iterator[Variant]:
             yield Variant("hopper", 90, head_dim, ragged)
             yield Variant("hopper", 90, head_dim, ragged, bound=True)
         yield Variant("hopper", 90, head_dim, ragged=True, box=True)
+        for tail in (1, 2):
+            yield Variant("hopper", 90, head_dim, ragged=False, tail=tail)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
@@ -97,6 +101,8 @@ def approximations() -> Iterator[Variant]:
             yield Variant("importance", capability, head_dim, ragged=True)
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
+            yield Variant("summary", capability, head_dim, ragged=True)
+            yield Variant("tail_bias", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
 
@@ -109,11 +115,21 @@ def approximation(variant: Variant) -> Report:
         "importance": (_importance_fwd, 8),
         "choose": (_choose_fwd, 4),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
+        "summary": (_summary_fwd, 8),
+        "tail_bias": (_tail_bias_fwd, 1),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BLOCK_M": Q_BLOCK}
-    constants |= {"BLOCK_N": 64, "CHUNK": 64, "SIZE": K_BLOCK, "LOG_SIZE": 7, "COLUMNS": 64}
+    constants |= {
+        "BLOCK_N": 64,
+        "PARTS": 1,
+        "BLOCK": 64,
+        "CHUNK": 64,
+        "SIZE": K_BLOCK,
+        "LOG_SIZE": 7,
+        "COLUMNS": 64,
+    }
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True}
     constants |= {
@@ -123,11 +139,12 @@ def approximation(variant: Variant) -> Report:
         "N_FACTORS": 3,
     }
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
+    constants |= {"TILED": True}
     constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     kernel = triton.compile(
         _source(function, constants | {"EACH": False}, None),
         target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": warps, "num_stages": 2},
+        options={"num_warps": warps, "num_stages": 2 if variant.tail else 3},
     )
     return _read(variant, kernel)
 
@@ -136,8 +153,9 @@ def compiled(variant: Variant) -> Report:
     """Compiles a variant as its launcher would."""
     masked = variant.box or variant.disk
     if variant.kernel == "hopper":
-        function, warps, stages = _block_sparse_fwd_hopper, 4, 2
-        tile, keys, tma = [K_BLOCK, variant.head_dim], K_BLOCK, True
+        function, warps, stages, tma = _block_sparse_fwd_hopper, 4, 2, True
+        keys = 64 if variant.tail == 2 else K_BLOCK
+        tile = [keys, variant.head_dim]
     else:
         function = _portable_fwd
         sizes = (variant.head_dim, 2, Q_BLOCK, K_BLOCK)
@@ -161,9 +179,15 @@ def compiled(variant: Variant) -> Report:
         "PARTIAL": variant.box,
         "BOUND": variant.bound,
         "REPAIR": False,
+        "TAIL": variant.tail > 0,
+        "SLOPE": variant.tail == 2,
     }
     if not variant.box:
         constants |= {"above_desc": None, "below_desc": None}
+    if not variant.tail:
+        constants |= {"bias_desc": None}
+    if variant.tail != 2:
+        constants |= {"slope_desc": None}
     source = _source(function, constants, f"tensordesc<bf16{tile}>" if tma else None)
     kernel = triton.compile(
         source,
@@ -175,13 +199,22 @@ def compiled(variant: Variant) -> Report:
 
 def _source(function: Any, constants: dict[str, Any], descriptor: str | None) -> ASTSource:
     names = [parameter.name for parameter in function.params]
-    coordinates = f"tensordesc<i32[1, {K_BLOCK}]>"
+    head_dim, keys = constants["BLOCK_D"], constants["BLOCK_N"]
+    descriptors = dict.fromkeys(("above_desc", "below_desc"), f"tensordesc<i32[1, {K_BLOCK}]>")
+    descriptors |= {
+        "bias_desc": f"tensordesc<fp32[1, {keys}]>",
+        "slope_desc": f"tensordesc<bf16[{head_dim}, {head_dim}]>",
+    }
     constants = {name: value for name, value in constants.items() if name in names}
     if descriptor is None and "k_desc" in names:
         constants |= {"k_desc": None, "v_desc": None}
-    sixteen = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x_ptr", "pooled_ptr", "slope_ptr", "each_ptr")
+    sixteen = (
+        *("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr", "pooled_ptr"),
+        *("tiled_ptr", "slope_ptr", "each_ptr"),
+    )
     sums = (
         "means_ptr",
+        "bias_ptr",
         "k_mean_ptr",
         "v_mean_ptr",
         "sum_ptr",
@@ -200,7 +233,7 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
         if name in constants:
             return "constexpr"
         if name.endswith("_desc"):
-            return coordinates if name in ("above_desc", "below_desc") else str(descriptor)
+            return descriptors.get(name, str(descriptor))
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
         return "fp32" if name in ("scale", "scale_log2", "mass") else "i32"
