@@ -51,7 +51,7 @@ def pooled_scores(q: Tensor, k: Tensor, frame: Frame) -> Tensor:
     Args:
         q, k: `[B, H, N, D]` in the model's order; k may have fewer heads, each for several of q.
     """
-    queries, keys = block_means(q, frame), block_means(k, frame)
+    queries, keys = _means_of_both(q, k, frame)
     keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return (queries * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
 
@@ -185,6 +185,14 @@ def plan_of_selection(
         hidden=frame.hidden,
         order=frame.order,
     )
+
+
+def _means_of_both(q: Tensor, k: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+    if q.is_cuda and q.dtype == k.dtype and (kernels := kernel_module("pool")):
+        given = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        queries, keys = kernels.pool_all(given, frame.blocks, means=True, order=frame.order)
+        return queries.blocks, keys.blocks
+    return block_means(q, frame), block_means(k, frame)
 
 
 def _ordered(x: Tensor, frame: Frame) -> Tensor:

@@ -22,53 +22,58 @@ def _tile_scores(q, k_ptr, hidden_ptr, first, keys, scale_log2, D: tl.constexpr,
 
 @triton.jit
 def _importance_fwd(
-    q_ptr, k_ptr, hidden_ptr, importance_ptr, hidden_stride_b, n_heads, n_blocks, scale_log2,
+    q_ptr, k_ptr, hidden_ptr, best_ptr, importance_ptr,
+    hidden_stride_b, n_heads, n_blocks, n_tiles, best_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNT: tl.constexpr, SOFTMAX: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    COUNT: tl.constexpr, CHUNK: tl.constexpr, SOFTMAX: tl.constexpr, HAS_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Some query blocks against all key blocks, twice: for every query's base, then for weights.
+    """Tiles of some query blocks against all key blocks, one tile after another.
 
-    Scores are cheaper to form again than to keep.
+    A weight needs the base of its query, which is known at the end of the row: until then a program
+    keeps the highest score of every query and key block in memory of its own, `[n, ROWS]`.
     """
-    tiles = tl.cdiv(n_blocks * COUNT, ROWS)
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    entry = (pid // tiles).to(tl.int64)
-    batch = pid // tiles // n_heads
     keys = n_blocks * COUNT
-    q_ptr += entry * keys * D
-    k_ptr += entry * keys * D
-    hidden_ptr += batch * hidden_stride_b
-    rows = tile * ROWS + tl.arange(0, ROWS)
+    per_head = tl.cdiv(keys, ROWS)
+    nth = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    ptrs = q_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :]
-    row_inside = rows < keys
-    q = tl.load(ptrs, mask=row_inside[:, None] & (cols < D)[None, :], other=0.0)
+    best_ptr += tl.program_id(0).to(tl.int64) * best_stride
+    for work in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        tile = work % per_head
+        entry = (work // per_head).to(tl.int64)
+        k_at = k_ptr + entry * keys * D
+        hidden_at = hidden_ptr + work // per_head // n_heads * hidden_stride_b
+        rows = tile * ROWS + nth
+        ptrs = q_ptr + (entry * keys + rows)[:, None] * D + cols[None, :]
+        q = tl.load(ptrs, mask=(rows < keys)[:, None] & (cols < D)[None, :], other=0.0)
 
-    base = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    for first in range(0, keys, BLOCK_N):
-        scores = _tile_scores(q, k_ptr, hidden_ptr, first, keys, scale_log2,
-                              D, BLOCK_D, BLOCK_N, COUNT, HAS_HIDDEN)  # fmt: skip
-        higher = tl.maximum(base, tl.max(scores, 1))
+        base = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        for first in range(0, keys, BLOCK_N):
+            scores = _tile_scores(q, k_at, hidden_at, first, keys, scale_log2,
+                                  D, BLOCK_D, BLOCK_N, COUNT, HAS_HIDDEN)  # fmt: skip
+            best = tl.max(tl.reshape(scores, [ROWS, BLOCK_N // COUNT, COUNT]), 2)
+            number = first // COUNT + tl.arange(0, BLOCK_N // COUNT)
+            at = best_ptr + number[None, :] * ROWS + nth[:, None]
+            tl.store(at, best, mask=(number < n_blocks)[None, :])
+            higher = tl.maximum(base, tl.max(best, 1))
+            if SOFTMAX:
+                safe = tl.where(higher == float("-inf"), 0.0, higher)
+                mass *= tl.math.exp2(base - safe)
+                mass += tl.sum(tl.math.exp2(scores - safe[:, None]), 1)
+            base = higher
         if SOFTMAX:
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            mass *= tl.math.exp2(base - safe)
-            mass += tl.sum(tl.math.exp2(scores - safe[:, None]), 1)
-        base = higher
-    if SOFTMAX:
-        base += tl.math.log2(tl.where(mass == 0.0, 1.0, mass))
-    base = tl.where(base == float("-inf"), 0.0, base)
+            base += tl.math.log2(tl.where(mass == 0.0, 1.0, mass))
+        base = tl.where(base == float("-inf"), 0.0, base)
 
-    block_rows = tile * (ROWS // COUNT) + tl.arange(0, ROWS // COUNT)
-    importance_ptr += entry * n_blocks * n_blocks
-    for first in range(0, keys, BLOCK_N):
-        scores = _tile_scores(q, k_ptr, hidden_ptr, first, keys, scale_log2,
-                              D, BLOCK_D, BLOCK_N, COUNT, HAS_HIDDEN)  # fmt: skip
-        best = tl.max(tl.reshape(scores, [ROWS, BLOCK_N // COUNT, COUNT]), 2)
-        weight = tl.math.exp2(best - base[:, None])
-        weight = tl.reshape(weight, [ROWS // COUNT, COUNT, BLOCK_N // COUNT])
-        block_cols = first // COUNT + tl.arange(0, BLOCK_N // COUNT)
-        at = block_rows[:, None] * n_blocks + block_cols[None, :]
-        inside = (block_rows < n_blocks)[:, None] & (block_cols < n_blocks)[None, :]
-        tl.store(importance_ptr + at, tl.max(weight, 1), mask=inside)
+        tl.debug_barrier()  # the scores are read by other threads than wrote them
+        block_rows = tile * (ROWS // COUNT) + tl.arange(0, ROWS // COUNT)
+        for first in range(0, n_blocks, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            at = best_ptr + number[None, :] * ROWS + nth[:, None]
+            best = tl.load(at, mask=(number < n_blocks)[None, :], other=float("-inf"))
+            weight = tl.math.exp2(best - base[:, None])
+            weight = tl.max(tl.reshape(weight, [ROWS // COUNT, COUNT, CHUNK]), 1)
+            at = (entry * n_blocks + block_rows)[:, None] * n_blocks + number[None, :]
+            inside = (block_rows < n_blocks)[:, None] & (number < n_blocks)[None, :]
+            tl.store(importance_ptr + at, weight, mask=inside)
+        tl.debug_barrier()

@@ -212,8 +212,8 @@ def _launch(
     dim, keys = padded(head_dim), tail.keys if tail else plan.k_blocks.size
     starts, counts = (plan.indices, plan.indices) if tail else plan.spans
     rows = plan.masked_rows if box else plan.q_blocks.starts[:-1]
-    alike = box is not None or tail is not None or plan.q_blocks.picture is None
-    picture = range(len(rows)) if alike else plan.q_blocks.picture
+    everything = range(len(rows))
+    picture = everything if box or tail else plan.q_blocks.picture or everything
     order = starts if plan.order is None else plan.order.index
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels.portable import LOG2_E, padded
+from dit_sparse.kernels.summary import processors
+
+_PER_PROCESSOR = 2  # programs, each of which keeps the scores of a tile of queries
 
 
 def sampled_maximum(
@@ -32,10 +35,15 @@ def sampled_maximum(
     n = total // count
     importance = queries.new_empty(batch, heads, n, n, dtype=torch.float32)
     rows, columns = (128, 64) if queries.element_size() == 2 else (64, 64)
-    _importance_fwd[(batch * heads * -(-total // rows),)](
-        queries, keys, importance if hidden is None else hidden.view(torch.uint8), importance,
-        n if hidden is not None and hidden.shape[0] > 1 else 0, heads, n, scale * LOG2_E,
-        D=dim, BLOCK_D=padded(dim), ROWS=rows, BLOCK_N=columns, COUNT=count, SOFTMAX=softmax,
-        HAS_HIDDEN=hidden is not None, num_warps=8 if rows == 128 else 4, num_stages=2,
+    tiles = batch * heads * -(-total // rows)
+    programs = min(tiles, _PER_PROCESSOR * processors(queries.device))
+    best = queries.new_empty(programs, n * rows, dtype=torch.float32)
+    _importance_fwd[(programs,)](
+        queries, keys, importance if hidden is None else hidden.view(torch.uint8), best, importance,
+        n if hidden is not None and hidden.shape[0] > 1 else 0, heads, n, tiles, n * rows,
+        scale * LOG2_E,
+        D=dim, BLOCK_D=padded(dim), ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
+        SOFTMAX=softmax, HAS_HIDDEN=hidden is not None, num_warps=8 if rows == 128 else 4,
+        num_stages=2,
     )  # fmt: skip
     return importance

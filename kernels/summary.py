@@ -75,7 +75,8 @@ def _tokens(blocks: Blocks, hidden: Tensor | None) -> Tensor:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or as many as tests need."""
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -83,4 +84,4 @@ def _processors(device: torch.device) -> int:
 
 def _chunks(device: torch.device, pairs: int) -> int:
     """Chunks of a head: enough programs to fill the device once."""
-    return max(1, _processors(device) // pairs)
+    return max(1, processors(device) // pairs)

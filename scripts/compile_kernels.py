@@ -220,6 +220,7 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
         "sum_ptr",
         "centre_ptr",
         "squares_ptr",
+        "best_ptr",
         "importance_ptr",
         "scores_ptr",
     )

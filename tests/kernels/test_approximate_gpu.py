@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse import methods, selection
-from dit_sparse.attention import attend, select_backend
+from dit_sparse.attention import attend, prepare, select_backend
 from dit_sparse.frame import frame_of
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.importance import sampled_importance
 from dit_sparse.method import CallContext
 
-pytest.importorskip("dit_sparse.kernels.block_sparse")
+block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 
 LAYOUTS = {
     "image": TokenLayout.of(TokenGrid(1, 48, 48)),
     "video": TokenLayout.of(TokenGrid(5, 21, 40), 77, 130),
     "padding": TokenLayout((TokenGrid(5, 20, 20), TextSpan(300, (300, 17)))),
 }
+LONG = TokenLayout.of(TokenGrid(9, 48, 64), 100)  # 217 blocks: several tiles of means
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("pisa", {"density": 0.2}),
     ("pisa", {"density": 0.2, "tail": "zeroth", "block": 64}),
@@ -32,6 +35,14 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("psa", {"ends": (0.1, 0.2, 0.3, 0.5), "block": 64, "skipped": "mean"}),
     ("psa", {"allocation": "mass", "ends": (0.3, 0.5, 0.6, 0.8), "similarity": (0.2, 0.1, 0.0)}),
 ]
+
+
+@pytest.fixture
+def _time_limit() -> Iterator[None]:
+    """Ends the process where a kernel never does, which nothing in Python can interrupt."""
+    faulthandler.dump_traceback_later(180, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def qkv(layout: TokenLayout, dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -48,7 +59,7 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "_time_limit")
 class TestOnGpu:
     @pytest.mark.parametrize(("name", "options"), METHODS)
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,6 +78,32 @@ class TestOnGpu:
         torch.testing.assert_close(got.lse[seen], exact.lse[seen], rtol=0, atol=5e-3)
         again = attend(q, k, v, plan, backend=backend)
         assert torch.equal(again.out, got.out)
+
+    @pytest.mark.parametrize("tail", ["zeroth", "first"])
+    @pytest.mark.parametrize("block", [64, 128])
+    @pytest.mark.parametrize("dim", [64, 72, 128])
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_tails_of_several_tiles(self, tail: str, block: int, dim: int, bound: bool):
+        q, k, v = qkv(LONG, dim)
+        method = methods.create("pisa", {"density": 0.2, "tail": tail, "block": block})
+        plan = method.plan(q, k, CallContext(LONG, values=v))
+        backend = block_sparse.TritonBackend(bound=bound)
+        got = attend(q, k, v, plan, backend=backend)
+        exact = attend(*(x.double() for x in (q, k, v)), plan, backend="reference")
+        assert relative_error(got.out, exact.out) <= 6e-3
+        torch.testing.assert_close(got.lse, exact.lse, rtol=0, atol=5e-3)
+
+    @pytest.mark.parametrize(("name", "options"), METHODS)
+    def test_calls_repeat(self, name: str, options: dict[str, Any]):
+        layout = LAYOUTS["video"]
+        q, k, v = qkv(layout, 128)
+        plan = methods.create(name, options).plan(q, k, CallContext(layout, values=v))
+        _, prepared = prepare(q, k, v, plan)
+        q, k, v = q.flip(1), k.flip(1), v.flip(1)  # the memory order changes with them
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        got, expected = prepared.again(q, k, v), attend(q, k, v, plan)
+        assert torch.equal(got.out, expected.out)
+        assert torch.equal(got.lse, expected.lse)
 
     @pytest.mark.parametrize(
         ("name", "options"), [("pisa", {"density": 1.0}), ("psa", {"ends": (1.0,) * 4})]
