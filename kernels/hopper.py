@@ -147,7 +147,9 @@ class Tail:
     slope: Tensor | None
     keys: int
 
-    def describe(self, keys: int) -> tuple[Any, Any]:
+    def describe(self) -> tuple[Any, Any]:
+        """Descriptors of the biases and the slope."""
+        keys = self.keys
         rows = self.bias.numel() // keys
         bias = TensorDescriptor(self.bias, [rows, keys], [keys, 1], [1, keys])
         if self.slope is None:
@@ -156,12 +158,16 @@ class Tail:
         shape, block = [self.slope.numel() // dim, dim], [padded(dim)] * 2
         return bias, TensorDescriptor(self.slope, shape, [dim, 1], block)
 
-    def strides(self, keys: int) -> tuple[int, int, int]:
+    @property
+    def tiles(self) -> int:
+        return self.bias.shape[-1] // self.keys
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
         """Rows of the bias from one batch entry, head and query block to the next."""
-        batch, heads, blocks, width = self.bias.shape
-        tiles = width // keys
-        of_head = blocks * tiles
-        return (heads * of_head if batch > 1 else 0, of_head if heads > 1 else 0, tiles)
+        batch, heads, blocks, _ = self.bias.shape
+        of_head = blocks * self.tiles
+        return (heads * of_head if batch > 1 else 0, of_head if heads > 1 else 0, self.tiles)
 
 
 def launch_tail(
@@ -218,7 +224,7 @@ def _launch(
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         *(_coordinates(plan) if box else (None, None)),
-        *(tail.describe(keys) if tail else (None, None)),
+        *(tail.describe() if tail else (None, None)),
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
         plan.q_blocks.starts, rows, order,
@@ -226,9 +232,9 @@ def _launch(
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
-        *(tail.strides(keys) if tail else (0, 0, 0)),
+        *(tail.strides if tail else (0, 0, 0)),
         heads, len(rows), len(rows) - len(picture), picture.start, n_queries,
-        tail.bias.shape[-1] // keys if tail else 0, scale, scale * LOG2_E, box.guard if box else 0,
+        tail.tiles if tail else 0, scale, scale * LOG2_E, box.guard if box else 0,
     )  # fmt: skip
     constants = {
         "D": head_dim,

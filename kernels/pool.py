@@ -13,6 +13,7 @@ from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import Blocks
 
+_COLUMNS, _WARPS = 64, 4  # of a program that forms means
 _CHUNKS = 16  # partial sums of a head's covariance: enough programs to fill a GPU, few matrices
 
 
@@ -108,9 +109,6 @@ def _pool(
         MEANS=means, TILED=tile is not None, num_warps=_WARPS if blocks.size <= 128 else 8,
     )  # fmt: skip
     return [Means(pooled[i], bias, of_blocks[i], tiled[i]) for i in range(len(tensors))]
-
-
-_COLUMNS, _WARPS = 64, 4
 
 
 def slope(

@@ -12,6 +12,8 @@ from dit_sparse.kernels._summary import _summary_fwd
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import Blocks
 
+_STAGES = 3
+
 
 class Summary(NamedTuple):
     """What stands for blocks of keys and values.
@@ -61,9 +63,6 @@ def summarise(
     )  # fmt: skip
     tokens = _tokens(blocks, hidden)
     return Summary(keys, values, (parts.sum(2) / tokens).to(k.dtype))
-
-
-_STAGES = 3
 
 
 def _tokens(blocks: Blocks, hidden: Tensor | None) -> Tensor:
