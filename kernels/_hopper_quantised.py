@@ -1,0 +1,234 @@
+"""Block-sparse attention forward for Hopper in 8 bits. Launched by `hopper_quantised.py`.
+
+The loop of `_hopper.py`, with scores and, where V_8BIT, values from 8-bit products. Keys and
+queries stand in whole blocks, short ones padded. The 8-bit product with the values wants them
+transposed, and the weights four to a register: the rows that a thread holds of the scores are not
+neighbours, so the values' keys are stored in the order in which the threads hold them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _packed(p):
+    """Four weights that a thread holds as e4m3 in the bits of the first; the others hold nothing.
+
+    Carried through the loop as bytes they would be packed and unpacked one by one.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $5, $4;
+        cvt.rn.satfinite.e4m3x2.f32 high, $7, $6;
+        mov.b32 $0, {low, high};
+        mov.b32 $1, 0;
+        mov.b32 $2, 0;
+        mov.b32 $3, 0;
+        }""", "=r,=r,=r,=r,f,f,f,f", [p], dtype=tl.int32, is_pure=True, pack=4)
+
+
+@triton.jit
+def _unpacked(bits):
+    """The bytes that `_packed` has put into the bits of every fourth."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [bits], dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
+def _exp2(x, POLY: tl.constexpr):
+    """2**x for x <= 0; of every four, POLY by a polynomial on the FMA pipe."""
+    if POLY == 0:
+        return tl.math.exp2(x)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t, f, p; .reg .s32 e, i;
+        ex2.approx.ftz.f32 $0, $4;
+        ex2.approx.ftz.f32 $1, $5;
+        ex2.approx.ftz.f32 $2, $6;
+        max.f32 p, $7, 0fC2FC0000;
+        add.rn.f32 t, p, 0f4B400000;
+        sub.rn.f32 f, t, 0f4B400000;
+        sub.rn.f32 f, p, f;
+        mov.b32 e, t;
+        shl.b32 e, e, 23;
+        fma.rn.f32 p, f, 0f3D6146E6, 0f3E780005;
+        fma.rn.f32 p, p, f, 0f3F317AE4;
+        fma.rn.f32 p, p, f, 0f3F800000;
+        mov.b32 i, p;
+        add.s32 i, i, e;
+        mov.b32 $3, i;
+        }""", "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4)
+
+
+@triton.jit
+def _nothing(like):
+    """Zeros that the compiler does not know for such: it stumbles over a constant accumulator."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=f,f", [like], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _quantised_fwd_hopper(
+    q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
+    q_step_ptr, k_step_ptr, centres_ptr, shift_ptr,
+    offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
+    q_starts_ptr, order_ptr, lower_ptr, upper_ptr,
+    q_rows, k_rows,
+    v_row_b, v_row_h, v_col_h,
+    out_stride_b, out_stride_h, out_stride_n,
+    list_stride_b, list_stride_h, order_stride_h, box_stride_h,
+    n_heads, n_q_blocks, n_k_blocks, n_queries, scale_log2, guard,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, SMOOTH: tl.constexpr,
+    V_8BIT: tl.constexpr, FRESH: tl.constexpr, POLY: tl.constexpr,
+):  # fmt: skip
+    # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
+    pid = tl.program_id(0)
+    block = pid % n_q_blocks
+    pair = pid // n_q_blocks
+    head = pair % n_heads
+    batch = pair // n_heads
+
+    q_desc = tl.make_tensor_descriptor(
+        q_ptr, shape=[q_rows, BLOCK_D], strides=[BLOCK_D, 1], block_shape=[BLOCK_M, BLOCK_D]
+    )
+    q = q_desc.load([pid * BLOCK_M, 0])
+    q_step = tl.load(q_step_ptr + pid) * scale_log2
+    k_row = pair * k_rows
+    k_step_ptr += pair * n_k_blocks
+    v_row = batch * v_row_b + head * v_row_h
+    v_col = head * v_col_h
+
+    row = batch * list_stride_b + head * list_stride_h + block
+    first = tl.load(offsets_ptr + row)
+    steps = tl.load(full_ptr + row)
+    if PARTIAL:
+        first += steps
+        steps = tl.load(partial_ptr + row)
+    indices_ptr += first
+    starts_ptr += first
+    lengths_ptr += first
+    within = tl.arange(0, BLOCK_N)
+
+    q_start = tl.load(q_starts_ptr + block)
+    if PARTIAL:
+        rows = q_start + tl.arange(0, BLOCK_M)
+        box_rows = head.to(tl.int64) * box_stride_h + rows
+        lower = tl.load(lower_ptr + box_rows, mask=rows < n_queries, other=0)
+        upper = tl.load(upper_ptr + box_rows, mask=rows < n_queries, other=0) | guard
+    # Weights in 8 bits reach up to 2^8 of 448 that e4m3 holds: its small numbers are coarse.
+    TOP: tl.constexpr = 8.0 if V_8BIT else 0.0
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    alpha = tl.full([BLOCK_M], 1.0, tl.float32)
+    alpha_before = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if FRESH:
+        fresh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # The weights of the block before, as bits: a loop-carried tile of a float type would be sent
+    # through shared memory, and the product with it waited for.
+    if V_8BIT:
+        behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    else:
+        behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
+
+    for it in tl.range(0, steps, warp_specialize=True):
+        number = tl.load(indices_ptr + it)
+        k = k_desc.load([k_row + number * BLOCK_N, 0])
+        # What the softmax needs from memory is loaded before the product with v: a load behind it
+        # waits for it, and so does all that depends on the load.
+        factor = q_step * tl.load(k_step_ptr + number)
+        if RAGGED and not PARTIAL:
+            length = tl.load(lengths_ptr + it)
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+        if PARTIAL:
+            above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
+            below = below_desc.load([number, 0]).reshape(BLOCK_N)
+            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+            scores = tl.where((inside & guard) == guard, scores * factor, float("-inf"))
+        at = tl.maximum(it - 1, 0)
+        if V_8BIT:
+            v = v_desc.load([v_row, tl.load(indices_ptr + at) * BLOCK_N])
+            p8 = _unpacked(behind).to(v.dtype, bitcast=True)
+            if FRESH:
+                acc = acc * alpha_before[:, None] + fresh
+                fresh = tl.dot(p8, tl.trans(v), _nothing(acc))
+            else:
+                acc = acc * alpha[:, None]
+                acc = tl.dot(p8, tl.trans(v), acc)
+        else:
+            v = v_desc.load([v_row + tl.load(starts_ptr + at), v_col])
+            acc = acc * alpha[:, None]
+            acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+        alpha_before = alpha
+        if PARTIAL or RAGGED:
+            if not PARTIAL:  # a column bias rides on the scaling, a select would not
+                bias = tl.where(within < length, 0.0, float("-inf"))
+                scores = scores * factor + bias[None, :]
+            # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
+            m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) - TOP), -1e30)
+            p = _exp2(scores - m_new[:, None], POLY)
+        else:
+            m_new = tl.maximum(m_i, tl.max(scores, 1) * factor - TOP)
+            p = _exp2(scores * factor - m_new[:, None], POLY)
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        if V_8BIT:
+            behind = _packed(p)
+        else:
+            behind = p.to(v.dtype).to(tl.int16, bitcast=True)
+
+    last = tl.maximum(steps - 1, 0)
+    if V_8BIT:
+        v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
+        p8 = _unpacked(behind).to(v.dtype, bitcast=True)
+        if FRESH:
+            acc = acc * alpha_before[:, None] + fresh
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p8, tl.trans(v), acc)
+    else:
+        v = v_desc.load([v_row + tl.load(starts_ptr + last, mask=steps > 0, other=0), v_col])
+        acc = acc * alpha[:, None]
+        acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+
+    rows = q_start + tl.arange(0, BLOCK_M)
+    row_inside = rows < tl.load(q_starts_ptr + block + 1)
+    tokens = rows.to(tl.int64)
+    if HAS_ORDER:
+        tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
+    cols = tl.arange(0, BLOCK_D)
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    acc = acc / l_safe[:, None]
+    if V_8BIT:
+        channels = centres_ptr + pair * 3 * BLOCK_D + cols
+        acc = acc * tl.load(channels + 2 * BLOCK_D)[None, :]
+        centre = tl.load(channels + BLOCK_D)[None, :]
+        acc += tl.where(empty, 0.0, 1.0)[:, None] * centre
+    m_i += tl.math.log2(l_safe)
+    if SMOOTH:  # what all scores of the row lost with the mean key
+        shift_rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_i += tl.load(shift_ptr + shift_rows) * scale_log2
+    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
+    out_inside = row_inside[:, None] & (cols[None, :] < D)
+    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
+    if PARTIAL:  # merge with the result so far
+        before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf"))
+        before *= 1.4426950408889634
+        m_i = tl.where(empty, float("-inf"), m_i)
+        m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
+        share = tl.math.exp2(m_i - m_new)
+        weight = tl.math.exp2(before - m_new)
+        both = share + weight
+        empty = both == 0.0
+        both_safe = tl.where(empty, 1.0, both)
+        acc = acc * (share / both_safe)[:, None]
+        earlier = tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
+        acc += (weight / both_safe)[:, None] * earlier
+        m_i = m_new + tl.math.log2(both_safe)
+    lse = tl.where(empty, float("-inf"), m_i * 0.6931471805599453)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
+    tl.store(lse_ptr + tokens, lse, mask=row_inside)

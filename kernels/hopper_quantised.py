@@ -1,0 +1,104 @@
+"""Launches the 8-bit Hopper kernel, for a plan's full entries or its partial ones."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels import hopper
+from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
+from dit_sparse.kernels.launch import Launch, TensorDescriptor
+from dit_sparse.kernels.launch import launch as launch_kernel
+from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.kernels.quantise import Quantised
+from dit_sparse.plan import BlockPlan
+from dit_sparse.predicate import BoxPredicate
+
+
+def launch(
+    quantised: Quantised,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    *,
+    partial: bool = False,
+    fresh: bool = False,
+    poly: int = 0,
+    stages: int = 2,
+) -> Launch | None:
+    """Writes `result`; `None`, and nothing written, if the strides of v do not allow it.
+
+    Args:
+        quantised: queries and keys, and the values unless they are read from `v`.
+        v: `[B, H, N, D]` in plan order.
+        partial: whether to add the partial entries, masked by boxes, to `result`; otherwise
+            `result` gets the full entries.
+    """
+    vm = None
+    if quantised.v is None:
+        vm = hopper._Matrix.of(v)
+        if vm is None or ((plan.k_blocks.ragged or partial) and not vm.ends_in_itself):
+            return None
+    box = plan.box if partial else None
+    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh, poly, stages)
+    return hopper._with_scratch(run)
+
+
+def _launch(
+    quantised: Quantised,
+    v: Tensor,
+    vm: hopper._Matrix | None,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    box: BoxPredicate | None,
+    fresh: bool,
+    poly: int,
+    stages: int,
+) -> Launch:
+    out, lse = result
+    batch, heads, n_queries, head_dim = out.shape
+    q, k, width = quantised.q, quantised.k, quantised.q.shape[-1]
+    keys = plan.k_blocks.size
+    starts, counts = plan.spans
+    order = starts if plan.order is None else plan.order.index
+    if vm is None:
+        assert quantised.v is not None
+        flat = quantised.v.view(-1, quantised.v.shape[-1])
+        v_desc, v_origin = TensorDescriptor.from_tensor(flat, [width, keys]), (heads * width, width, 0)
+    else:
+        v_desc, v_origin = vm.describe([keys, padded(head_dim)]), vm.origin
+    none = quantised.q_step
+    arguments = (
+        q, TensorDescriptor.from_tensor(k.view(-1, width), [keys, width]), v_desc,
+        *(hopper._coordinates(plan) if box else (None, None)),
+        out, lse, quantised.q_step, quantised.k_step, quantised.centres,
+        none if quantised.shift is None else quantised.shift,
+        plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
+        plan.q_blocks.starts, order,
+        box.lower if box else starts, box.upper if box else starts,
+        q.shape[:-1].numel(), k.shape[2] * keys, *v_origin, *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
+        heads, plan.q_blocks.n, plan.k_blocks.n, n_queries, scale * LOG2_E,
+        box.guard if box else 0,
+    )  # fmt: skip
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": width,
+        "BLOCK_M": plan.q_blocks.size,
+        "BLOCK_N": keys,
+        "RAGGED": plan.k_blocks.ragged,
+        "HAS_ORDER": plan.order is not None,
+        "PARTIAL": box is not None,
+        "SMOOTH": quantised.shift is not None,
+        "V_8BIT": vm is None,
+        "FRESH": fresh,
+        "POLY": poly,
+    }
+    grid = (batch * heads * plan.q_blocks.n, 1, 1)
+    return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=stages)
