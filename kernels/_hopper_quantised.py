@@ -80,7 +80,7 @@ def _quantised_fwd_hopper(
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
     n_heads, n_q_blocks, n_k_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, SMOOTH: tl.constexpr,
+    RAGGED: tl.constexpr, LAST: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, SMOOTH: tl.constexpr,
     V_8BIT: tl.constexpr, FRESH: tl.constexpr, POLY: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
@@ -133,7 +133,10 @@ def _quantised_fwd_hopper(
     else:
         behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
 
-    for it in tl.range(0, steps, warp_specialize=True):
+    loop = steps
+    if LAST:  # the last entry, which may be short, is read behind the loop
+        loop = tl.maximum(steps - 1, 0)
+    for it in tl.range(0, loop, warp_specialize=True):
         number = tl.load(indices_ptr + it)
         k = k_desc.load([k_row + number * BLOCK_N, 0])
         # What the softmax needs from memory is loaded before the product with v: a load behind it
@@ -181,10 +184,39 @@ def _quantised_fwd_hopper(
             behind = p.to(v.dtype).to(tl.int16, bitcast=True)
 
     last = tl.maximum(steps - 1, 0)
+    if LAST:
+        number = tl.load(indices_ptr + last, mask=steps > 0, other=0)
+        k = k_desc.load([k_row + number * BLOCK_N, 0])
+        factor = q_step * tl.load(k_step_ptr + number)
+        length = tl.load(lengths_ptr + last, mask=steps > 0, other=0)
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+        at = tl.maximum(steps - 2, 0)
+        if V_8BIT:
+            v = v_desc.load([v_row, tl.load(indices_ptr + at, mask=steps > 0, other=0) * BLOCK_N])
+            p8 = _unpacked(behind).to(v.dtype, bitcast=True)
+            if FRESH:
+                acc = acc * alpha_before[:, None] + fresh
+            acc = acc * alpha[:, None]
+            acc = tl.dot(p8, tl.trans(v), acc)
+        else:
+            v = v_desc.load([v_row + tl.load(starts_ptr + at, mask=steps > 0, other=0), v_col])
+            acc = acc * alpha[:, None]
+            acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+        bias = tl.where(within < length, 0.0, float("-inf"))
+        scores = scores * factor + bias[None, :] + _nothing(m_i)[:, None]
+        m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) - TOP), -1e30)
+        p = tl.math.exp2(scores - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        if V_8BIT:
+            behind = _packed(p)
+        else:
+            behind = p.to(v.dtype).to(tl.int16, bitcast=True)
     if V_8BIT:
         v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
         p8 = _unpacked(behind).to(v.dtype, bitcast=True)
-        if FRESH:
+        if FRESH and not LAST:
             acc = acc * alpha_before[:, None] + fresh
         acc = acc * alpha[:, None]
         acc = tl.dot(p8, tl.trans(v), acc)

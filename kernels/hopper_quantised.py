@@ -27,6 +27,7 @@ def launch(
     *,
     partial: bool = False,
     fresh: bool = False,
+    last: bool = False,
     poly: int = 0,
     stages: int = 2,
 ) -> Launch | None:
@@ -44,7 +45,7 @@ def launch(
         if vm is None or ((plan.k_blocks.ragged or partial) and not vm.ends_in_itself):
             return None
     box = plan.box if partial else None
-    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh, poly, stages)
+    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh, last, poly, stages)
     return hopper._with_scratch(run)
 
 
@@ -57,6 +58,7 @@ def _launch(
     result: AttentionOutput,
     box: BoxPredicate | None,
     fresh: bool,
+    last: bool,
     poly: int,
     stages: int,
 ) -> Launch:
@@ -92,7 +94,8 @@ def _launch(
         "BLOCK_D": width,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged,
+        "RAGGED": plan.k_blocks.ragged and not last,
+        "LAST": last,
         "HAS_ORDER": plan.order is not None,
         "PARTIAL": box is not None,
         "SMOOTH": quantised.shift is not None,
