@@ -25,14 +25,21 @@ def _packed(p):
         mov.b32 $1, 0;
         mov.b32 $2, 0;
         mov.b32 $3, 0;
-        }""", "=r,=r,=r,=r,f,f,f,f", [p], dtype=tl.int32, is_pure=True, pack=4)
+        }""",
+        "=r,=r,=r,=r,f,f,f,f",
+        [p],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
 def _unpacked(bits):
     """The bytes that `_packed` has put into the bits of every fourth."""
     return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r,r,r,r", [bits], dtype=tl.int8, is_pure=True, pack=4)
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [bits], dtype=tl.int8, is_pure=True, pack=4
+    )
 
 
 @triton.jit
@@ -58,14 +65,21 @@ def _exp2(x, POLY: tl.constexpr):
         mov.b32 i, p;
         add.s32 i, i, e;
         mov.b32 $3, i;
-        }""", "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4)
+        }""",
+        "=f,=f,=f,=f,f,f,f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
 def _nothing(like):
     """Zeros that the compiler does not know for such: it stumbles over a constant accumulator."""
     return tl.inline_asm_elementwise(
-        "mov.b32 $0, 0;", "=f,f", [like], dtype=tl.float32, is_pure=True, pack=1)
+        "mov.b32 $0, 0;", "=f,f", [like], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -80,8 +94,8 @@ def _quantised_fwd_hopper(
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
     n_heads, n_q_blocks, n_k_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, LAST: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, SMOOTH: tl.constexpr,
-    V_8BIT: tl.constexpr, FRESH: tl.constexpr, POLY: tl.constexpr,
+    RAGGED: tl.constexpr, LAST: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
+    SMOOTH: tl.constexpr, V_8BIT: tl.constexpr, FRESH: tl.constexpr, POLY: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -178,10 +192,7 @@ def _quantised_fwd_hopper(
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
-        if V_8BIT:
-            behind = _packed(p)
-        else:
-            behind = p.to(v.dtype).to(tl.int16, bitcast=True)
+        behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
 
     last = tl.maximum(steps - 1, 0)
     if LAST:
@@ -209,10 +220,7 @@ def _quantised_fwd_hopper(
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
-        if V_8BIT:
-            behind = _packed(p)
-        else:
-            behind = p.to(v.dtype).to(tl.int16, bitcast=True)
+        behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
     if V_8BIT:
         v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
         p8 = _unpacked(behind).to(v.dtype, bitcast=True)

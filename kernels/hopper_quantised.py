@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
@@ -45,7 +44,9 @@ def launch(
         if vm is None or ((plan.k_blocks.ragged or partial) and not vm.ends_in_itself):
             return None
     box = plan.box if partial else None
-    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh, last, poly, stages)
+    run = functools.partial(
+        _launch, quantised, v, vm, plan, scale, result, box, fresh, last, poly, stages
+    )
     return hopper._with_scratch(run)
 
 
@@ -71,7 +72,10 @@ def _launch(
     if vm is None:
         assert quantised.v is not None
         flat = quantised.v.view(-1, quantised.v.shape[-1])
-        v_desc, v_origin = TensorDescriptor.from_tensor(flat, [width, keys]), (heads * width, width, 0)
+        v_desc, v_origin = (
+            TensorDescriptor.from_tensor(flat, [width, keys]),
+            (heads * width, width, 0),
+        )
     else:
         v_desc, v_origin = vm.describe([keys, padded(head_dim)]), vm.origin
     none = quantised.q_step

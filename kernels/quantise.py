@@ -68,14 +68,14 @@ def quantise(
     blocks = [q.new_empty(batch, heads, n, size, width, dtype=dtype) for n in (n_q, n_k)]
     columns = n_k * size if values else 0
     transposed = q.new_empty(batch, heads, width, columns, dtype=torch.float8_e4m3fn)
-    order = None if plan.order is None else plan.order.index
+    index = plan.q_blocks.starts if plan.order is None else plan.order.index
     _quantise_fwd[(max(n_q, n_k), batch * heads, 3 if values else 2)](
         q, k, v, *blocks, transposed, *steps, of_rows, centres,
-        plan.q_blocks.starts, plan.k_blocks.starts, plan.q_blocks.starts if order is None else order,
+        plan.q_blocks.starts, plan.k_blocks.starts, index,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        0 if order is None or order.ndim == 1 else order.stride(0), heads, n_q, n_k,
+        index.stride(0) if index.ndim == 2 else 0, heads, n_q, n_k,
         D=dim, DV=v.shape[-1], BLOCK_D=width, SIZE=size,
-        INTEGERS=integers, SMOOTH=smooth, HAS_ORDER=order is not None, num_warps=8,
+        INTEGERS=integers, SMOOTH=smooth, HAS_ORDER=plan.order is not None, num_warps=8,
     )  # fmt: skip
     shift = of_rows if smooth else None
     return Quantised(*blocks, *steps, shift, transposed if values else None, centres)

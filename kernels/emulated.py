@@ -1,0 +1,121 @@
+"""What quantised attention computes, in PyTorch on any device: the meaning of a precision.
+
+It rounds what the 8-bit kernels round, and computes in fp32: a yardstick for them and a means to
+study quality, not a fast path. For INT4 there is no kernel, since no GPU that Triton knows
+multiplies 4-bit integers faster than 8-bit ones: its emulation says what it would cost in quality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels.reference import _groups, _Lists
+from dit_sparse.plan import BlockPlan, Blocks
+
+Precision = Literal["fp8", "int8", "int4"]
+
+E4M3_MAX = 448.0
+_INTEGERS = {"int8": 127, "int4": 7}
+_TOP = 8.0  # the largest weight is 2**8 in e4m3, whose small numbers are coarse
+
+
+@dataclass(frozen=True)
+class EmulatedBackend:
+    """Attention over exact entries with rounded operands.
+
+    Args:
+        precision: `"fp8"`: queries, keys, weights and values in e4m3; `"int8"` and `"int4"`:
+            queries and keys in integers, weights and values as they are. Queries and keys have a
+            step for each block, values one for each channel of a head.
+        smooth: subtract the mean key from all keys, which alters no weight (arXiv 2410.02367),
+            and the mean value from all values in e4m3.
+    """
+
+    precision: Precision
+    smooth: bool = True
+    reorders: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"Expected a precision among {', '.join(get_args(Precision))}, "
+                f"got {self.precision!r}."
+            )
+
+    @property
+    def name(self) -> str:
+        return f"emulated {self.precision}"
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+        if plan.pools is not None or plan.tail != "none":
+            return f"expected a plan of exact entries in {self.precision}, got {plan}."
+        return None
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> AttentionOutput:
+        out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
+        lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
+        q, k, v = q.float(), k.float(), v.float()
+        k_centre = k.mean(2, keepdim=True) * self.smooth
+        shift = scale * (q * k_centre).sum(-1)
+        q = round_blocks(q, plan.q_blocks, self.precision)
+        k = round_blocks(k - k_centre, plan.k_blocks, self.precision)
+        v_centre = v.mean(2, keepdim=True) * self.smooth
+        v = round_channels(v - v_centre) + v_centre if self.precision == "fp8" else v
+        lists = _Lists(plan)
+        for batch, plan_batch in _groups(q.shape[0], plan.batch):
+            for heads, plan_head in _groups(q.shape[1], lists.heads):
+                for block, rows in enumerate(lists.rows):
+                    picked = lists.pick(plan_batch, plan_head, block)
+                    if not len(picked.keys):
+                        continue
+                    at = (batch, heads, rows)
+                    scores = scale * q[at] @ k[batch, heads][..., picked.keys, :].mT
+                    if picked.mask is not None:
+                        scores = scores.masked_fill(~picked.mask, -torch.inf)
+                    weights, mass = self._weights(scores)
+                    centre = v_centre[batch, heads]
+                    values = weights @ (v[batch, heads][..., picked.keys, :] - centre)
+                    seen = (mass > -torch.inf)[..., None]
+                    out[at] = (values + centre * seen).to(out.dtype)
+                    lse[at] = mass + shift[at]
+        return AttentionOutput(out, lse)
+
+    def _weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax with rounded weights over their exact sum, and the LSE."""
+        mass = scores.logsumexp(-1)
+        top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        if self.precision == "fp8":
+            weights = (weights * 2**_TOP).to(torch.float8_e4m3fn).float() / 2**_TOP
+        return weights / total, mass
+
+
+def round_blocks(x: Tensor, blocks: Blocks, precision: Precision) -> Tensor:
+    """`x` `[B, H, N, D]` rounded with one step for each block: its largest magnitude over the
+    largest number of the precision."""
+    of_block = x.new_zeros(*x.shape[:2], blocks.n)
+    index = blocks.of_token.expand(*x.shape[:2], -1)
+    reach = of_block.scatter_reduce(2, index, x.abs().amax(-1), "amax").clamp_min(1e-12)
+    largest = _INTEGERS.get(precision, E4M3_MAX)
+    step = (reach / largest).gather(2, index)[..., None]
+    if precision == "fp8":
+        return _e4m3(x / step) * step
+    return (x / step).round() * step
+
+
+def round_channels(v: Tensor) -> Tensor:
+    """`v` in e4m3 with a step for each channel of a head."""
+    step = v.abs().amax(2, keepdim=True).clamp_min(1e-12) / E4M3_MAX
+    return _e4m3(v / step) * step
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()

@@ -1,0 +1,94 @@
+"""The 8-bit Hopper kernel in the interpreter: its arithmetic, not its instructions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.plan import BlockPlan, Blocks
+from tests.block_cases import Case, plan_of, tensors_of
+from tests.oracle import masked_attention
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+_hopper_quantised = pytest.importorskip("dit_sparse.kernels._hopper_quantised")
+hopper_quantised = pytest.importorskip("dit_sparse.kernels.hopper_quantised")
+quantise = pytest.importorskip("dit_sparse.kernels.quantise").quantise
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+
+@triton.jit
+def _packed(p):
+    return p.to(tl.float8e4nv).to(tl.int8, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _unpacked(bits):
+    return bits.to(tl.int8)
+
+
+@triton.jit
+def _nothing(like):
+    return tl.zeros(like.shape, tl.float32)
+
+
+@pytest.fixture(autouse=True)
+def without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter knows no assembly: what it is meant to do takes its place."""
+    for function in (_packed, _unpacked, _nothing):
+        monkeypatch.setattr(_hopper_quantised, function.fn.__name__, function)
+
+
+def run(plan: BlockPlan, case: Case, *, integers: bool, values: bool, **options: bool) -> None:
+    """Compares with float64: the LSE, that empty rows are 0, and the direction of the rest.
+
+    Bounds in e4m3 are wide: the interpreter's conversion to it drops carries.
+    """
+    q, k, v = tensors_of(case, plan)
+    k[..., 3] += 5
+    v[..., 2] += 3
+    quantised = quantise(q, k, v, plan, integers=integers, values=values)
+    ordered = v.contiguous() if plan.order is None else plan.order(v)
+    got = AttentionOutput(torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan))
+    parts = (False, True) if plan.box is not None else (False,)
+    for partial in parts:
+        launched = hopper_quantised.launch(
+            quantised, ordered, plan, case.head_dim**-0.5, got, partial=partial, **options
+        )
+        assert launched is not None
+    out, lse = masked_attention(q, k, v, plan.to_mask())
+    empty = lse == -torch.inf
+    assert torch.equal(got.lse == -torch.inf, empty)
+    assert not got.out[empty].any()
+    tolerance = 0.05 if integers else 0.3
+    torch.testing.assert_close(got.lse.double(), lse, rtol=0, atol=tolerance)
+    similar = F.cosine_similarity(got.out.double().flatten(), out.flatten(), dim=0)
+    assert similar > (0.9995 if integers and not values else 0.997)
+
+
+@pytest.mark.parametrize(
+    ("integers", "values", "box", "order"),
+    [
+        (True, True, True, "head"),
+        (True, False, True, "none"),
+        (False, True, False, "none"),
+        (False, False, False, "head"),
+    ],
+)
+def test_plans(integers: bool, values: bool, box: bool, order: str):
+    case = Case(32, 32, 32, torch.float16, box=box, order=order)
+    run(plan_of(case), case, integers=integers, values=values)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("tokens", [120, 128])
+def test_a_short_last_block(tokens: int, fresh: bool):
+    case = Case(32, 32, 32, torch.float16, box=False)
+    blocks = Blocks.uniform(tokens, 32)
+    mask = torch.rand(2, 2, blocks.n, blocks.n, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[0, 0, 0] = False
+    plan = BlockPlan.from_mask(mask, blocks, blocks)
+    run(plan, case, integers=True, values=True, last=True, fresh=fresh)

@@ -1,0 +1,163 @@
+"""The quantising pass in Triton against its meaning in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.grid import Permutation
+from dit_sparse.kernels.emulated import round_blocks, round_channels
+from dit_sparse.plan import BlockPlan, Blocks
+from tests.block_cases import LAYOUTS
+
+quantise = pytest.importorskip("dit_sparse.kernels.quantise").quantise
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, Triton's interpreter runs
+# The interpreter's conversion to e4m3 drops carries and small numbers, so that up to a whole
+# binade is lost; on a GPU it rounds to the nearest.
+E4M3 = {"rtol": 1 / 15, "atol": 2e-2} if DEVICE == "cuda" else {"rtol": 0.5, "atol": 0.1}
+
+
+def problem(
+    dim: int = 32, order: str = "none", runs: tuple[int, ...] = (140, 71), value_dim: int = 32
+) -> tuple[Tensor, Tensor, Tensor, BlockPlan]:
+    generator = torch.Generator().manual_seed(dim)
+    tokens, size = sum(runs), 32
+    blocks = Blocks.of_runs(runs, size)
+    index = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(3)])
+    orders = {"none": None, "shared": Permutation(index[0]), "head": Permutation(index)}
+    mask = torch.ones(1, 1, blocks.n, blocks.n, dtype=torch.bool)
+    plan = BlockPlan.from_mask(mask, blocks, blocks, order=orders[order])
+    q, k, v = (
+        torch.randn(2, 3, tokens, d, generator=generator).to(DEVICE) for d in (dim, dim, value_dim)
+    )
+    return q, k + 3, v * 2 - 5, plan.to(DEVICE)
+
+
+def rows_of(stored: Tensor, steps: Tensor, blocks: Blocks, dim: int) -> Tensor:
+    """Blocks put behind one another again, multiplied by their steps."""
+    whole = stored.float() * steps[..., None, None]
+    lengths = blocks.lengths.tolist()
+    return torch.cat([whole[:, :, j, :n, :dim] for j, n in enumerate(lengths)], 2)
+
+
+def columns_of(stored: Tensor, blocks: Blocks) -> Tensor:
+    parts = stored.float().split(blocks.size, dim=-1)
+    lengths = blocks.lengths.tolist()
+    return torch.cat([p[..., :n] for p, n in zip(parts, lengths, strict=True)], -1).mT
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("order", ["none", "shared", "head"])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_integers(order: str, dim: int):
+    q, k, v, plan = problem(dim, order)
+    got = quantise(q, k, v, plan, integers=True)
+    if plan.order is not None:
+        q, k = plan.order(q), plan.order(k)
+    centre = got.centres[:, :, None, 0, :dim]
+    torch.testing.assert_close(centre, k.mean(2, keepdim=True))
+    for x, stored, steps in ((q, got.q, got.q_step), (k - centre, got.k, got.k_step)):
+        assert stored.dtype == torch.int8
+        expected = round_blocks(x, plan.q_blocks, "int8")
+        same = torch.isclose(rows_of(stored, steps, plan.q_blocks, dim), expected, atol=1e-5)
+        assert same.float().mean() > 0.999  # a quotient half way may fall on either side
+    expected = (q * centre).sum(-1)
+    torch.testing.assert_close(
+        rows_of(got.shift[..., None], got.q_step * 0 + 1, plan.q_blocks, 1)[..., 0],
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("order", ["none", "head"])
+@pytest.mark.parametrize("value_dim", [24, 32])
+def test_e4m3(order: str, value_dim: int):
+    q, k, v, plan = problem(32, order, value_dim=value_dim)
+    got = quantise(q, k, v, plan)
+    if plan.order is not None:
+        k, v = plan.order(k), plan.order(v)
+    k = k - got.centres[:, :, None, 0]
+    centre, step = got.centres[:, :, None, 1, :value_dim], got.centres[:, :, None, 2, :value_dim]
+    torch.testing.assert_close(centre, v.mean(2, keepdim=True))
+    torch.testing.assert_close(step, (v - centre).abs().amax(2, keepdim=True) / 448)
+    torch.testing.assert_close(rows_of(got.k, got.k_step, plan.k_blocks, 32), k, **E4M3)
+    values = columns_of(got.v[:, :, :value_dim], plan.k_blocks) * step
+    torch.testing.assert_close(values, v - centre, **E4M3)
+    if DEVICE == "cuda":
+        expected = round_channels(v - centre)
+        assert torch.isclose(values, expected, rtol=1e-3).float().mean() > 0.999
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_padding_is_zero():
+    """A product with what a short block lacks must not be NaN."""
+    q, k, v, plan = problem(24, value_dim=24)
+    got = quantise(q, k, v, plan, integers=True)
+    for stored, blocks in ((got.q, plan.q_blocks), (got.k, plan.k_blocks)):
+        for j, (start, stop) in enumerate(pairwise(blocks.starts.tolist())):
+            assert not stored[:, :, j, stop - start :].any()
+            assert not stored[:, :, j, :, 24:].any()
+            assert not got.v[:, :, :, (j * 32 + stop - start) : (j + 1) * 32].float().any()
+    assert not got.v[:, :, 24:].float().any()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_rough():
+    """Without the mean key, and without values."""
+    q, k, v, plan = problem()
+    got = quantise(q, k, v, plan, integers=True, smooth=False, values=False)
+    assert got.shift is None
+    assert got.v is None
+    expected = round_blocks(k, plan.k_blocks, "int8")
+    same = torch.isclose(rows_of(got.k, got.k_step, plan.k_blocks, 32), expected, atol=1e-5)
+    assert same.float().mean() > 0.999
+
+
+def test_queries_and_keys_of_other_numbers():
+    q, k, v, plan = problem()
+    blocks = Blocks.uniform(50, 32).to(DEVICE)
+    mask = torch.ones(1, 1, blocks.n, plan.k_blocks.n, dtype=torch.bool, device=DEVICE)
+    few = BlockPlan.from_mask(mask, blocks, plan.k_blocks)
+    got, all_of_them = quantise(q[:, :, :50], k, v, few), quantise(q, k, v, plan)
+    assert got.q.shape[2] == 2
+    assert torch.equal(got.q[:, :, 0].float(), all_of_them.q[:, :, 0].float())
+    assert torch.equal(got.k.float(), all_of_them.k.float())
+
+
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "dim outermost"])
+def test_strides(layout: str):
+    *tensors, plan = problem()
+    laid = [LAYOUTS[layout](x) for x in tensors]
+    expected = quantise(*(x.contiguous() for x in laid), plan, integers=True)
+    got = quantise(*laid, plan, integers=True)
+    assert torch.equal(got.q, expected.q)
+    assert torch.equal(got.k, expected.k)
+    assert torch.equal(got.v.float(), expected.v.float())
+
+
+def test_an_empty_head():
+    """All keys equal: nothing is left of them, and no step is 0."""
+    q, k, v, plan = problem()
+    k[:], v[:] = 7.0, 2.0
+    got = quantise(q, k, v, plan)
+    assert (got.k_step > 0).all()
+    assert not (got.k.float() * got.k_step[..., None, None]).abs().amax() > 1e-5
+    assert not got.v.isnan().any()
+
+
+def test_many_keys_have_the_mean_of_some():
+    """Long sequences are sampled: the mean key is near, and any key does as well."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = 16384 + 100
+    k = torch.randn(1, 1, tokens, 16, generator=generator).to(DEVICE) + 4
+    blocks = Blocks.uniform(tokens, 128).to(DEVICE)
+    mask = torch.ones(1, 1, blocks.n, blocks.n, dtype=torch.bool, device=DEVICE)
+    plan = replace(BlockPlan.from_mask(mask, blocks, blocks), order=None)
+    got = quantise(k, k, k, plan, values=False, integers=True)
+    assert (got.centres[0, 0, 0] - k.mean((0, 1, 2))).abs().max() < 0.1
