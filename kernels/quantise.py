@@ -64,13 +64,13 @@ def quantise(
     dtype = torch.int8 if integers else torch.float8_e4m3fn
     centres = _centres(k, v, width, values) if smooth or values else q.new_empty(0)
     of_rows = q.new_empty(batch, heads, n_q, size if smooth else 0, dtype=torch.float32)
-    steps = [q.new_empty(batch, heads, n, dtype=torch.float32) for n in (n_q, n_k)]
-    blocks = [q.new_empty(batch, heads, n, size, width, dtype=dtype) for n in (n_q, n_k)]
+    q_step, k_step = (q.new_empty(batch, heads, n, dtype=torch.float32) for n in (n_q, n_k))
+    q8, k8 = (q.new_empty(batch, heads, n, size, width, dtype=dtype) for n in (n_q, n_k))
     columns = n_k * size if values else 0
     transposed = q.new_empty(batch, heads, width, columns, dtype=torch.float8_e4m3fn)
     index = plan.q_blocks.starts if plan.order is None else plan.order.index
     _quantise_fwd[(max(n_q, n_k), batch * heads, 3 if values else 2)](
-        q, k, v, *blocks, transposed, *steps, of_rows, centres,
+        q, k, v, q8, k8, transposed, q_step, k_step, of_rows, centres,
         plan.q_blocks.starts, plan.k_blocks.starts, index,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0, heads, n_q, n_k,
@@ -78,7 +78,7 @@ def quantise(
         INTEGERS=integers, SMOOTH=smooth, HAS_ORDER=plan.order is not None, num_warps=8,
     )  # fmt: skip
     shift = of_rows if smooth else None
-    return Quantised(*blocks, *steps, shift, transposed if values else None, centres)
+    return Quantised(q8, k8, q_step, k_step, shift, transposed if values else None, centres)
 
 
 def _centres(k: Tensor, v: Tensor, width: int, values: bool) -> Tensor:
