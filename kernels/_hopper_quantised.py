@@ -9,6 +9,8 @@ neighbours, so the values' keys are stored in the order in which the threads hol
 import triton
 import triton.language as tl
 
+from dit_sparse.kernels._hopper import _place
+
 
 @triton.jit
 def _packed(p):
@@ -82,33 +84,32 @@ def _nothing(like):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _quantised_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
     q_step_ptr, k_step_ptr, centres_ptr, shift_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
-    q_starts_ptr, order_ptr, lower_ptr, upper_ptr,
+    q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
     q_rows, k_rows,
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
-    n_heads, n_q_blocks, n_k_blocks, n_queries, scale_log2, guard,
+    n_heads, n_q_blocks, n_programs, n_outer, first_inner, n_k_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, LAST: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
     SMOOTH: tl.constexpr, V_8BIT: tl.constexpr, FRESH: tl.constexpr, POLY: tl.constexpr,
 ):  # fmt: skip
-    # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
-    pid = tl.program_id(0)
-    block = pid % n_q_blocks
-    pair = pid // n_q_blocks
-    head = pair % n_heads
-    batch = pair // n_heads
+    block, head, batch = _place(n_programs, n_outer, first_inner, n_heads)
+    if PARTIAL:
+        block = tl.load(rows_ptr + block)
+    pair = batch * n_heads + head
+    q_block = pair * n_q_blocks + block
 
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, BLOCK_D], strides=[BLOCK_D, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
-    q = q_desc.load([pid * BLOCK_M, 0])
-    q_step = tl.load(q_step_ptr + pid) * scale_log2
+    q = q_desc.load([q_block * BLOCK_M, 0])
+    q_step = tl.load(q_step_ptr + q_block) * scale_log2
     k_row = pair * k_rows
     k_step_ptr += pair * n_k_blocks
     v_row = batch * v_row_b + head * v_row_h
@@ -147,10 +148,7 @@ def _quantised_fwd_hopper(
     else:
         behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
 
-    loop = steps
-    if LAST:  # the last entry, which may be short, is read behind the loop
-        loop = tl.maximum(steps - 1, 0)
-    for it in tl.range(0, loop, warp_specialize=True):
+    for it in tl.range(0, steps, warp_specialize=True):
         number = tl.load(indices_ptr + it)
         k = k_desc.load([k_row + number * BLOCK_N, 0])
         # What the softmax needs from memory is loaded before the product with v: a load behind it
@@ -179,7 +177,7 @@ def _quantised_fwd_hopper(
             acc = acc * alpha[:, None]
             acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
         alpha_before = alpha
-        if PARTIAL or RAGGED:
+        if PARTIAL or (RAGGED and not V_8BIT):
             if not PARTIAL:  # a column bias rides on the scaling, a select would not
                 bias = tl.where(within < length, 0.0, float("-inf"))
                 scores = scores * factor + bias[None, :]
@@ -190,41 +188,21 @@ def _quantised_fwd_hopper(
             m_new = tl.maximum(m_i, tl.max(scores, 1) * factor - TOP)
             p = _exp2(scores * factor - m_new[:, None], POLY)
         alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
+        if RAGGED and V_8BIT and not PARTIAL:
+            # A short block ends in copies of its last key, whose values are 0: no maximum and no
+            # product sees them. One column, counted for all of them, costs less than a mask.
+            copies = tl.where(within == BLOCK_N - 1, length - (BLOCK_N - 1), 1).to(tl.float32)
+            l_i = l_i * alpha + tl.sum(p * copies[None, :], 1)
+        else:
+            l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
 
     last = tl.maximum(steps - 1, 0)
-    if LAST:
-        number = tl.load(indices_ptr + last, mask=steps > 0, other=0)
-        k = k_desc.load([k_row + number * BLOCK_N, 0])
-        factor = q_step * tl.load(k_step_ptr + number)
-        length = tl.load(lengths_ptr + last, mask=steps > 0, other=0)
-        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
-        at = tl.maximum(steps - 2, 0)
-        if V_8BIT:
-            v = v_desc.load([v_row, tl.load(indices_ptr + at, mask=steps > 0, other=0) * BLOCK_N])
-            p8 = _unpacked(behind).to(v.dtype, bitcast=True)
-            if FRESH:
-                acc = acc * alpha_before[:, None] + fresh
-            acc = acc * alpha[:, None]
-            acc = tl.dot(p8, tl.trans(v), acc)
-        else:
-            v = v_desc.load([v_row + tl.load(starts_ptr + at, mask=steps > 0, other=0), v_col])
-            acc = acc * alpha[:, None]
-            acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
-        bias = tl.where(within < length, 0.0, float("-inf"))
-        scores = scores * factor + bias[None, :] + _nothing(m_i)[:, None]
-        m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) - TOP), -1e30)
-        p = tl.math.exp2(scores - m_new[:, None])
-        alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
-        behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
     if V_8BIT:
         v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
         p8 = _unpacked(behind).to(v.dtype, bitcast=True)
-        if FRESH and not LAST:
+        if FRESH:
             acc = acc * alpha_before[:, None] + fresh
         acc = acc * alpha[:, None]
         acc = tl.dot(p8, tl.trans(v), acc)
@@ -241,7 +219,7 @@ def _quantised_fwd_hopper(
     cols = tl.arange(0, BLOCK_D)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    acc = acc / l_safe[:, None]
+    acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])  # a weight of 0 hides no NaN
     if V_8BIT:
         channels = centres_ptr + pair * 3 * BLOCK_D + cols
         acc = acc * tl.load(channels + 2 * BLOCK_D)[None, :]
@@ -249,8 +227,9 @@ def _quantised_fwd_hopper(
         acc += tl.where(empty, 0.0, 1.0)[:, None] * centre
     m_i += tl.math.log2(l_safe)
     if SMOOTH:  # what all scores of the row lost with the mean key
-        shift_rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_i += tl.load(shift_ptr + shift_rows) * scale_log2
+        # Triton moves the row of `q_desc.load` for its second half: nothing else may be made of it.
+        shift_ptr += pair.to(tl.int64) * n_queries
+        m_i += tl.load(shift_ptr + rows, mask=row_inside, other=0.0) * scale_log2
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)

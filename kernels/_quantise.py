@@ -19,33 +19,34 @@ def _extremes_fwd(
     batch = (pair // n_heads).to(tl.int64)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
-    cols = tl.arange(0, BLOCK_D)
-    k_sum = tl.zeros([BLOCK_D], tl.float32)
-    v_sum = tl.zeros([BLOCK_D], tl.float32)
-    least = tl.full([BLOCK_D], float("inf"), tl.float32)
-    most = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    within = tl.arange(0, ROWS)[:, None]
     first = tl.program_id(0) * per_chunk
-    for start in range(first, tl.minimum(first + per_chunk, n_keys), ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = (rows < n_keys)[:, None]
-        rows = rows.to(tl.int64)[:, None]
-        if (start // ROWS) % EVERY == 0:
-            k = tl.load(k_ptr + rows * k_stride_n + cols, mask=inside & (cols < D), other=0.0)
-            k_sum += tl.sum(k.to(tl.float32), 0)
-        if VALUES:
+    stop = tl.minimum(first + per_chunk, n_keys)
+    k_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(first, stop, ROWS * EVERY):
+        rows = (start + within).to(tl.int64)
+        k = tl.load(k_ptr + rows * k_stride_n + cols, mask=(rows < n_keys) & (cols < D), other=0.0)
+        k_sum += k.to(tl.float32)
+    # Tiles are added up whole and their rows at the end: a sum over rows waits for all warps.
+    parts_ptr += (pair * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 4 * BLOCK_D
+    parts_ptr += tl.arange(0, BLOCK_D)
+    tl.store(parts_ptr, tl.sum(k_sum, 0))
+    if VALUES:
+        v_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        least = tl.full([ROWS, BLOCK_D], float("inf"), tl.float32)
+        most = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
+        for start in range(first, stop, ROWS):
+            rows = (start + within).to(tl.int64)
             # Rows past the end repeat the last one: that alters no extreme.
             at = tl.minimum(rows, n_keys - 1) * v_stride_n + cols
-            v = tl.load(v_ptr + at, mask=tl.broadcast_to(cols[None, :] < DV, [ROWS, BLOCK_D]),
-                        other=0.0).to(tl.float32)  # fmt: skip
-            v_sum += tl.sum(tl.where(inside, v, 0.0), 0)
-            least = tl.minimum(least, tl.min(v, 0))
-            most = tl.maximum(most, tl.max(v, 0))
-    parts_ptr += (pair * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 4 * BLOCK_D + cols
-    tl.store(parts_ptr, k_sum)
-    if VALUES:
-        tl.store(parts_ptr + BLOCK_D, v_sum)
-        tl.store(parts_ptr + 2 * BLOCK_D, least)
-        tl.store(parts_ptr + 3 * BLOCK_D, most)
+            v = tl.load(v_ptr + at, mask=(rows >= 0) & (cols < DV), other=0.0).to(tl.float32)
+            v_sum += tl.where(rows < n_keys, v, 0.0)
+            least = tl.minimum(least, v)
+            most = tl.maximum(most, v)
+        tl.store(parts_ptr + BLOCK_D, tl.sum(v_sum, 0))
+        tl.store(parts_ptr + 2 * BLOCK_D, tl.min(least, 0))
+        tl.store(parts_ptr + 3 * BLOCK_D, tl.max(most, 0))
 
 
 @triton.jit
@@ -73,12 +74,19 @@ def _centres_fwd(
 
 @triton.jit
 def _load_block(x_ptr, stride_n, starts_ptr, order_ptr, block, cols,
-                D: tl.constexpr, SIZE: tl.constexpr, HAS_ORDER: tl.constexpr):  # fmt: skip
-    """A block in fp32, and which of its elements there are; the others are 0."""
+                D: tl.constexpr, SIZE: tl.constexpr, HAS_ORDER: tl.constexpr,
+                REPEAT: tl.constexpr):  # fmt: skip
+    """A block in fp32, and which of its elements there are; the others are 0.
+
+    REPEAT: rows that a short block lacks are copies of its last one."""
     start = tl.load(starts_ptr + block)
     within = tl.arange(0, SIZE)
     inside = within < tl.load(starts_ptr + block + 1) - start
-    tokens = (start + within).to(tl.int64)
+    rows = start + within
+    if REPEAT:
+        rows = tl.minimum(rows, tl.load(starts_ptr + block + 1) - 1)
+        inside = within < SIZE
+    tokens = rows.to(tl.int64)
     if HAS_ORDER:
         tokens = tl.load(order_ptr + tokens, mask=inside, other=0)
     inside = inside[:, None] & (cols < D)[None, :]
@@ -108,7 +116,7 @@ def _quantise_fwd(
     q_starts_ptr, k_starts_ptr, order_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    order_stride_h, n_heads, n_q_blocks, n_k_blocks,
+    order_stride_h, n_heads, n_q_blocks, n_k_blocks, n_queries,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
     INTEGERS: tl.constexpr, SMOOTH: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +132,7 @@ def _quantise_fwd(
         if block < n_k_blocks:
             k_ptr += batch * k_stride_b + head * k_stride_h
             k, k_inside = _load_block(k_ptr, k_stride_n, k_starts_ptr, order_ptr, block, cols,
-                                      D, SIZE, HAS_ORDER)  # fmt: skip
+                                      D, SIZE, HAS_ORDER, True)  # fmt: skip
             if SMOOTH:
                 k = tl.where(k_inside, k - tl.load(centres_ptr + cols)[None, :], 0.0)
             number = pair * n_k_blocks + block
@@ -133,16 +141,18 @@ def _quantise_fwd(
         if block < n_q_blocks:
             q_ptr += batch * q_stride_b + head * q_stride_h
             q, _ = _load_block(q_ptr, q_stride_n, q_starts_ptr, order_ptr, block, cols,
-                               D, SIZE, HAS_ORDER)  # fmt: skip
+                               D, SIZE, HAS_ORDER, False)  # fmt: skip
             number = pair * n_q_blocks + block
             if SMOOTH:
                 shift = tl.sum(q * tl.load(centres_ptr + cols)[None, :], 1)
-                tl.store(shift_ptr + number * SIZE + tl.arange(0, SIZE), shift)
+                rows = tl.load(q_starts_ptr + block) + tl.arange(0, SIZE)
+                inside = rows < tl.load(q_starts_ptr + block + 1)
+                tl.store(shift_ptr + pair * n_queries + rows, shift, mask=inside)
             _store_rows(q, number, q_out_ptr, q_step_ptr, cols, SIZE, BLOCK_D, INTEGERS)
     elif block < n_k_blocks:
         v_ptr += batch * v_stride_b + head * v_stride_h
         v, v_inside = _load_block(v_ptr, v_stride_n, k_starts_ptr, order_ptr, block, cols,
-                                  DV, SIZE, HAS_ORDER)  # fmt: skip
+                                  DV, SIZE, HAS_ORDER, False)  # fmt: skip
         v -= tl.load(centres_ptr + BLOCK_D + cols)[None, :]
         v = tl.where(v_inside, v * (1.0 / tl.load(centres_ptr + 2 * BLOCK_D + cols))[None, :], 0.0)
         column = block.to(tl.int64) * SIZE + tl.arange(0, SIZE)

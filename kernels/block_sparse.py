@@ -76,7 +76,7 @@ def _room(q: Tensor, k: Tensor, v: Tensor, moved: int, bounded: bool) -> _Room:
         bounded: whether lengths are needed.
     """
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    result = AttentionOutput(_like(q, v.shape[-1]), lse)
+    result = AttentionOutput(like(q, v.shape[-1]), lse)
     lengths = norms.empty(q) if bounded else None
     if not moved:
         return _Room(q, k, v, None, (q, k, v), result, lengths)
@@ -162,8 +162,8 @@ class TritonBackend:
         return room.result, partial(_again, ready, moved, room.lengths is not None, rest)
 
     def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
-        q, k, v = (_unit_stride(t) for t in (q, k, v))
-        with _device_of(q):
+        q, k, v = (unit_stride(t) for t in (q, k, v))
+        with device_of(q):
             return self._run(q, k, v, plan, scale)
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
@@ -270,7 +270,7 @@ def _again(
     v: Tensor,
 ) -> AttentionOutput:
     """The launches on other tensors, see `_room`, and what is added to their result."""
-    with _device_of(q):
+    with device_of(q):
         room = _room(q, k, v, moved, bounded)
         hopper.repeat(launches, room.tensors)
         if rest is not None:
@@ -278,7 +278,7 @@ def _again(
     return room.result
 
 
-def _device_of(q: Tensor) -> AbstractContextManager[None]:
+def device_of(q: Tensor) -> AbstractContextManager[None]:
     """Makes the device of q current, which Triton launches on."""
     if not q.is_cuda or q.device.index == torch.cuda.current_device():
         return _NOWHERE_ELSE
@@ -300,11 +300,11 @@ def _shared_memory(device: torch.device) -> int:
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _like(q: Tensor, value_dim: int) -> Tensor:
+def like(q: Tensor, value_dim: int) -> Tensor:
     """An output in the memory order of q, so that [B, N, H, D] models reshape it for free."""
     if value_dim == q.shape[-1]:
         return torch.empty_like(q)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.kernels.reference import _groups, _Lists
+from dit_sparse.kernels.reference import Lists, groups
 from dit_sparse.plan import BlockPlan, Blocks
 
-Precision = Literal["fp8", "int8", "int4"]
+Rounding = Literal["fp8", "int8", "int4"]
 
 E4M3_MAX = 448.0
 _INTEGERS = {"int8": 127, "int4": 7}
@@ -36,23 +36,23 @@ class EmulatedBackend:
             and the mean value from all values in e4m3.
     """
 
-    precision: Precision
+    precision: Rounding
     smooth: bool = True
     reorders: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
+        if self.precision not in get_args(Rounding):
             raise ValueError(
-                f"Expected a precision among {', '.join(get_args(Precision))}, "
+                f"Expected a precision among {', '.join(get_args(Rounding))}, "
                 f"got {self.precision!r}."
             )
 
     @property
     def name(self) -> str:
-        return f"emulated {self.precision}"
+        return f"reference {self.precision}"
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
-        if plan.pools is not None or plan.tail != "none":
+        if plan.pools is not None or plan.tail != "none" or plan.coarse is not None:
             return f"expected a plan of exact entries in {self.precision}, got {plan}."
         return None
 
@@ -68,9 +68,9 @@ class EmulatedBackend:
         k = round_blocks(k - k_centre, plan.k_blocks, self.precision)
         v_centre = v.mean(2, keepdim=True) * self.smooth
         v = round_channels(v - v_centre) + v_centre if self.precision == "fp8" else v
-        lists = _Lists(plan)
-        for batch, plan_batch in _groups(q.shape[0], plan.batch):
-            for heads, plan_head in _groups(q.shape[1], lists.heads):
+        lists = Lists(plan)
+        for batch, plan_batch in groups(q.shape[0], plan.batch):
+            for heads, plan_head in groups(q.shape[1], lists.heads):
                 for block, rows in enumerate(lists.rows):
                     picked = lists.pick(plan_batch, plan_head, block)
                     if not len(picked.keys):
@@ -98,7 +98,7 @@ class EmulatedBackend:
         return weights / total, mass
 
 
-def round_blocks(x: Tensor, blocks: Blocks, precision: Precision) -> Tensor:
+def round_blocks(x: Tensor, blocks: Blocks, precision: Rounding) -> Tensor:
     """`x` `[B, H, N, D]` rounded with one step for each block: its largest magnitude over the
     largest number of the precision."""
     of_block = x.new_zeros(*x.shape[:2], blocks.n)

@@ -27,7 +27,7 @@ _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A tensor `[B, H, N, D]` seen as a matrix, the only shape that specialised loads take.
 
     Token n of (b, h) is row `b * row_b + h * row_h + n`, from column `h * col_h` on.
@@ -41,7 +41,7 @@ class _Matrix:
     col_h: int
 
     @staticmethod
-    def of(x: Tensor) -> _Matrix | None:
+    def of(x: Tensor) -> Matrix | None:
         """`None` for strides that are neither heads over tokens nor tokens over heads."""
         batch, heads, tokens, dim = x.shape
         stride_b, stride_h, stride_n, unit = x.stride()
@@ -58,12 +58,12 @@ class _Matrix:
         if stride_h % stride_n == 0:
             row_h = stride_h // stride_n
             shape = (rows + (heads - 1) * row_h, dim)
-            return _Matrix(x, shape, stride_n, stride_b // stride_n, row_h, 0)
+            return Matrix(x, shape, stride_n, stride_b // stride_n, row_h, 0)
         width = (heads - 1) * stride_h + dim
         # Tiles are as wide as the padded head dim: they must not reach into the next head.
         if width > stride_n or padded(dim) != dim:
             return None
-        return _Matrix(x, (rows, width), stride_n, stride_b // stride_n, 0, stride_h)
+        return Matrix(x, (rows, width), stride_n, stride_b // stride_n, 0, stride_h)
 
     def describe(self, block: list[int]) -> Any:
         return TensorDescriptor(self.base, list(self.shape), [self.row_stride, 1], block)
@@ -119,7 +119,7 @@ def launch(
             too far below theirs get an infinite LSE: run the portable kernel's repair. For full
             entries in bfloat16, which has the exponents of float32.
     """
-    qm, km, vm = (_Matrix.of(t) for t in (q, k, v))
+    qm, km, vm = (Matrix.of(t) for t in (q, k, v))
     if qm is None or km is None or vm is None:
         return None
     if (plan.k_blocks.ragged or partial) and not (km.ends_in_itself and vm.ends_in_itself):
@@ -127,7 +127,7 @@ def launch(
     box = plan.box if partial else None
     matrices = (qm, km, vm)
     run = functools.partial(_launch, q, matrices, plan, scale, result, box, lengths)
-    return _with_scratch(run)
+    return with_scratch(run)
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,11 @@ def launch_tail(
 ) -> Launch | None:
     """Adds a tail to `result`, which holds the softmax over the listed blocks; `None`, and nothing
     written, if the strides of q, `[B, H, N, D]` in plan order, do not allow it."""
-    qm, km, vm = (_Matrix.of(t) for t in (q, tail.keys_means, tail.values_means))
+    qm, km, vm = (Matrix.of(t) for t in (q, tail.keys_means, tail.values_means))
     if qm is None or km is None or vm is None:
         return None
     run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, None, None, tail)
-    return _with_scratch(run)
+    return with_scratch(run)
 
 
 def repeat(launches: Sequence[Repeat], tensors: Sequence[Tensor]) -> None:
@@ -189,10 +189,10 @@ def repeat(launches: Sequence[Repeat], tensors: Sequence[Tensor]) -> None:
         for one in launches:
             one(tensors)
 
-    _with_scratch(run)
+    with_scratch(run)
 
 
-def _with_scratch(run: Callable[[], T]) -> T:
+def with_scratch(run: Callable[[], T]) -> T:
     """Runs in a context of its own, which leaves the allocator that others set alone."""
 
     def inside() -> T:
@@ -204,7 +204,7 @@ def _with_scratch(run: Callable[[], T]) -> T:
 
 def _launch(
     q: Tensor,
-    matrices: tuple[_Matrix, _Matrix, _Matrix],
+    matrices: tuple[Matrix, Matrix, Matrix],
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
@@ -223,7 +223,7 @@ def _launch(
     order = starts if plan.order is None else plan.order.index
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
-        *(_coordinates(plan) if box else (None, None)),
+        *(coordinates(plan) if box else (None, None)),
         *(tail.describe() if tail else (None, None)),
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
@@ -252,7 +252,7 @@ def _launch(
     return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
 
 
-def _coordinates(plan: BlockPlan) -> Any:
+def coordinates(plan: BlockPlan) -> Any:
     """Descriptors of the keys' packed coordinates, a row for each block."""
     size = plan.k_blocks.size
     return (

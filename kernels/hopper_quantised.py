@@ -25,10 +25,8 @@ def launch(
     result: AttentionOutput,
     *,
     partial: bool = False,
-    fresh: bool = False,
-    last: bool = False,
+    fresh: bool = True,
     poly: int = 0,
-    stages: int = 2,
 ) -> Launch | None:
     """Writes `result`; `None`, and nothing written, if the strides of v do not allow it.
 
@@ -37,37 +35,38 @@ def launch(
         v: `[B, H, N, D]` in plan order.
         partial: whether to add the partial entries, masked by boxes, to `result`; otherwise
             `result` gets the full entries.
+        fresh: add up each block's values apart and then in fp32, since 8-bit products are added
+            with 14 bits. Not for partial entries, which are few and have no registers left.
+        poly: of every four powers of two, how many (0 or 1) are polynomials.
     """
     vm = None
     if quantised.v is None:
-        vm = hopper._Matrix.of(v)
+        vm = hopper.Matrix.of(v)
         if vm is None or ((plan.k_blocks.ragged or partial) and not vm.ends_in_itself):
             return None
     box = plan.box if partial else None
-    run = functools.partial(
-        _launch, quantised, v, vm, plan, scale, result, box, fresh, last, poly, stages
-    )
-    return hopper._with_scratch(run)
+    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh, poly)
+    return hopper.with_scratch(run)
 
 
 def _launch(
     quantised: Quantised,
     v: Tensor,
-    vm: hopper._Matrix | None,
+    vm: hopper.Matrix | None,
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
     box: BoxPredicate | None,
     fresh: bool,
-    last: bool,
     poly: int,
-    stages: int,
 ) -> Launch:
     out, lse = result
     batch, heads, n_queries, head_dim = out.shape
     q, k, width = quantised.q, quantised.k, quantised.q.shape[-1]
     keys = plan.k_blocks.size
     starts, counts = plan.spans
+    rows = plan.masked_rows if box else plan.q_blocks.starts[:-1]
+    picture = range(len(rows)) if box else plan.q_blocks.picture or range(len(rows))
     order = starts if plan.order is None else plan.order.index
     if vm is None:
         assert quantised.v is not None
@@ -81,16 +80,17 @@ def _launch(
     none = quantised.q_step
     arguments = (
         q, TensorDescriptor.from_tensor(k.view(-1, width), [keys, width]), v_desc,
-        *(hopper._coordinates(plan) if box else (None, None)),
+        *(hopper.coordinates(plan) if box else (None, None)),
         out, lse, quantised.q_step, quantised.k_step, quantised.centres,
         none if quantised.shift is None else quantised.shift,
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
-        plan.q_blocks.starts, order,
+        plan.q_blocks.starts, rows, order,
         box.lower if box else starts, box.upper if box else starts,
         q.shape[:-1].numel(), k.shape[2] * keys, *v_origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
-        heads, plan.q_blocks.n, plan.k_blocks.n, n_queries, scale * LOG2_E,
+        heads, plan.q_blocks.n, len(rows), len(rows) - len(picture), picture.start,
+        plan.k_blocks.n, n_queries, scale * LOG2_E,
         box.guard if box else 0,
     )  # fmt: skip
     constants = {
@@ -98,14 +98,13 @@ def _launch(
         "BLOCK_D": width,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged and not last,
-        "LAST": last,
+        "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
         "PARTIAL": box is not None,
         "SMOOTH": quantised.shift is not None,
         "V_8BIT": vm is None,
-        "FRESH": fresh,
+        "FRESH": fresh and vm is None and box is None,
         "POLY": poly,
     }
-    grid = (batch * heads * plan.q_blocks.n, 1, 1)
-    return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=stages)
+    grid = (batch * heads * len(rows), 1, 1)
+    return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)

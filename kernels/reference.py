@@ -35,9 +35,9 @@ class ReferenceBackend:
         accurate = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-        lists = _Lists(plan)
-        for batch, plan_batch in _groups(q.shape[0], plan.batch):
-            for heads, plan_head in _groups(q.shape[1], lists.heads):
+        lists = Lists(plan)
+        for batch, plan_batch in groups(q.shape[0], plan.batch):
+            for heads, plan_head in groups(q.shape[1], lists.heads):
                 qs, ks, vs = (t[batch, heads].to(accurate) for t in (q, k, v))
                 tail = _Tail.of(ks, vs, plan, plan_batch)
                 for block, rows in enumerate(lists.rows):
@@ -61,7 +61,7 @@ class _Picked:
     unlisted: Tensor  # int64 numbers of the blocks that are not listed
 
 
-class _Lists:
+class Lists:
     """The plan's lists on the host, one row at a time."""
 
     def __init__(self, plan: BlockPlan) -> None:
@@ -189,7 +189,7 @@ def _group_means(x: Tensor, size: int) -> Tensor:
     return torch.cat([means, short.mean(-2, keepdim=True)], dim=-2) if rest else means
 
 
-def _groups(size: int, lists: int) -> Iterator[tuple[slice, int]]:
+def groups(size: int, lists: int) -> Iterator[tuple[slice, int]]:
     """Entries of a dimension that share lists: all of them, or each its own."""
     if lists == 1:
         yield slice(None), 0

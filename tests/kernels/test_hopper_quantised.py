@@ -91,4 +91,4 @@ def test_a_short_last_block(tokens: int, fresh: bool):
     mask = torch.rand(2, 2, blocks.n, blocks.n, generator=torch.Generator().manual_seed(0)) < 0.6
     mask[0, 0, 0] = False
     plan = BlockPlan.from_mask(mask, blocks, blocks)
-    run(plan, case, integers=True, values=True, last=True, fresh=fresh)
+    run(plan, case, integers=True, values=True, fresh=fresh)

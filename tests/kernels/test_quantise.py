@@ -66,12 +66,7 @@ def test_integers(order: str, dim: int):
         same = torch.isclose(rows_of(stored, steps, plan.q_blocks, dim), expected, atol=1e-5)
         assert same.float().mean() > 0.999  # a quotient half way may fall on either side
     expected = (q * centre).sum(-1)
-    torch.testing.assert_close(
-        rows_of(got.shift[..., None], got.q_step * 0 + 1, plan.q_blocks, 1)[..., 0],
-        expected,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    torch.testing.assert_close(got.shift, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -95,15 +90,17 @@ def test_e4m3(order: str, value_dim: int):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_padding_is_zero():
-    """A product with what a short block lacks must not be NaN."""
+def test_padding():
+    """What a short block lacks has no value, and no score above that of its last key."""
     q, k, v, plan = problem(24, value_dim=24)
     got = quantise(q, k, v, plan, integers=True)
-    for stored, blocks in ((got.q, plan.q_blocks), (got.k, plan.k_blocks)):
-        for j, (start, stop) in enumerate(pairwise(blocks.starts.tolist())):
-            assert not stored[:, :, j, stop - start :].any()
+    for j, (start, stop) in enumerate(pairwise(plan.k_blocks.starts.tolist())):
+        length = stop - start
+        assert not got.q[:, :, j, length:].any()
+        assert not got.v[:, :, :, j * 32 + length : (j + 1) * 32].float().any()
+        assert (got.k[:, :, j, length:] == got.k[:, :, j, length - 1 : length]).all()
+        for stored in (got.q, got.k):
             assert not stored[:, :, j, :, 24:].any()
-            assert not got.v[:, :, :, (j * 32 + stop - start) : (j + 1) * 32].float().any()
     assert not got.v[:, :, 24:].float().any()
 
 
