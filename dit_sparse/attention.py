@@ -5,13 +5,20 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.backend import Again, AttentionOutput, Backend, PreparingBackend, kernel_module
+from dit_sparse.backend import (
+    Again,
+    AttentionOutput,
+    Backend,
+    Precision,
+    PreparingBackend,
+    kernel_module,
+)
 from dit_sparse.coarse import means, one_softmax
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan
@@ -21,14 +28,34 @@ _BACKENDS = ("block_sparse", "flex", "reference")
 
 
 @cache
-def backends() -> tuple[Backend, ...]:
-    """Every backend that can be imported here, in order of preference."""
+def backends(precision: Precision = "bf16") -> tuple[Backend, ...]:
+    """Every backend that can be imported here, in order of preference.
+
+    Names in 8 bits end in the precision. Their reference rounds as their kernels do.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"Expected a precision among {', '.join(get_args(Precision))}, got {precision!r}."
+        )
+    if precision != "bf16":
+        quantised, emulated = kernel_module("quantised"), kernel_module("emulated")
+        assert emulated is not None  # it needs no Triton
+        fast = () if quantised is None else (quantised.QuantisedBackend(precision),)
+        return (*fast, emulated.EmulatedBackend(precision))
     modules = map(kernel_module, _BACKENDS)
     return tuple(module.BACKEND for module in modules if module is not None)
 
 
 def select_backend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, name: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    name: str | None = None,
+    precision: Precision = "bf16",
 ) -> tuple[Backend, tuple[str, ...]]:
     """The first backend that does not refuse, and the refusals of those before it.
 
@@ -36,15 +63,19 @@ def select_backend(
         q, k, v: `[B, H, N, D]`; only shapes, dtypes, strides and devices are looked at.
         plan: what would run.
         name: consider only this backend.
+        precision: of the products. In 8 bits on a GPU the reference is considered only by name: it
+            is there to tell what they cost in quality, and slow.
 
     Raises:
-        ValueError: no such backend, or the named one refuses.
+        ValueError: no such backend or precision, or all that are considered refuse.
     """
-    candidates = backends()
+    candidates = backends(precision)
     if name is not None:
-        candidates = tuple(b for b in candidates if b.name == name)
+        candidates = tuple(b for b in candidates if _family(b) == name)
         if not candidates:
-            raise ValueError(_unknown_backend(name))
+            raise ValueError(_unknown_backend(name, precision))
+    elif precision != "bf16" and q.is_cuda:
+        candidates = tuple(b for b in candidates if _family(b) != "reference")
     refusals: list[str] = []
     for backend in candidates:
         reason = backend.refuses(q, k, v, plan)
@@ -62,6 +93,7 @@ def attend(
     *,
     scale: float | None = None,
     backend: Backend | str | None = None,
+    precision: Precision = "bf16",
 ) -> AttentionOutput:
     """Block-sparse attention in the caller's token order.
 
@@ -72,6 +104,7 @@ def attend(
         plan: what every query block reads; its order is applied here and undone on the result.
         scale: factor of the scores, `D ** -0.5` by default; the plan's own factor comes on top.
         backend: a backend, its name, or `None` for the best one that does not refuse.
+        precision: of the products, unless a backend is given, which has its own.
 
     Returns:
         Values in the dtype of `q` and the natural log-sum-exp of the scores, fp32 `[B, H, N_q]`.
@@ -83,7 +116,7 @@ def attend(
     _check(q, k, v, plan)
     scale = _scale(q, scale, plan)
     if backend is None or isinstance(backend, str):
-        backend, _ = select_backend(q, k, v, plan, backend)
+        backend, _ = select_backend(q, k, v, plan, backend, precision)
     elif (reason := backend.refuses(q, k, v, plan)) is not None:
         raise ValueError(f"No attention backend runs this call. {backend.name}: {reason}")
     return _run(backend, plan, scale, q, k, v)
@@ -112,11 +145,12 @@ def prepare(
     *,
     scale: float | None = None,
     backend: str | None = None,
+    precision: Precision = "bf16",
 ) -> tuple[AttentionOutput, Prepared]:
     """`attend`, and how to repeat it on tensors of the same `kind`; raises what `attend` does."""
     _check(q, k, v, plan)
     scale = _scale(q, scale, plan)
-    chosen, refusals = select_backend(q, k, v, plan, backend)
+    chosen, refusals = select_backend(q, k, v, plan, backend, precision)
     again: Again | None = None
     whole = q.shape[1] == k.shape[1] and (plan.order is None or chosen.reorders)
     if whole and plan.coarse is None and isinstance(chosen, PreparingBackend):
@@ -248,8 +282,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
     check_for(plan, q, k)
 
 
-def _unknown_backend(name: str) -> str:
-    known = [b.name for b in backends()]
+def _family(backend: Backend) -> str:
+    """The name of a backend without a precision."""
+    return backend.name.partition(" ")[0]
+
+
+def _unknown_backend(name: str, precision: Precision = "bf16") -> str:
+    """Says that there is no backend of this name for a precision."""
+    known = [_family(b) for b in backends(precision)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Expected an attention backend among {', '.join(known)}, got {name!r}.{hint}"
+    where = "" if precision == "bf16" else f" in {precision}"
+    return f"Expected an attention backend among {', '.join(known)}{where}, got {name!r}.{hint}"

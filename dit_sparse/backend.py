@@ -6,12 +6,16 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dit_sparse.plan import BlockPlan
+
+#: What attention multiplies in: the dtype of its inputs (`"bf16"`, whichever that is), all of it in
+#: 8-bit floats, or queries and keys in 8-bit integers.
+Precision: TypeAlias = Literal["bf16", "fp8", "int8"]
 
 
 class AttentionOutput(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.attention import Prepared, kind, prepare
+from dit_sparse.backend import Precision
 from dit_sparse.coarse import in_plan_order
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenOrder, common_order
@@ -27,7 +28,7 @@ class PlannedCall:
 
     Args:
         plan: what to compute.
-        prepared: by kind of tensors, scale and name of the only backend.
+        prepared: by kind of tensors, scale, name of the only backend and precision.
         used: whether it has served a call.
         inside: the same for tensors that stand in the plan's order already, by that order.
     """
@@ -38,14 +39,22 @@ class PlannedCall:
     inside: dict[TokenOrder, PlannedCall | None] = field(default_factory=dict)
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        backend: str | None,
+        precision: Precision = "bf16",
     ) -> tuple[Tensor, Prepared]:
         """Attention values, and who computed them; see `dit_sparse.attend`."""
-        key = (scale, backend, kind(q, k, v))
+        key = (scale, backend, precision, kind(q, k, v))
         known = self.prepared.get(key)
         if known is not None:
             return known.again(q, k, v).out, known
-        output, known = prepare(q, k, v, self.plan, scale=scale, backend=backend)
+        output, known = prepare(
+            q, k, v, self.plan, scale=scale, backend=backend, precision=precision
+        )
         self.prepared[key] = known
         return output.out, known
 

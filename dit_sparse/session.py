@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_sparse.attention import dense_attention
+from dit_sparse.backend import Precision
 from dit_sparse.forward import Forward, StockCall, hides_only_padding, is_key_mask, place
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenFlow, TokenOrder
@@ -32,18 +33,24 @@ class Session:
         method: decides which calls are sparse, and plans them.
         layers: names of the attention modules, in order.
         backend: name of the only backend to use; `None` for the best one per call.
+        precision: of the products of sparse calls.
 
     Raises:
         ValueError: a schedule that does not fit this many layers.
     """
 
     def __init__(
-        self, method: SparseMethod, layers: Sequence[str], backend: str | None = None
+        self,
+        method: SparseMethod,
+        layers: Sequence[str],
+        backend: str | None = None,
+        precision: Precision = "bf16",
     ) -> None:
         if isinstance(method, Schedule):
             method.check_layers(len(layers))
         self.method = method
         self.backend = backend
+        self.precision: Precision = precision
         self.layers = tuple(LayerRecord(name) for name in layers)
         self._reset()
 
@@ -152,7 +159,7 @@ class Session:
         self, planned: PlannedCall, call: StockCall, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """A sparse call on tensors in the order that the plan begins with."""
-        out, prepared = planned.run(q, k, v, call.scale, self.backend)
+        out, prepared = planned.run(q, k, v, call.scale, self.backend, self.precision)
         self._generation_calls["sparse"] += 1
         self.layers[call.layer].ran(planned, prepared.backend.name, prepared.refusals)
         return out
@@ -225,7 +232,12 @@ class Session:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"method": self.method, "backend": self.backend, "layers": self.layers}
+        return {
+            "method": self.method,
+            "backend": self.backend,
+            "precision": self.precision,
+            "layers": self.layers,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dit_sparse.attention import backends
+from dit_sparse.backend import Precision
 from dit_sparse.method import SparseMethod
 from dit_sparse.methods import MethodSpec
 from dit_sparse.pipelines.clock import StepClock
@@ -34,6 +35,7 @@ def apply(
     backend: str | None = None,
     steps: int | None = None,
     hoist: bool = True,
+    precision: Precision = "bf16",
 ) -> T:
     """Makes the self-attention of a pipeline or transformer sparse.
 
@@ -54,16 +56,19 @@ def apply(
         steps: number of denoising steps, where the pipeline cannot say.
         hoist: put tokens into the order of the plans once per forward, where all layers share one;
             otherwise every layer permutes q, k and v. `summary` says which happened.
+        precision: what sparse calls multiply in: `"bf16"`, the dtype of the model; `"fp8"`; or
+            `"int8"` for queries and keys (`docs/precision.md`). A call that the 8-bit kernel
+            cannot run raises a ValueError. Without a GPU, 8 bits are emulated.
 
     Returns:
         `target`.
 
     Raises:
-        ValueError: an unknown transformer, processor, method, option, layer or backend, or `steps`
-            that are no count.
+        ValueError: an unknown transformer, processor, method, option, layer, backend or precision,
+            or `steps` that are no count.
         NotImplementedError: a transformer with context parallelism.
     """
-    _check_backend(backend)
+    _check_backend(backend, precision)
     transformers = transformers_of(target)
     specs = _per_component(method, transformers)
     pipeline = None if isinstance(target, nn.Module) else target
@@ -78,7 +83,7 @@ def apply(
     prepared = [
         (
             transformers[name],
-            prepare(transformers[name], method_of(name, spec), backend),
+            prepare(transformers[name], method_of(name, spec), backend, precision),
             StepClock(pipeline, steps),
         )
         for name, spec in specs.items()
@@ -162,7 +167,8 @@ def _per_component(
     return {name: method[name] for name in names}
 
 
-def _check_backend(name: str | None) -> None:
-    known = [backend.name for backend in backends()]
+def _check_backend(name: str | None, precision: Precision) -> None:
+    known = [backend.name.partition(" ")[0] for backend in backends(precision)]
     if name is not None and name not in known:
-        raise ValueError(f"Expected a backend among {', '.join(known)}, got {name!r}.")
+        where = "" if precision == "bf16" else f" in {precision}"
+        raise ValueError(f"Expected a backend among {', '.join(known)}{where}, got {name!r}.")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from dit_sparse.backend import Precision
 from dit_sparse.forward import Forward
 from dit_sparse.method import SparseMethod
 from dit_sparse.methods.schedule import parts
@@ -97,7 +98,10 @@ def attention_modules(transformer: nn.Module, family: Family) -> dict[str, nn.Mo
 
 
 def prepare(
-    transformer: nn.Module, method: SparseMethod, backend: str | None
+    transformer: nn.Module,
+    method: SparseMethod,
+    backend: str | None,
+    precision: Precision = "bf16",
 ) -> dict[str, Attachment]:
     """Makes the session and the processors of a transformer, and touches nothing yet.
 
@@ -115,7 +119,7 @@ def prepare(
         if isinstance(part, OfOneModel):
             part.check_model(identity_of(transformer))
     modules = attention_modules(transformer, family)
-    session = Session(method, tuple(modules), backend)
+    session = Session(method, tuple(modules), backend, precision)
     attachments = {}
     for layer, (name, module) in enumerate(modules.items()):
         stock = _stock_processor(transformer, module)

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dit_sparse import models
+from dit_sparse.backend import Precision
 from dit_sparse.methods import MethodSpec
 from dit_sparse.pipelines import apply as apply_module
 
@@ -88,10 +89,17 @@ def _set_attn_processor(
     backend: str | None = None,
     steps: int | None = None,
     hoist: bool = True,
+    precision: Precision = "bf16",
 ) -> Any:
     """Makes the pipeline sparse: `dit_sparse.apply` as a method. Returns the pipeline."""
     return apply_module.apply(
-        self, method, options=options, backend=backend, steps=steps, hoist=hoist
+        self,
+        method,
+        options=options,
+        backend=backend,
+        steps=steps,
+        hoist=hoist,
+        precision=precision,
     )
 
 
