@@ -156,6 +156,7 @@ def _quantised_fwd_hopper(
         factor = q_step * tl.load(k_step_ptr + number)
         if RAGGED and not PARTIAL:
             length = tl.load(lengths_ptr + it)
+            in_last = (length - (BLOCK_N - 1)).to(tl.float32)
         scores = tl.dot(q, tl.trans(k)).to(tl.float32)
         if PARTIAL:
             above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
@@ -191,7 +192,7 @@ def _quantised_fwd_hopper(
         if RAGGED and V_8BIT and not PARTIAL:
             # A short block ends in copies of its last key, whose values are 0: no maximum and no
             # product sees them. One column, counted for all of them, costs less than a mask.
-            copies = tl.where(within == BLOCK_N - 1, length - (BLOCK_N - 1), 1).to(tl.float32)
+            copies = tl.where(within == BLOCK_N - 1, in_last, 1.0)
             l_i = l_i * alpha + tl.sum(p * copies[None, :], 1)
         else:
             l_i = l_i * alpha + tl.sum(p, 1)

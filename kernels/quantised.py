@@ -76,7 +76,7 @@ def refuses_shapes(q: Tensor, v: Tensor) -> str | None:
         return f"expected bfloat16 or float16, got {q.dtype}."
     if q.shape[-1] != v.shape[-1] or padded(q.shape[-1]) != 128:
         return (
-            f"expected one head dim from 72 to 128 in 8 bits, got {q.shape[-1]} and "
+            f"expected one head dim from 65 to 128 in 8 bits, got {q.shape[-1]} and "
             f"{v.shape[-1]}: with fewer, the softmax takes most of the time and 8 bits gain none. "
             "Use precision='bf16'."
         )

@@ -32,16 +32,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._portable import _portable_fwd
+from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
 from dit_sparse.kernels._summary import _summary_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.tiles import choose_tile
 
 Q_BLOCK = K_BLOCK = 128
 COUNTED = {
-    "hgmma": r"HGMMA",
+    "hgmma": r"[HQI]GMMA",
+    "qgmma": r"QGMMA",
+    "igmma": r"IGMMA",
     "mma": r"\b[HI]MMA",
     "waits": r"WARPGROUP\.DEPBAR",
     "tma": r"UTMALDG",
@@ -142,9 +146,48 @@ def approximation(variant: Variant) -> Report:
     constants |= {"TILED": True}
     constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     kernel = triton.compile(
-        _source(function, constants | {"EACH": False}, None),
+        _source(function, constants | {"EACH": False}, {}),
         target=GPUTarget("cuda", variant.capability, 32),
         options={"num_warps": warps, "num_stages": 2 if variant.tail else 3},
+    )
+    return _read(variant, kernel)
+
+
+def in_eight_bits() -> Iterator[Variant]:
+    """The kernels in 8 bits, and the pass that quantises for them."""
+    for precision in ("fp8", "int8"):
+        for ragged in (False, True):
+            yield Variant(precision, 90, 128, ragged)
+        yield Variant(precision, 90, 128, ragged=True, box=True)
+        yield Variant(f"quantise {precision}", 90, 128, ragged=True)
+    yield Variant("extremes", 90, 128, ragged=True)
+    yield Variant("centres", 90, 128, ragged=True)
+
+
+def eight_bits(variant: Variant) -> Report:
+    """Compiles one of `in_eight_bits` as its launcher would."""
+    dim, integers = variant.head_dim, variant.kernel.endswith("int8")
+    attends = variant.kernel in ("fp8", "int8")
+    functions = {"extremes": (_extremes_fwd, 8), "centres": (_centres_fwd, 4)}
+    function, warps = functions.get(variant.kernel, (_quantise_fwd, 8))
+    if attends:
+        function, warps = _quantised_fwd_hopper, 4
+    constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": K_BLOCK}
+    constants |= {"SIZE": K_BLOCK, "ROWS": 32, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
+    constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
+    constants |= {"SMOOTH": True, "INTEGERS": integers, "V_8BIT": not integers}
+    constants |= {"FRESH": not integers and not variant.box, "POLY": 0}
+    element = "i8" if integers else "fp8e4nv"
+    descriptors = {"k_desc": f"tensordesc<{element}[{K_BLOCK}, {dim}]>"}
+    descriptors["v_desc"] = f"tensordesc<{'bf16' if integers else 'fp8e4nv'}[{K_BLOCK}, {dim}]>"
+    if not variant.box:
+        constants |= {"above_desc": None, "below_desc": None}
+    eight = ("q_out_ptr", "k_out_ptr", "q_ptr") if attends else ("q_out_ptr", "k_out_ptr")
+    pointers = dict.fromkeys(eight, f"*{element}") | {"v_out_ptr": "*fp8e4nv"}
+    kernel = triton.compile(
+        _source(function, constants, descriptors, pointers),
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": warps, "num_stages": 2},
     )
     return _read(variant, kernel)
 
@@ -188,7 +231,8 @@ def compiled(variant: Variant) -> Report:
         constants |= {"bias_desc": None}
     if variant.tail != 2:
         constants |= {"slope_desc": None}
-    source = _source(function, constants, f"tensordesc<bf16{tile}>" if tma else None)
+    described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
+    source = _source(function, constants, described)
     kernel = triton.compile(
         source,
         target=GPUTarget("cuda", variant.capability, 32),
@@ -197,16 +241,22 @@ def compiled(variant: Variant) -> Report:
     return _read(variant, kernel)
 
 
-def _source(function: Any, constants: dict[str, Any], descriptor: str | None) -> ASTSource:
+def _source(
+    function: Any,
+    constants: dict[str, Any],
+    descriptors: dict[str, str],
+    others: dict[str, str] | None = None,
+) -> ASTSource:
     names = [parameter.name for parameter in function.params]
     head_dim, keys = constants["BLOCK_D"], constants["BLOCK_N"]
-    descriptors = dict.fromkeys(("above_desc", "below_desc"), f"tensordesc<i32[1, {K_BLOCK}]>")
-    descriptors |= {
+    described = dict.fromkeys(("above_desc", "below_desc"), f"tensordesc<i32[1, {K_BLOCK}]>")
+    described |= {
         "bias_desc": f"tensordesc<fp32[1, {keys}]>",
         "slope_desc": f"tensordesc<bf16[{head_dim}, {head_dim}]>",
+        **descriptors,
     }
     constants = {name: value for name, value in constants.items() if name in names}
-    if descriptor is None and "k_desc" in names:
+    if not descriptors and "k_desc" in names:
         constants |= {"k_desc": None, "v_desc": None}
     sixteen = (
         *("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr", "pooled_ptr"),
@@ -229,15 +279,17 @@ def _source(function: Any, constants: dict[str, Any], descriptor: str | None) ->
     pointers |= dict.fromkeys(("lse_ptr", "norm_ptr", "longest_ptr"), "*fp32") | {
         "order_ptr": "*i64"
     }
+    steps = ("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr")
+    pointers |= dict.fromkeys(steps, "*fp32") | (others or {})
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
         if name.endswith("_desc"):
-            return descriptors.get(name, str(descriptor))
+            return described[name]
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
-        return "fp32" if name in ("scale", "scale_log2", "mass") else "i32"
+        return "fp32" if name in ("scale", "scale_log2", "mass", "range_v") else "i32"
 
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
     return ASTSource(
@@ -268,8 +320,8 @@ def _read(variant: Variant, kernel: Any) -> Report:
 def _overlapped(code: str) -> int:
     """Exponentials that are issued while a matrix product runs: before the wait for it."""
     count = since = 0
-    for found in re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR", code):
-        if found == "HGMMA":
+    for found in re.findall(r"[HQI]GMMA|MUFU\.EX2|WARPGROUP\.DEPBAR", code):
+        if found.endswith("GMMA"):
             since = 1
         elif found == "MUFU.EX2":
             count += since
@@ -284,6 +336,7 @@ def main() -> None:
     arguments = parser.parse_args()
     reports = [compiled(variant) for variant in variants()]
     reports += [approximation(variant) for variant in approximations()]
+    reports += [eight_bits(variant) for variant in in_eight_bits()]
     if arguments.format == "json":
         print(json.dumps([asdict(report) for report in reports]))
         return

@@ -88,7 +88,7 @@ class TestCompiled:
         self, block: int, box: bool, order: str, bound: bool, monkeypatch: pytest.MonkeyPatch
     ):
         backend = block_sparse.TritonBackend(bound=bound)
-        monkeypatch.setattr("dit_sparse.attention.backends", lambda: (backend,))
+        monkeypatch.setattr("dit_sparse.attention.backends", lambda precision="bf16": (backend,))
         case = Case(64, block, block, torch.bfloat16, box=box, order=order, tokens=2304)
         plan, (q, k, v) = on_gpu(case)
         first, prepared = prepare(q, k, v, plan)

@@ -99,3 +99,24 @@ def test_means_and_choices_take_no_local_memory(reports, capability: int):
     for kernel in ("means", "choose"):
         for report in chosen(reports, kernel, capability):
             assert report["counts"]["spills"] == 0, report
+
+
+def test_the_8_bit_kernel_is_specialised_and_multiplies_in_8_bits(reports):
+    for precision, eight in (("fp8", "qgmma"), ("int8", "igmma")):
+        for report in chosen(reports, precision, 90):
+            counts, box = report["counts"], report["variant"]["box"]
+            assert counts[eight] > 0, report
+            assert counts["tma"] > 0, report
+            assert counts["setmaxreg"] > 0, report  # warp specialisation
+            assert counts["hgmma"] >= 4 * counts["waits"] > 0, report
+            # Sums of a block's values apart leave few registers, and a short block even fewer.
+            apart = precision == "fp8" and not box
+            assert counts["spills"] <= (32 if apart else 0), report
+            assert apart or counts["overlapped"] >= 80, report
+            assert report["shared"] <= 232_448, report
+
+
+def test_quantising_takes_no_local_memory(reports):
+    for kernel in ("quantise fp8", "quantise int8", "extremes", "centres"):
+        for report in chosen(reports, kernel, 90):
+            assert report["counts"]["spills"] == 0, report

@@ -1,0 +1,94 @@
+"""The backend in 8 bits: what it refuses, who is chosen, and that a pipeline says what ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dit_sparse.attention import attend, backends, prepare, select_backend
+from dit_sparse.kernels.emulated import EmulatedBackend
+from dit_sparse.methods import create
+from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.session import Session
+from tests.block_cases import Case, plan_of
+
+quantised = pytest.importorskip("dit_sparse.kernels.quantised")
+
+
+def dense(tokens: int, size: int = 128, **options: Any) -> BlockPlan:
+    blocks = Blocks.uniform(tokens, size)
+    return BlockPlan.from_mask(
+        torch.ones(1, 1, blocks.n, blocks.n).bool(), blocks, blocks, **options
+    )
+
+
+def qkv(
+    tokens: int = 300, dim: int = 128, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, tokens, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def test_a_cpu_emulates_and_says_so():
+    q, k, v = qkv()
+    backend, refusals = select_backend(q, k, v, dense(300), precision="fp8")
+    assert backend.name == "reference fp8"
+    assert refusals == ("triton fp8: expected tensors on a GPU, got cpu.",)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_attend_and_its_repetition_round(precision: Any):
+    q, k, v = qkv()
+    expected = attend(q, k, v, dense(300), backend=EmulatedBackend(precision))
+    got = attend(q, k, v, dense(300), precision=precision)
+    assert torch.equal(got.out, expected.out)
+    assert not torch.equal(got.out, attend(q, k, v, dense(300)).out)
+    first, prepared = prepare(q, k, v, dense(300), precision=precision)
+    assert torch.equal(first.out, expected.out)
+    assert torch.equal(prepared.again(q, k, v).out, expected.out)
+
+
+def test_unknown_precisions_and_backends():
+    with pytest.raises(ValueError, match="Expected a precision among bf16, fp8, int8, got 'fp4'"):
+        backends("fp4")  # type: ignore[arg-type]
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="among triton, reference in fp8, got 'flex'"):
+        attend(q, k, v, dense(300), backend="flex", precision="fp8")
+
+
+def test_on_a_gpu_nothing_is_emulated_unasked(monkeypatch: pytest.MonkeyPatch):
+    q, k, v = (x.to("meta") for x in qkv())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    with pytest.raises(ValueError, match=r"triton fp8: expected bfloat16 or float16") as refused:
+        select_backend(q, k, v, dense(300), precision="fp8")
+    assert "reference" not in str(refused.value)
+    named, _ = select_backend(q, k, v, dense(300), "reference", "fp8")
+    assert named.name == "reference fp8"
+
+
+@pytest.mark.parametrize("dim", [32, 64, 160])
+def test_head_dims_that_gain_nothing_are_refused(dim: int):
+    q, _, v = qkv(16, dim, torch.bfloat16)
+    assert "expected one head dim from 65 to 128 in 8 bits" in quantised.refuses_shapes(q, v)
+
+
+def test_shapes_and_plans_that_run():
+    for dim in (65, 96, 128):
+        q, _, v = qkv(16, dim, torch.bfloat16)
+        assert quantised.refuses_shapes(q, v) is None
+    for box in (True, False):
+        assert quantised.refuses_plan(plan_of(Case(128, 128, 128, box=box))) is None
+
+
+def test_plans_that_are_refused():
+    assert "exact entries" in quantised.refuses_plan(dense(300, tail="zeroth"))
+    assert "blocks of 128 tokens" in quantised.refuses_plan(dense(300, 64))
+
+
+def test_a_copy_of_a_session_keeps_the_precision():
+    session = Session(create("dense"), ("a",), precision="int8")
+    copy = Session.__new__(Session)
+    copy.__setstate__(session.__getstate__())
+    assert copy.precision == "int8"
