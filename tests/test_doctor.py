@@ -29,7 +29,7 @@ def fake(refusal: str | None = None, change: Any = None) -> SimpleNamespace:
 
 
 def check_of(monkeypatch: pytest.MonkeyPatch, backend: SimpleNamespace) -> doctor.Check:
-    monkeypatch.setattr(doctor, "backends", lambda precision: (backend,))
+    monkeypatch.setattr(doctor, "backends", lambda: (backend,))
     return next(c for c in doctor.examine("cpu").sparse if c.name == "fake")
 
 
@@ -110,7 +110,7 @@ def test_command_exit_code_is_1_when_nothing_runs(monkeypatch: pytest.MonkeyPatc
     result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--format", "json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ok"] is True
-    monkeypatch.setattr(doctor, "backends", lambda precision: (fake(refusal="no"),))
+    monkeypatch.setattr(doctor, "backends", lambda: (fake(refusal="no"),))
     result = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
     assert result.exit_code == 1
     assert "no   fake" in result.stdout

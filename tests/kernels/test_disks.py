@@ -124,7 +124,9 @@ def test_calls_that_are_repeated(name: str, monkeypatch: pytest.MonkeyPatch):
     tiles = pytest.importorskip("dit_sparse.kernels.tiles")
     tile = tiles.Tile(32, warps=4, stages=1, tma=False)
     triton = block_sparse.TritonBackend(tile=tile, interpreted=True)
-    monkeypatch.setattr(attention, "backends", lambda precision: (triton, ReferenceBackend()))
+    monkeypatch.setattr(
+        attention, "backends", lambda precision="bf16": (triton, ReferenceBackend())
+    )
     plan = replace(disk_plan(), scale=1.3)
     q, k, v = tensors(torch.float32)
     first, prepared = attention.prepare(q, k, v, plan, backend=name)
