@@ -1,7 +1,8 @@
 """What the softmax map of a head looks like, block by block, without ever holding the map.
 
 A map of N x N weights does not fit into memory (23 GB per head at 75,600 tokens), so that it is
-made for a few query blocks at a time and reduced to three numbers per pair of blocks.
+made for a few query blocks at a time and reduced to three numbers per pair of blocks. What that
+means is written here; a GPU does the same in `kernels/attention_map.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.backend import kernel_module, refuses_beyond_basics
 from dit_sparse.frame import Frame
 from dit_sparse.plan import Blocks
 
@@ -56,8 +58,8 @@ def block_statistics(
 ) -> BlockStatistics:
     """Sums, maxima and counts of softmax weights per pair of blocks.
 
-    Every row is normalised over all keys that are not hidden. Memory is bounded: the map exists
-    for some query blocks of some heads at a time.
+    Every row is normalised over all keys that are not hidden. Memory is bounded: on a GPU nothing
+    of the map is kept, elsewhere it exists for some query blocks of some heads at a time.
 
     Args:
         q, k: `[H, N, D]` in plan order.
@@ -65,6 +67,9 @@ def block_statistics(
         bound: weights below it are counted as small.
         hidden: bool `[n]`, key blocks that are not read; `None`: all are.
     """
+    kernels = kernel_module("attention_map") if q.is_cuda else None
+    if kernels and refuses_beyond_basics(q, k) is None:
+        return BlockStatistics(*kernels.block_statistics(q, k, blocks, bound, hidden))
     together = max(1, _WEIGHTS // (blocks.n * blocks.size**2))
     parts = [
         _of_heads(*heads, blocks, bound, hidden)
