@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse.kernels._approximate import _approximate_fwd
+from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
@@ -39,6 +40,7 @@ from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
 from dit_sparse.kernels._summary import _summary_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd
+from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.tiles import choose_tile
 
 Q_BLOCK = K_BLOCK = 128
@@ -68,6 +70,7 @@ class Variant:
     bound: bool = False
     order: bool = True
     tail: int = 0
+    block: int = K_BLOCK
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,29 @@ def eight_bits(variant: Variant) -> Report:
     return _read(variant, kernel)
 
 
+def maps() -> Iterator[Variant]:
+    """The kernel for a calibration's statistics, with blocks of both sizes that PARO takes."""
+    for capability in (80, 90):
+        for head_dim in (64, 128):
+            for block in (64, 128):
+                for hidden in (False, True):
+                    yield Variant("map", capability, head_dim, ragged=hidden, block=block)
+
+
+def statistics(variant: Variant) -> Report:
+    """Compiles one of `maps` as its launcher would; ragged ones have hidden blocks."""
+    dim = variant.head_dim
+    rows, columns = map_tile(variant.block, dim, 2)
+    constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": rows, "BLOCK_N": columns}
+    constants |= {"SUB": variant.block // columns, "HAS_HIDDEN": variant.ragged}
+    kernel = triton.compile(
+        _source(_attention_map_fwd, constants, None),
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": 8 if rows == 128 else 4, "num_stages": 2},
+    )
+    return _read(variant, kernel)
+
+
 def compiled(variant: Variant) -> Report:
     """Compiles a variant as its launcher would."""
     masked = variant.box or variant.disk
@@ -273,6 +299,9 @@ def _source(
         "best_ptr",
         "importance_ptr",
         "scores_ptr",
+        "sums_ptr",
+        "maxima_ptr",
+        "small_ptr",
     )
     pointers = dict.fromkeys(sixteen, "*bf16") | dict.fromkeys(sums, "*fp32")
     pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8")
@@ -289,7 +318,7 @@ def _source(
             return described[name]
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
-        return "fp32" if name in ("scale", "scale_log2", "mass", "range_v") else "i32"
+        return "fp32" if name in ("scale", "scale_log2", "mass", "range_v", "bound") else "i32"
 
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
     return ASTSource(
@@ -337,6 +366,7 @@ def main() -> None:
     reports = [compiled(variant) for variant in variants()]
     reports += [approximation(variant) for variant in approximations()]
     reports += [eight_bits(variant) for variant in in_eight_bits()]
+    reports += [statistics(variant) for variant in maps()]
     if arguments.format == "json":
         print(json.dumps([asdict(report) for report in reports]))
         return

@@ -120,3 +120,12 @@ def test_quantising_takes_no_local_memory(reports):
     for kernel in ("quantise fp8", "quantise int8", "extremes", "centres"):
         for report in chosen(reports, kernel, 90):
             assert report["counts"]["spills"] == 0, report
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_statistics_of_maps_use_the_matrix_units_without_spills(reports, capability: int):
+    for report in chosen(reports, "map", capability):
+        counts = report["counts"]
+        assert counts["hgmma" if capability == 90 else "mma"] > 0, report
+        assert counts["spills"] == 0, report
+        assert report["shared"] <= 101_376, report
