@@ -31,6 +31,37 @@ def _place(n_q_blocks, n_outer, first_inner, n_heads):
     return block, pair % n_heads, pair // n_heads
 
 
+@triton.jit
+def _start(starts_ptr, it, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
+    """First row of a listed block, or of a tile of means."""
+    return it * BLOCK_N if TAIL else tl.load(starts_ptr + it)
+
+
+@triton.jit
+def _visible(above_desc, below_desc, number, lower, upper, guard, BLOCK_N: tl.constexpr):
+    """Which keys of a block are inside the boxes of the queries."""
+    # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
+    above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
+    below = below_desc.load([number, 0]).reshape(BLOCK_N)
+    inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+    return (inside & guard) == guard
+
+
+@triton.jit
+def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
+    """Adds the result so far, as if it were one more key of the row; returns what the other keys
+    weigh too."""
+    before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf"))
+    before *= 1.4426950408889634
+    m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
+    alpha = tl.math.exp2(m_i - m_new)
+    weight = tl.math.exp2(before - m_new)
+    others = l_i * alpha
+    acc = acc * alpha[:, None]
+    acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
+    return m_new, others + weight, acc, others
+
+
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, bias_desc, slope_desc, out_ptr, lse_ptr,
@@ -94,25 +125,19 @@ def _block_sparse_fwd_hopper(
     behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
 
     for it in tl.range(0, steps, warp_specialize=True):
+        k = k_desc.load([k_row + _start(starts_ptr, it, BLOCK_N, TAIL), k_col])
         if TAIL:
-            start, behind_start = it * BLOCK_N, tl.maximum(it - 1, 0) * BLOCK_N
             bias = bias_desc.load([bias_row + it, 0]).reshape(BLOCK_N)
-        else:
-            start = tl.load(starts_ptr + it)
-            behind_start = tl.load(starts_ptr + tl.maximum(it - 1, 0))
-        k = k_desc.load([k_row + start, k_col])
         # What the softmax needs from memory is loaded before the product with v: a load behind it
         # waits for it, and so does all that depends on the load.
         if RAGGED and not PARTIAL and not TAIL:
             length = tl.load(lengths_ptr + it)
         scores = tl.dot(q, tl.trans(k))
         if PARTIAL:
-            # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
             number = tl.load(indices_ptr + it)
-            above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
-            below = below_desc.load([number, 0]).reshape(BLOCK_N)
-            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-            scores = tl.where((inside & guard) == guard, scores * scale_log2, float("-inf"))
+            inside = _visible(above_desc, below_desc, number, lower, upper, guard, BLOCK_N)
+            scores = tl.where(inside, scores * scale_log2, float("-inf"))
+        behind_start = _start(starts_ptr, tl.maximum(it - 1, 0), BLOCK_N, TAIL)
         v = v_desc.load([v_row + behind_start, v_col])
         if not BOUND:
             acc = acc * alpha[:, None]
@@ -140,10 +165,8 @@ def _block_sparse_fwd_hopper(
             m_i = m_new
         behind = p.to(v.dtype).to(tl.int16, bitcast=True)
 
-    if TAIL:
-        v_start = (steps - 1) * BLOCK_N
-    else:
-        v_start = tl.load(starts_ptr + tl.maximum(steps - 1, 0), mask=steps > 0, other=0)
+    last = tl.maximum(steps - 1, 0)
+    v_start = last * BLOCK_N if TAIL else tl.load(starts_ptr + last, mask=steps > 0, other=0)
     v = v_desc.load([v_row + v_start, v_col])
     if not BOUND:
         acc = acc * alpha[:, None]
@@ -159,19 +182,9 @@ def _block_sparse_fwd_hopper(
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)
-    lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
-    if PARTIAL or TAIL:  # add the result so far, as if it were one more key of the row
-        before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf"))
-        before *= 1.4426950408889634
-        m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
-        alpha = tl.math.exp2(m_i - m_new)
-        weight = tl.math.exp2(before - m_new)
-        l_i = l_i * alpha
-        tail = l_i
-        l_i += weight
-        acc = acc * alpha[:, None]
-        acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
-        m_i = m_new
+    lse_ptrs = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + tokens
+    if PARTIAL or TAIL:
+        m_i, l_i, acc, tail = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
@@ -185,4 +198,4 @@ def _block_sparse_fwd_hopper(
         # and above it 17 bits of keys and 24 of precision.
         lse = tl.where((l_i < 2.6e-26) & (steps > 0), float("inf"), lse)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
-    tl.store(lse_ptr + tokens, lse, mask=row_inside)
+    tl.store(lse_ptrs, lse, mask=row_inside)

@@ -159,7 +159,7 @@ class TritonBackend:
         if len(ready) < len(repeats) or (plan.order is not None and room.moved is None):
             return room.result, None
         moved = 0 if room.moved is None else len(room.moved)
-        return room.result, partial(_again, ready, moved, room.lengths is not None, rest)
+        return room.result, partial(_again, ready, moved, room.lengths is not None, rest=rest)
 
     def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         q, k, v = (unit_stride(t) for t in (q, k, v))
@@ -264,10 +264,11 @@ def _again(
     launches: Sequence[Repeat],
     moved: int,
     bounded: bool,
-    rest: Callable[[_Room], None] | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
+    rest: Callable[[_Room], None] | None = None,
 ) -> AttentionOutput:
     """The launches on other tensors, see `_room`, and what is added to their result."""
     with device_of(q):

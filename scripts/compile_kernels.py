@@ -251,12 +251,8 @@ def compiled(variant: Variant) -> Report:
         "TAIL": variant.tail > 0,
         "SLOPE": variant.tail == 2,
     }
-    if not variant.box:
-        constants |= {"above_desc": None, "below_desc": None}
-    if not variant.tail:
-        constants |= {"bias_desc": None}
-    if variant.tail != 2:
-        constants |= {"slope_desc": None}
+    boxes = () if variant.box else ("above_desc", "below_desc")
+    constants |= dict.fromkeys(boxes + ("bias_desc", "slope_desc")[variant.tail :])
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
     source = _source(function, constants, described)
     kernel = triton.compile(
@@ -289,19 +285,9 @@ def _source(
         *("tiled_ptr", "slope_ptr", "each_ptr"),
     )
     sums = (
-        "means_ptr",
-        "bias_ptr",
-        "k_mean_ptr",
-        "v_mean_ptr",
-        "sum_ptr",
-        "centre_ptr",
-        "squares_ptr",
-        "best_ptr",
-        "importance_ptr",
-        "scores_ptr",
-        "sums_ptr",
-        "maxima_ptr",
-        "small_ptr",
+        *("means_ptr", "bias_ptr", "k_mean_ptr", "v_mean_ptr", "sum_ptr", "centre_ptr"),
+        *("squares_ptr", "best_ptr", "importance_ptr", "scores_ptr"),
+        *("sums_ptr", "maxima_ptr", "small_ptr"),
     )
     pointers = dict.fromkeys(sixteen, "*bf16") | dict.fromkeys(sums, "*fp32")
     pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8")
