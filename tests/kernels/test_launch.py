@@ -137,7 +137,7 @@ def test_specialised_launches(jit: Jit, window: tuple[int, int, int]) -> None:
     assert count == 1 + (window == (1, 7, 9))
     repeats = [each.repeatable(room.tensors) for each in launches]
     others = tuple(t.contiguous() for t in tensors(1))
-    repeated = block_sparse._again(repeats, 0, False, None, *others)
+    repeated = block_sparse._again(repeats, 0, False, *others)
     olds, news = (q, k, v, *result), (*others, *repeated)
     moved = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
     for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
@@ -216,7 +216,7 @@ def test_a_specialised_kernel_and_what_it_leaves(
     monkeypatch.setattr(
         block_sparse, "_room", lambda *given: rooms.append(make(*given)) or rooms[-1]
     )
-    again = block_sparse._again(repeats, 3 if ordered else 0, bounded, None, *others)
+    again = block_sparse._again(repeats, 3 if ordered else 0, bounded, *others)
     (second,) = rooms
     assert again is second.result
     if bounded:
