@@ -45,43 +45,92 @@ def _unpacked(bits):
 
 
 @triton.jit
-def _exp2(x, POLY: tl.constexpr):
-    """2**x for x <= 0; of every four, POLY by a polynomial on the FMA pipe."""
-    if POLY == 0:
-        return tl.math.exp2(x)
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 t, f, p; .reg .s32 e, i;
-        ex2.approx.ftz.f32 $0, $4;
-        ex2.approx.ftz.f32 $1, $5;
-        ex2.approx.ftz.f32 $2, $6;
-        max.f32 p, $7, 0fC2FC0000;
-        add.rn.f32 t, p, 0f4B400000;
-        sub.rn.f32 f, t, 0f4B400000;
-        sub.rn.f32 f, p, f;
-        mov.b32 e, t;
-        shl.b32 e, e, 23;
-        fma.rn.f32 p, f, 0f3D6146E6, 0f3E780005;
-        fma.rn.f32 p, p, f, 0f3F317AE4;
-        fma.rn.f32 p, p, f, 0f3F800000;
-        mov.b32 i, p;
-        add.s32 i, i, e;
-        mov.b32 $3, i;
-        }""",
-        "=f,=f,=f,=f,f,f,f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
 def _nothing(like):
     """Zeros that the compiler does not know for such: it stumbles over a constant accumulator."""
     return tl.inline_asm_elementwise(
         "mov.b32 $0, 0;", "=f,f", [like], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def _list(offsets_ptr, full_ptr, partial_ptr, row, PARTIAL: tl.constexpr):
+    """Where the full or the partial entries of a query block begin, and how many they are."""
+    first = tl.load(offsets_ptr + row)
+    steps = tl.load(full_ptr + row)
+    if PARTIAL:
+        first += steps
+        steps = tl.load(partial_ptr + row)
+    return first, steps
+
+
+@triton.jit
+def _sides(lower_ptr, upper_ptr, rows, inside, guard):
+    """Sides of the boxes of some rows."""
+    lower = tl.load(lower_ptr + rows, mask=inside, other=0)
+    return lower, tl.load(upper_ptr + rows, mask=inside, other=0) | guard
+
+
+@triton.jit
+def _boxed(scores, factor, above, below, lower, upper, guard):
+    """Scores, with -inf for keys outside the boxes of their rows."""
+    inside = ((above | guard)[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+    return tl.where((inside & guard) == guard, scores * factor, float("-inf"))
+
+
+@triton.jit
+def _mass(p, length, SHORT: tl.constexpr):
+    """Sums of the weights of each row.
+
+    A short block ends in copies of its last key, whose values are 0: no maximum and no product sees
+    them. One column, counted for all of them, costs less than a mask.
+    """
+    if SHORT:
+        last: tl.constexpr = p.shape[1] - 1
+        copies = tl.where(tl.arange(0, last + 1) == last, (length - last).to(tl.float32), 1.0)
+        p = p * copies[None, :]
+    return tl.sum(p, 1)
+
+
+@triton.jit
+def _last_product(
+    acc, behind, v_desc, indices_ptr, starts_ptr, steps, v_row, v_col,
+    BLOCK_N: tl.constexpr, V_8BIT: tl.constexpr,
+):  # fmt: skip
+    """Adds the values of the last entry, if there is one."""
+    last = tl.maximum(steps - 1, 0)
+    if V_8BIT:
+        v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
+        acc = tl.dot(_unpacked(behind).to(v.dtype, bitcast=True), tl.trans(v), acc)
+    else:
+        v = v_desc.load([v_row + tl.load(starts_ptr + last, mask=steps > 0, other=0), v_col])
+        acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+    return acc
+
+
+@triton.jit
+def _restored(acc, empty, channels_ptr, BLOCK_D: tl.constexpr):
+    """Sums over values in 8 bits in their own unit, about their own centre."""
+    channels = channels_ptr + tl.arange(0, BLOCK_D)
+    acc = acc * tl.load(channels + 2 * BLOCK_D)[None, :]
+    centre = tl.load(channels + BLOCK_D)[None, :]
+    return acc + tl.where(empty, 0.0, 1.0)[:, None] * centre
+
+
+@triton.jit
+def _merged(acc, m_i, empty, out_ptrs, out_inside, lse_ptrs, row_inside):
+    """With the result so far, as if that were one more key of each row."""
+    before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+    m_i = tl.where(empty, float("-inf"), m_i)
+    m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
+    share = tl.math.exp2(m_i - m_new)
+    weight = tl.math.exp2(before - m_new)
+    both = share + weight
+    empty = both == 0.0
+    both_safe = tl.where(empty, 1.0, both)
+    acc = acc * (share / both_safe)[:, None]
+    earlier = tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
+    acc += (weight / both_safe)[:, None] * earlier
+    return acc, m_new + tl.math.log2(both_safe), empty
 
 
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
@@ -97,7 +146,7 @@ def _quantised_fwd_hopper(
     n_heads, n_q_blocks, n_programs, n_outer, first_inner, n_k_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
-    SMOOTH: tl.constexpr, V_8BIT: tl.constexpr, FRESH: tl.constexpr, POLY: tl.constexpr,
+    SMOOTH: tl.constexpr, V_8BIT: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = _place(n_programs, n_outer, first_inner, n_heads)
     if PARTIAL:
@@ -116,11 +165,7 @@ def _quantised_fwd_hopper(
     v_col = head * v_col_h
 
     row = batch * list_stride_b + head * list_stride_h + block
-    first = tl.load(offsets_ptr + row)
-    steps = tl.load(full_ptr + row)
-    if PARTIAL:
-        first += steps
-        steps = tl.load(partial_ptr + row)
+    first, steps = _list(offsets_ptr, full_ptr, partial_ptr, row, PARTIAL)
     indices_ptr += first
     starts_ptr += first
     lengths_ptr += first
@@ -130,8 +175,7 @@ def _quantised_fwd_hopper(
     if PARTIAL:
         rows = q_start + tl.arange(0, BLOCK_M)
         box_rows = head.to(tl.int64) * box_stride_h + rows
-        lower = tl.load(lower_ptr + box_rows, mask=rows < n_queries, other=0)
-        upper = tl.load(upper_ptr + box_rows, mask=rows < n_queries, other=0) | guard
+        lower, upper = _sides(lower_ptr, upper_ptr, box_rows, rows < n_queries, guard)
     # Weights in 8 bits reach up to 2^8 of 448 that e4m3 holds: its small numbers are coarse.
     TOP: tl.constexpr = 8.0 if V_8BIT else 0.0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -143,10 +187,7 @@ def _quantised_fwd_hopper(
         fresh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # The weights of the block before, as bits: a loop-carried tile of a float type would be sent
     # through shared memory, and the product with it waited for.
-    if V_8BIT:
-        behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    else:
-        behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
+    behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if V_8BIT else tl.int16)
 
     for it in tl.range(0, steps, warp_specialize=True):
         number = tl.load(indices_ptr + it)
@@ -154,15 +195,14 @@ def _quantised_fwd_hopper(
         # What the softmax needs from memory is loaded before the product with v: a load behind it
         # waits for it, and so does all that depends on the load.
         factor = q_step * tl.load(k_step_ptr + number)
+        length = BLOCK_N
         if RAGGED and not PARTIAL:
             length = tl.load(lengths_ptr + it)
-            in_last = (length - (BLOCK_N - 1)).to(tl.float32)
         scores = tl.dot(q, tl.trans(k)).to(tl.float32)
         if PARTIAL:
-            above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
+            above = above_desc.load([number, 0]).reshape(BLOCK_N)
             below = below_desc.load([number, 0]).reshape(BLOCK_N)
-            inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-            scores = tl.where((inside & guard) == guard, scores * factor, float("-inf"))
+            scores = _boxed(scores, factor, above, below, lower, upper, guard)
         at = tl.maximum(it - 1, 0)
         if V_8BIT:
             v = v_desc.load([v_row, tl.load(indices_ptr + at) * BLOCK_N])
@@ -184,33 +224,21 @@ def _quantised_fwd_hopper(
                 scores = scores * factor + bias[None, :]
             # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
             m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) - TOP), -1e30)
-            p = _exp2(scores - m_new[:, None], POLY)
+            p = tl.math.exp2(scores - m_new[:, None])
         else:
             m_new = tl.maximum(m_i, tl.max(scores, 1) * factor - TOP)
-            p = _exp2(scores * factor - m_new[:, None], POLY)
+            p = tl.math.exp2(scores * factor - m_new[:, None])
         alpha = tl.math.exp2(m_i - m_new)
-        if RAGGED and V_8BIT and not PARTIAL:
-            # A short block ends in copies of its last key, whose values are 0: no maximum and no
-            # product sees them. One column, counted for all of them, costs less than a mask.
-            copies = tl.where(within == BLOCK_N - 1, in_last, 1.0)
-            l_i = l_i * alpha + tl.sum(p * copies[None, :], 1)
-        else:
-            l_i = l_i * alpha + tl.sum(p, 1)
+        l_i = l_i * alpha + _mass(p, length, RAGGED and V_8BIT and not PARTIAL)
         m_i = m_new
         behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
 
-    last = tl.maximum(steps - 1, 0)
-    if V_8BIT:
-        v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
-        p8 = _unpacked(behind).to(v.dtype, bitcast=True)
-        if FRESH:
-            acc = acc * alpha_before[:, None] + fresh
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p8, tl.trans(v), acc)
-    else:
-        v = v_desc.load([v_row + tl.load(starts_ptr + last, mask=steps > 0, other=0), v_col])
-        acc = acc * alpha[:, None]
-        acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+    if FRESH:
+        acc = acc * alpha_before[:, None] + fresh
+    acc = _last_product(
+        acc * alpha[:, None], behind, v_desc, indices_ptr, starts_ptr, steps, v_row, v_col,
+        BLOCK_N, V_8BIT,
+    )  # fmt: skip
 
     rows = q_start + tl.arange(0, BLOCK_M)
     row_inside = rows < tl.load(q_starts_ptr + block + 1)
@@ -222,10 +250,7 @@ def _quantised_fwd_hopper(
     l_safe = tl.where(empty, 1.0, l_i)
     acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])  # a weight of 0 hides no NaN
     if V_8BIT:
-        channels = centres_ptr + pair * 3 * BLOCK_D + cols
-        acc = acc * tl.load(channels + 2 * BLOCK_D)[None, :]
-        centre = tl.load(channels + BLOCK_D)[None, :]
-        acc += tl.where(empty, 0.0, 1.0)[:, None] * centre
+        acc = _restored(acc, empty, centres_ptr + pair * 3 * BLOCK_D, BLOCK_D)
     m_i += tl.math.log2(l_safe)
     if SMOOTH:  # what all scores of the row lost with the mean key
         # Triton moves the row of `q_desc.load` for its second half: nothing else may be made of it.
@@ -235,20 +260,9 @@ def _quantised_fwd_hopper(
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
-    if PARTIAL:  # merge with the result so far
-        before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf"))
-        before *= 1.4426950408889634
-        m_i = tl.where(empty, float("-inf"), m_i)
-        m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
-        share = tl.math.exp2(m_i - m_new)
-        weight = tl.math.exp2(before - m_new)
-        both = share + weight
-        empty = both == 0.0
-        both_safe = tl.where(empty, 1.0, both)
-        acc = acc * (share / both_safe)[:, None]
-        earlier = tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
-        acc += (weight / both_safe)[:, None] * earlier
-        m_i = m_new + tl.math.log2(both_safe)
+    if PARTIAL:
+        merged = _merged(acc, m_i, empty, out_ptrs, out_inside, lse_ptr + tokens, row_inside)
+        acc, m_i, empty = merged
     lse = tl.where(empty, float("-inf"), m_i * 0.6931471805599453)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptr + tokens, lse, mask=row_inside)

@@ -26,7 +26,6 @@ def launch(
     *,
     partial: bool = False,
     fresh: bool = True,
-    poly: int = 0,
 ) -> Launch | None:
     """Writes `result`; `None`, and nothing written, if the strides of v do not allow it.
 
@@ -37,7 +36,6 @@ def launch(
             `result` gets the full entries.
         fresh: add up each block's values apart and then in fp32, since 8-bit products are added
             with 14 bits. Not for partial entries, which are few and have no registers left.
-        poly: of every four powers of two, how many (0 or 1) are polynomials.
     """
     vm = None
     if quantised.v is None:
@@ -45,7 +43,7 @@ def launch(
         if vm is None or ((plan.k_blocks.ragged or partial) and not vm.ends_in_itself):
             return None
     box = plan.box if partial else None
-    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh, poly)
+    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh)
     return hopper.with_scratch(run)
 
 
@@ -58,7 +56,6 @@ def _launch(
     result: AttentionOutput,
     box: BoxPredicate | None,
     fresh: bool,
-    poly: int,
 ) -> Launch:
     out, lse = result
     batch, heads, n_queries, head_dim = out.shape
@@ -104,7 +101,6 @@ def _launch(
         "SMOOTH": quantised.shift is not None,
         "V_8BIT": vm is None,
         "FRESH": fresh and vm is None and box is None,
-        "POLY": poly,
     }
     grid = (batch * heads * len(rows), 1, 1)
     return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)

@@ -179,7 +179,7 @@ def eight_bits(variant: Variant) -> Report:
     constants |= {"SIZE": K_BLOCK, "ROWS": 32, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
     constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
     constants |= {"SMOOTH": True, "INTEGERS": integers, "V_8BIT": not integers}
-    constants |= {"FRESH": not integers and not variant.box, "POLY": 0}
+    constants |= {"FRESH": not integers and not variant.box}
     element = "i8" if integers else "fp8e4nv"
     descriptors = {"k_desc": f"tensordesc<{element}[{K_BLOCK}, {dim}]>"}
     descriptors["v_desc"] = f"tensordesc<{'bf16' if integers else 'fp8e4nv'}[{K_BLOCK}, {dim}]>"
@@ -254,13 +254,25 @@ def compiled(variant: Variant) -> Report:
     boxes = () if variant.box else ("above_desc", "below_desc")
     constants |= dict.fromkeys(boxes + ("bias_desc", "slope_desc")[variant.tail :])
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
-    source = _source(function, constants, described)
     kernel = triton.compile(
-        source,
+        _source(function, constants, described),
         target=GPUTarget("cuda", variant.capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
     return _read(variant, kernel)
+
+
+_POINTERS = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr"), "*bf16"),
+    **dict.fromkeys(("pooled_ptr", "tiled_ptr", "slope_ptr", "each_ptr"), "*bf16"),
+    **dict.fromkeys(("means_ptr", "bias_ptr", "k_mean_ptr", "v_mean_ptr"), "*fp32"),
+    **dict.fromkeys(("sum_ptr", "centre_ptr", "squares_ptr", "best_ptr"), "*fp32"),
+    **dict.fromkeys(("importance_ptr", "scores_ptr", "sums_ptr", "maxima_ptr"), "*fp32"),
+    **dict.fromkeys(("small_ptr", "lse_ptr", "norm_ptr", "longest_ptr"), "*fp32"),
+    **dict.fromkeys(("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr"), "*fp32"),
+    **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
+    "order_ptr": "*i64",
+}
 
 
 def _source(
@@ -280,22 +292,7 @@ def _source(
     constants = {name: value for name, value in constants.items() if name in names}
     if not descriptors and "k_desc" in names:
         constants |= {"k_desc": None, "v_desc": None}
-    sixteen = (
-        *("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr", "pooled_ptr"),
-        *("tiled_ptr", "slope_ptr", "each_ptr"),
-    )
-    sums = (
-        *("means_ptr", "bias_ptr", "k_mean_ptr", "v_mean_ptr", "sum_ptr", "centre_ptr"),
-        *("squares_ptr", "best_ptr", "importance_ptr", "scores_ptr"),
-        *("sums_ptr", "maxima_ptr", "small_ptr"),
-    )
-    pointers = dict.fromkeys(sixteen, "*bf16") | dict.fromkeys(sums, "*fp32")
-    pointers |= dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8")
-    pointers |= dict.fromkeys(("lse_ptr", "norm_ptr", "longest_ptr"), "*fp32") | {
-        "order_ptr": "*i64"
-    }
-    steps = ("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr")
-    pointers |= dict.fromkeys(steps, "*fp32") | (others or {})
+    pointers = _POINTERS | (others or {})
 
     def kind(name: str) -> str:
         if name in constants:
