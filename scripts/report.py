@@ -45,7 +45,7 @@ def kernel_table(rows: list[dict[str, Any]]) -> str:
         flex = variants.get((_case(row), "flex"))
         grid = f" {row['grid']}" if row["grid"] else ""
         if row.get("stride"):
-            grid += f", {row['window']}"
+            grid += f", {row['window'].removeprefix('WindowShape')[1:-1]}"
         flex_ms = f"{flex['ms']:.2f} ms" if flex else ""
         lines.append(
             f"| {row['pattern']}{grid} | {row['tokens']:,} x {row['heads']} x {row['head_dim']} | "
