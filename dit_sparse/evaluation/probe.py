@@ -30,6 +30,7 @@ from dit_sparse.plan import BlockPlan
 MAP_SIDE = 128  # blocks a side of a map that is kept
 
 _ROUNDS = 5
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +89,10 @@ class CallProbe:
             true = dense[0].float()
             of_head = (0, 2, 3)
             apart = (out.float() - true).square().sum(of_head)
-            error = (apart / true.square().sum(of_head)).sqrt()
+            error = (apart / true.square().sum(of_head).clamp_min(_TINY)).sqrt()
             kept = (lse - dense[1]).exp().clamp(max=1.0).mean((0, 2))
+            if not (error.isfinite() & kept.isfinite()).all():
+                raise ValueError("Expected finite outputs and LSEs of the call, got others.")
             return place | {
                 "kind": "call",
                 "density": plan.density,
@@ -243,4 +246,4 @@ def _failed(label: str, error: Exception) -> dict[str, Any]:
 
 
 def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 6) for value in values.double().nan_to_num(0.0).tolist()]
+    return [round(value, 6) for value in values.double().tolist()]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from dit_sparse.attention import attend
 from dit_sparse.commands.models import Model
+from dit_sparse.evaluation import probe as probing
 from dit_sparse.evaluation.probe import CallProbe, TimeProbe, block_maps, probe
 from dit_sparse.evaluation.variants import baselines_of, variants_of
 from dit_sparse.grid import TokenGrid, TokenLayout
@@ -73,6 +75,25 @@ def test_a_method_that_fails_does_not_stop_the_others() -> None:
     found = looked_at({"bad": PisaMethod(density=0.01), "good": WindowMethod(block=64)})
     assert "Expected a density" in found["bad"]["failed"]
     assert "error" in found["good"]
+
+
+def test_what_is_not_a_number_is_no_small_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        result = attend(*given)
+        result.out[0, 1, 3] = torch.nan
+        return result
+
+    found = looked_at({"w": WindowMethod(block=64)})["w"]
+    assert "failed" not in found
+    true = probing.CallProbe._compare
+
+    def compare(*given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(probing, "attend", broken)
+            return true(*given)
+
+    monkeypatch.setattr(probing.CallProbe, "_compare", compare)
+    assert "finite" in looked_at({"w": WindowMethod(block=64)})["w"]["failed"]
 
 
 def test_dense_calls_of_a_schedule_are_left_out() -> None:
