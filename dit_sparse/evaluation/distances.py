@@ -26,7 +26,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     metric = FrechetInceptionDistance(as_they_are, sync_on_compute=False)  # one process has all
     metric.update(first.double().cpu(), real=True)
     metric.update(second.double().cpu(), real=False)
-    return max(0.0, float(metric.compute()))  # rounding may leave it just below
+    return max(float(metric.compute()), 0.0)  # rounding may leave it just below; NaN stays
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> float:

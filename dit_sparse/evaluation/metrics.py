@@ -172,13 +172,13 @@ def temporal(clip: Clip, dense: Clip) -> dict[str, Any]:
     """
     if len(clip.frames) < 2:
         return {}
-    moved, error, motion = 0.0, 0.0, 0.0
+    sums = torch.zeros(3, dtype=torch.float64, device=clip.frames.device)
     for i in range(1, len(clip.frames)):
         ours = clip.frames[i] - clip.frames[i - 1]
         theirs = dense.frames[i] - dense.frames[i - 1]
-        moved += float(theirs.abs().mean())
-        motion += float(ours.abs().mean())
-        error += float((ours - theirs).double().square().mean())
+        apart = (ours - theirs).double().square()
+        sums += torch.stack([theirs.abs().mean(), ours.abs().mean(), apart.mean()])
+    moved, motion, error = sums.tolist()  # waits for the device once
     return {
         "temporal_psnr": _decibel(error / (len(clip.frames) - 1)),
         "motion": motion / moved if moved else None,
@@ -190,7 +190,7 @@ def features(clip: Clip, dense: Clip) -> dict[str, Any]:
     if clip.features is None or dense.features is None:
         raise ValueError("Expected features of both clips, got none of one. Run it again.")
     cosine = torch.nn.functional.cosine_similarity(clip.features, dense.features)
-    return {f"cosine_{EXTRACTOR}": max(0.0, 1 - float(cosine.double().mean()))}
+    return {f"cosine_{EXTRACTOR}": max(1 - float(cosine.double().mean()), 0.0)}
 
 
 def _ssim() -> Measure:
