@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dit_sparse.bench import environment
 from dit_sparse.commands.models import Model, compile_blocks
 from dit_sparse.commands.report import describe
+from dit_sparse.commands.words import dtype_of
 from dit_sparse.evaluation.generate import Generation, generate, install
 from dit_sparse.evaluation.metrics import Clip, Metrics
 from dit_sparse.evaluation.probe import probe
@@ -166,7 +167,8 @@ class Runner:
                 for variant in self.spec.variants:
                     if missing.get(variant.label, 0) > turn and not self._time_is_up():
                         bar.set_postfix_str(variant.label)
-                        self._repeat(variant, task)
+                        if not self._repeat(variant, task):
+                            missing[variant.label] = 0
                         bar.update()
 
     def probe_calls(self) -> None:
@@ -230,7 +232,7 @@ class Runner:
         self.store.append(line)
         return True
 
-    def _repeat(self, variant: Variant, task: Task) -> None:
+    def _repeat(self, variant: Variant, task: Task) -> bool:
         line = self._begin("repeat", variant, task)
         try:
             if variant.label not in self.warm:  # in a process that only goes on with times
@@ -238,8 +240,9 @@ class Runner:
             line |= _costs(self._generate(variant, task)) | {"warm": True}
         except Exception as error:  # as above: the others' times are still wanted
             self._note_failure(line, variant, error)
-            return
+            return False
         self.store.append(line)
+        return True
 
     def _generate(self, variant: Variant, task: Task) -> Generation:
         install(self.model, variant)
@@ -251,10 +254,6 @@ class Runner:
         return made
 
     def _begin(self, kind: str, variant: Variant, task: Task) -> Line:
-        words = ["dit-sparse", "sample", "--model", self.spec.model, *variant.words]
-        for name in ("frames", "height", "width", "steps", "guidance", "negative_prompt"):
-            value = getattr(self.spec, name)
-            words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         return {
             "kind": kind,
             "variant": variant.label,
@@ -264,8 +263,22 @@ class Runner:
             "status": "ok",
             "warm": variant.label in self.warm,
             "process": self.share.process,
-            "command": words,
+            "command": self._command(variant),
         }
+
+    def _command(self, variant: Variant) -> list[str]:
+        """What runs the same for a prompt; empty if `dit-sparse sample` cannot."""
+        if not variant.words:
+            return []
+        spec = self.spec
+        words = ["dit-sparse", "sample", "--model", spec.model, *variant.words]
+        for name in ("frames", "height", "width", "steps", "guidance", "negative_prompt"):
+            value = getattr(spec, name)
+            words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        if spec.dtype != dtype_of(None, spec.device):
+            words += ["--dtype", str(spec.dtype).removeprefix("torch.")]
+        words += ["--offload", spec.offload] if spec.offload != "none" else []
+        return [*words, "--compile"] if spec.compile else words
 
     def _keep(self, variant: Variant, task: Task, frames: np.ndarray) -> dict[str, Any]:
         """Writes a clip and compares it with the dense one."""
@@ -345,8 +358,9 @@ def failures(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def timed_warm(line: Mapping[str, Any]) -> bool:
-    """Whether a line has times that no compilation or tuning is part of."""
-    return line["kind"] in ("clip", "repeat") and line["status"] == "ok" and line["warm"]
+    """Whether a line has times of the first process that no compilation or tuning is part of."""
+    made = line["kind"] in ("clip", "repeat") and line["status"] == "ok"
+    return made and line["warm"] and line["process"] == 0
 
 
 def _costs(made: Generation) -> dict[str, Any]:

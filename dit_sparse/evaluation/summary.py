@@ -28,7 +28,8 @@ class Row:
     """A variant over all its clips.
 
     Args:
-        label, command: its name, and the words that run the same.
+        label, command: its name, and the words that run the same; none for stock processors with
+            another backend.
         clips: how many there are.
         failed: why it stopped, if it did.
         times: how many its seconds are medians of; 0 if only a first run, which tunes and
@@ -41,7 +42,8 @@ class Row:
         worst: the worst clip's, for PSNR and SSIM.
         identical: clips that equal the dense ones.
         layers: measured density of each layer's sparse calls.
-        speedup, speedup_total: of denoising and of the whole call over the fastest dense variant.
+        speedup, speedup_total: of denoising and of the whole call over the fastest dense variant;
+            `None` where only one of the two was timed beyond a first run.
         model_of_speed: what the speed should be; `None` where attention was not timed.
     """
 
@@ -105,8 +107,9 @@ class Summary:
 
     @property
     def measured(self) -> tuple[Row, ...]:
-        """Sparse variants with a PSNR and a speedup."""
-        return tuple(r for r in self.rows if r.psnr and r.speedup and not r.is_baseline)
+        """Sparse variants with a PSNR and a speedup, of which no clip failed."""
+        sparse = [r for r in self.rows if not r.is_baseline and r.failed is None]
+        return tuple(r for r in sparse if r.psnr and r.speedup)
 
     @property
     def front(self) -> tuple[Row, ...]:
@@ -182,7 +185,8 @@ def summarise(store: Store, target: float) -> Summary:
         for label in dict.fromkeys(line["variant"] for line in made)
     ]
     dense = [r for r in rows if r.is_baseline and r.seconds]
-    baseline = min(dense, key=lambda r: r.seconds["denoise"], default=None)
+    # First runs compile: those of dense variants must not flatter warm runs of sparse ones.
+    baseline = min(dense, key=lambda r: (not r.times, r.seconds["denoise"]), default=None)
     timings = {line["variant"]: line for line in lines if line["kind"] == "time"}
     records = {line["variant"]: line["record"] for line in made if line.get("record")}
     gaps: dict[str, str] = {}
@@ -191,6 +195,8 @@ def summarise(store: Store, target: float) -> Summary:
     for line in lines:
         if line["kind"] in ("call", "time") and "failed" in line:
             gaps = {**gaps, f"attention calls of {line['variant']}": line["failed"]}
+        if line["kind"] == "repeat" and line["status"] == "failed":
+            gaps = {**gaps, f"a further time of {line['variant']}": line["error"]}
     return Summary(
         settings=store.settings() or {},
         rows=tuple(_compared(row, baseline, timings, records) for row in rows),
@@ -310,7 +316,7 @@ def _compared(
     timings: Mapping[str, Line],
     records: Mapping[str, Mapping[str, Any]],
 ) -> Row:
-    if baseline is None or not row.seconds:
+    if baseline is None or not row.seconds or bool(row.times) != bool(baseline.times):
         return row
     dense, own = baseline.seconds["denoise"], row.seconds["denoise"]
     return replace(

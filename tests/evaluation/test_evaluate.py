@@ -178,6 +178,13 @@ def test_a_file_of_options_does_the_same() -> None:
         assert row["times"] == 0
 
 
+def test_the_command_of_a_variant_has_all_that_it_was_run_with() -> None:
+    words = ["--dtype", "bfloat16", "--methods", "window:density=0.5:block=64"]
+    rows = rows_of(sweep("--count", "1", *words))
+    command = rows["window density=0.5 block=64"]["command"]
+    assert command[-2:] == ["--dtype", "bfloat16"]
+
+
 def test_a_failing_method_is_recorded_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
