@@ -44,7 +44,7 @@ def evaluate(
     min_tokens: Annotated[int | None, typer.Option(help="Sequence length, likewise.")] = None,
     baselines: Annotated[
         str | None,
-        typer.Option(help="Dense variants beside stock: dense,cudnn,flash (all on a GPU)."),
+        typer.Option(help="Dense variants beside stock: dense,cudnn,flash (all on a GPU); none."),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Times that a speed is a median of, at least (5).")

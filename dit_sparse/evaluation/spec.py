@@ -157,7 +157,9 @@ def spec_of(given: Mapping[str, Any]) -> Spec:
     """
     given = _with_size(given)
     device = device_of(_text(given, "device"))
-    baselines = given.get("baselines") or _baselines(device)
+    baselines = given.get("baselines")
+    if baselines is None:
+        baselines = _baselines(device)
     schedule = {k: str(given[k]) for k in SCHEDULE if given.get(k) is not None}
     numbers = {k: _number(given, k, int) for k in _WHOLE if given.get(k) is not None}
     others = {k: _number(given, k, float) for k in _REAL if given.get(k) is not None}

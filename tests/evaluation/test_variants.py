@@ -108,6 +108,10 @@ class TestSpec:
         assert [v.label for v in spec.variants] == ["stock", "dense", "window"]
         assert (spec.seeds, spec.rounds, spec.dtype) == ((0,), 5, torch.float32)
 
+    def test_no_baseline_beside_stock(self) -> None:
+        spec = spec_of(self.given(baselines=[]))
+        assert [v.label for v in spec.variants] == ["stock", "window"]
+
     def test_a_size_is_height_and_width_or_frames_too(self) -> None:
         still, clip = (spec_of(self.given(size=text)) for text in ("64x96", "9x64x96"))
         assert (still.frames, still.height, still.width) == (None, 64, 96)
