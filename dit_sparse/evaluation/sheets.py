@@ -32,8 +32,8 @@ def sheet(clip: np.ndarray, dense: np.ndarray) -> bytes:
 def moving(clip: np.ndarray, dense: np.ndarray, fps: float = 12.0) -> bytes:
     """Animated WebP: dense, method and difference beside each other."""
     shown = spread(len(clip), _MOVING)
-    apart = difference(clip, dense)
-    frames = [_grid([[_small(x[i]) for x in (dense, clip, apart)]]) for i in shown]
+    rows = (dense[shown], clip[shown], difference(clip[shown], dense[shown]))
+    frames = [_grid([[_small(frame) for frame in cells]]) for cells in zip(*rows, strict=True)]
     return _webp(frames, 1000 * len(clip) / len(shown) / fps)
 
 
