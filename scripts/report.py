@@ -71,7 +71,7 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         by_mode.setdefault((row["model"], row["compiled"]), []).append(row)
     for (model, compiled), group in by_mode.items():
-        dense = min(row["ms"] for row in group if row["variant"] in ("stock", "dense"))
+        dense = min(r["ms"] for r in group if r["variant"] in ("stock", "dense") and "ms" in r)
         lines += [
             f"| {model}, {row['tokens']:,} | {'compiled' if compiled else 'eager'} | "
             f"{dense:.0f} ms | {row['attention_share']:.0%} | {row['variant'].split()[0]} | "
