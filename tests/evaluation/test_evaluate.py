@@ -70,8 +70,15 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for row in report["rows"]}
 
 
-def test_a_sweep_measures_every_variant() -> None:
-    report = sweep()
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a whole sweep, which tests leave as it is, and what it reported."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, sweep("--output", str(folder))
+
+
+def test_a_sweep_measures_every_variant(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = finished
     rows = rows_of(report)
     assert list(rows) == LABELS
     assert all(row["clips"] == 2 and row["failed"] is None for row in rows.values())
@@ -87,31 +94,35 @@ def test_a_sweep_measures_every_variant() -> None:
     assert sparse["command"][:4] == ["dit-sparse", "sample", "--model", "tiny:wan"]
     again = CliRunner().invoke(app, [*sparse["command"][1:], "--device", "cpu", "-o", "a.png"])
     assert again.exit_code == 0, again.stderr
-    lines = [json.loads(line) for line in Path("out/summary.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "summary.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == LABELS
 
 
-def test_clips_are_those_of_the_stock_pipeline_without_loss() -> None:
+def test_clips_are_those_of_the_stock_pipeline_without_loss(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
     from dit_sparse import media
 
-    sweep()
+    folder, _ = finished
     words = ["sample", "--model", "tiny:wan", *SIZE, "--method", "dense", "--output", "a.png"]
-    prompt = json.loads(Path("out/runs-0.jsonl").read_text().splitlines()[0])["prompt"]
+    prompt = json.loads((folder / "runs-0.jsonl").read_text().splitlines()[0])["prompt"]
     assert CliRunner().invoke(app, [*words, "--prompt", prompt]).exit_code == 0
     from imageio import v3 as iio
 
-    store = Store(Path("out"))
+    store = Store(folder)
     (line,) = [
         li for li in store.lines() if li.get("variant") == "stock" and li.get("prompt") == prompt
     ]
-    clip = np.load(Path("out") / line["clip"])
+    clip = np.load(folder / line["clip"])
     np.testing.assert_array_equal(media.contact_sheet(clip), iio.imread("a.png"))
 
 
-def test_nothing_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sweep()
+def test_nothing_is_run_twice(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, first = finished
     made = count_generations(monkeypatch)
-    again = sweep()
+    again = sweep("--output", str(folder))
     assert made == []
     assert again == first
 
@@ -125,8 +136,10 @@ def test_more_methods_prompts_and_seeds_are_added(monkeypatch: pytest.MonkeyPatc
     assert len(made) == 4 * 5 - 4
 
 
-def test_a_killed_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sweep("--output", "whole")
+def test_a_killed_sweep_goes_on(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finished[1]
     with monkeypatch.context() as patch:
         made = count_generations(patch)
         true = running.Runner._begin
@@ -274,8 +287,8 @@ def test_image_models(family: str) -> None:
     assert "moving" not in " ".join(path.name for path in Path("out/pictures").iterdir())
 
 
-def test_processes_give_the_same_as_one() -> None:
-    one = sweep("--output", "one")
+def test_processes_give_the_same_as_one(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, one = finished
     words = [sys.executable, "-m", "dit_sparse", *SWEEP, "--output", "two", "--processes", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -284,8 +297,8 @@ def test_processes_give_the_same_as_one() -> None:
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout[done.stdout.index("{") :])
     assert {path.name for path in Path("two").glob("runs-*")} == {"runs-0.jsonl", "runs-1.jsonl"}
-    for path in Path("one/clips").rglob("*.npy"):
-        other = Path("two") / path.relative_to("one")
+    for path in (folder / "clips").rglob("*.npy"):
+        other = Path("two") / path.relative_to(folder)
         np.testing.assert_array_equal(np.load(path), np.load(other))
     for label, row in rows_of(two).items():
         assert row["quality"] == rows_of(one)[label]["quality"]
