@@ -211,7 +211,7 @@ def statistics(variant: Variant) -> Report:
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": rows, "BLOCK_N": columns}
     constants |= {"SUB": variant.block // columns, "HAS_HIDDEN": variant.ragged}
     kernel = triton.compile(
-        _source(_attention_map_fwd, constants, None),
+        _source(_attention_map_fwd, constants, {}),
         target=GPUTarget("cuda", variant.capability, 32),
         options={"num_warps": 8 if rows == 128 else 4, "num_stages": 2},
     )
