@@ -40,7 +40,9 @@ class QuantisedBackend:
             return f"expected tensors on a GPU, got {q.device.type}."
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             return "expected inference, got inputs that require gradients."
-        return refuses_shapes(q, v) or refuses_plan(plan) or _refuses_device(q, v, plan)
+        if (reason := refuses_shapes(q, v)) is None and self.precision == "int8":
+            reason = refuses_values(v)
+        return reason or refuses_plan(plan) or _refuses_device(q, v, plan)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
@@ -67,7 +69,8 @@ def _launch(
         done = hopper_quantised.launch(eight, v, plan, scale, result, partial=partial)
         if done is None:  # strides that descriptors do not take
             v = v.clone(memory_format=torch.contiguous_format)
-            hopper_quantised.launch(eight, v, plan, scale, result, partial=partial)
+            done = hopper_quantised.launch(eight, v, plan, scale, result, partial=partial)
+            assert done is not None  # see refuses_values
 
 
 def refuses_shapes(q: Tensor, v: Tensor) -> str | None:
@@ -79,6 +82,16 @@ def refuses_shapes(q: Tensor, v: Tensor) -> str | None:
             f"expected one head dim from 65 to 128 in 8 bits, got {q.shape[-1]} and "
             f"{v.shape[-1]}: with fewer, the softmax takes most of the time and 8 bits gain none. "
             "Use precision='bf16'."
+        )
+    return None
+
+
+def refuses_values(v: Tensor) -> str | None:
+    """Why values cannot be read as they are: rows that descriptors address have whole 16 bytes."""
+    if v.shape[-1] % 8:
+        return (
+            f"expected a head dim that is a multiple of 8 in int8, got {v.shape[-1]}. "
+            "Use precision='fp8' or 'bf16'."
         )
     return None
 

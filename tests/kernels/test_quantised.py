@@ -82,6 +82,21 @@ def test_shapes_and_plans_that_run():
         assert quantised.refuses_plan(plan_of(Case(128, 128, 128, box=box))) is None
 
 
+@pytest.mark.parametrize("dim", [65, 100, 127])
+def test_values_that_no_descriptor_reads_are_refused_in_int8(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(quantised.hopper, "runs", lambda *_: True)
+    q, k, v = (x.to("meta") for x in qkv(300, dim, torch.bfloat16))
+    reasons = {
+        name: quantised.QuantisedBackend(name).refuses(q, k, v, dense(300))
+        for name in ("fp8", "int8")
+    }
+    assert reasons["fp8"] is None
+    assert "expected a head dim that is a multiple of 8 in int8" in reasons["int8"]
+
+
 def test_plans_that_are_refused():
     assert "exact entries" in quantised.refuses_plan(dense(300, tail="zeroth"))
     assert "blocks of 128 tokens" in quantised.refuses_plan(dense(300, 64))
