@@ -153,6 +153,14 @@ def _check_blocks(blocks: Blocks, name: str) -> None:
             f"Expected blocks of 1 to {blocks.size} tokens in {name}, got "
             f"{int(blocks.lengths[at])} tokens in block {at}. Cut the sequence with Blocks.of_runs."
         )
+    picture = (
+        blocks.picture
+    )  # kernels number their programs by it: a wrong one leaves rows unwritten
+    if picture and (picture.step != 1 or picture.start < 0 or picture.stop > blocks.n):
+        raise ValueError(
+            f"Expected {name}.picture to be consecutive blocks among 0 to {blocks.n - 1}, got "
+            f"{picture}."
+        )
 
 
 def _check_rows(plan: BlockPlan) -> None:

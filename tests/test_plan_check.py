@@ -53,6 +53,9 @@ def pooled(plan: BlockPlan, *factors: object, counts: Tensor | None = None) -> B
 
 
 FAULTS: dict[str, Callable[[BlockPlan], BlockPlan]] = {
+    r"q_blocks\.picture to be consecutive blocks among 0 to 2, got range\(1, 4\)": lambda p: (
+        replace(p, q_blocks=replace(p.q_blocks, picture=range(1, 4)))
+    ),
     r"indices of dtype torch.int32, got torch.int64": lambda p: replace(
         p, indices=p.indices.long()
     ),
