@@ -195,7 +195,7 @@ def _block_sparse_fwd_hopper(
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if BOUND:
         # What is left of the weights may be too little to trust: 2^-126 is the least normal number,
-        # and above it 17 bits of keys and 24 of precision.
-        lse = tl.where((l_i < 2.6e-26) & (steps > 0), float("inf"), lse)
+        # and above it 17 bits of keys and 24 of precision. No number is no more to be trusted.
+        lse = tl.where(~(l_i >= 2.6e-26) & (steps > 0), float("inf"), lse)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptrs, lse, mask=row_inside)
