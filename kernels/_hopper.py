@@ -49,22 +49,20 @@ def _visible(above_desc, below_desc, number, lower, upper, guard, BLOCK_N: tl.co
 
 @triton.jit
 def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
-    """Adds the result so far, as if it were one more key of the row; returns what the other keys
-    weigh too."""
+    """Adds the result so far, as if it were one more key of the row."""
     before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf"))
     before *= 1.4426950408889634
     m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
     alpha = tl.math.exp2(m_i - m_new)
     weight = tl.math.exp2(before - m_new)
-    others = l_i * alpha
     acc = acc * alpha[:, None]
     acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
-    return m_new, others + weight, acc, others
+    return m_new, l_i * alpha + weight, acc
 
 
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
-    q_ptr, k_desc, v_desc, above_desc, below_desc, bias_desc, slope_desc, out_ptr, lse_ptr,
+    q_ptr, k_desc, v_desc, above_desc, below_desc, bias_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
     q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
@@ -74,10 +72,10 @@ def _block_sparse_fwd_hopper(
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
     bias_stride_b, bias_stride_h, bias_stride_block,
-    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_tiles, scale, scale_log2, guard,
+    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_tiles, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, BOUND: tl.constexpr,
-    TAIL: tl.constexpr, SLOPE: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     if PARTIAL:
@@ -184,14 +182,10 @@ def _block_sparse_fwd_hopper(
     out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptrs = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + tokens
     if PARTIAL or TAIL:
-        m_i, l_i, acc, tail = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
+        m_i, l_i, acc = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
-    if SLOPE:
-        slope = slope_desc.load([(batch * n_heads + head) * D, 0])
-        acc += (tail / l_safe * scale)[:, None] * tl.dot(q, slope)
-        acc = tl.where(empty[:, None], 0.0, acc)  # a slope may hold NaN
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if BOUND:
         # What is left of the weights may be too little to trust: 2^-126 is the least normal number,

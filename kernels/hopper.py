@@ -132,31 +132,24 @@ def launch(
 
 @dataclass(frozen=True)
 class Tail:
-    """What stands for blocks that are not listed: a row of means for each, and a slope.
+    """What stands for blocks that are not listed: a row of means for each.
 
     Args:
         keys_means, values_means: `[B, H, W, D]`, contiguous; W whole tiles.
         bias: fp32 `[1 or B, 1 or H, n_q, W]`, contiguous, added to the scores in units of log 2.
-        slope: `[B, H, D, D]`, contiguous; what a query times it adds to the share of the tail.
         keys: means of a tile.
     """
 
     keys_means: Tensor
     values_means: Tensor
     bias: Tensor
-    slope: Tensor | None
     keys: int
 
-    def describe(self) -> tuple[Any, Any]:
-        """Descriptors of the biases and the slope."""
+    def describe(self) -> Any:
+        """A descriptor of the biases."""
         keys = self.keys
         rows = self.bias.numel() // keys
-        bias = TensorDescriptor(self.bias, [rows, keys], [keys, 1], [1, keys])
-        if self.slope is None:
-            return bias, None
-        dim = self.slope.shape[-1]
-        shape, block = [self.slope.numel() // dim, dim], [padded(dim)] * 2
-        return bias, TensorDescriptor(self.slope, shape, [dim, 1], block)
+        return TensorDescriptor(self.bias, [rows, keys], [keys, 1], [1, keys])
 
     @property
     def tiles(self) -> int:
@@ -224,7 +217,7 @@ def _launch(
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         *(coordinates(plan) if box else (None, None)),
-        *(tail.describe() if tail else (None, None)),
+        tail.describe() if tail else None,
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
         plan.q_blocks.starts, rows, order,
@@ -234,7 +227,7 @@ def _launch(
         box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
         *(tail.strides if tail else (0, 0, 0)),
         heads, len(rows), len(rows) - len(picture), picture.start, n_queries,
-        tail.tiles if tail else 0, scale, scale * LOG2_E, box.guard if box else 0,
+        tail.tiles if tail else 0, scale * LOG2_E, box.guard if box else 0,
     )  # fmt: skip
     constants = {
         "D": head_dim,
@@ -246,7 +239,6 @@ def _launch(
         "PARTIAL": box is not None,
         "BOUND": lengths is not None,
         "TAIL": tail is not None,
-        "SLOPE": tail is not None and tail.slope is not None,
     }
     grid = (batch * heads * len(rows), 1, 1)
     return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)

@@ -25,7 +25,6 @@ def launch(
     result: AttentionOutput,
     *,
     partial: bool = False,
-    fresh: bool = True,
 ) -> Launch | None:
     """Writes `result`; `None`, and nothing written, if the strides of v do not allow it.
 
@@ -34,8 +33,6 @@ def launch(
         v: `[B, H, N, D]` in plan order.
         partial: whether to add the partial entries, masked by boxes, to `result`; otherwise
             `result` gets the full entries.
-        fresh: add up each block's values apart and then in fp32, since 8-bit products are added
-            with 14 bits. Not for partial entries, which are few and have no registers left.
     """
     vm = None
     if quantised.v is None:
@@ -43,7 +40,7 @@ def launch(
         if vm is None or ((plan.k_blocks.ragged or partial) and not vm.ends_in_itself):
             return None
     box = plan.box if partial else None
-    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box, fresh)
+    run = functools.partial(_launch, quantised, v, vm, plan, scale, result, box)
     return hopper.with_scratch(run)
 
 
@@ -55,7 +52,6 @@ def _launch(
     scale: float,
     result: AttentionOutput,
     box: BoxPredicate | None,
-    fresh: bool,
 ) -> Launch:
     out, lse = result
     batch, heads, n_queries, head_dim = out.shape
@@ -100,7 +96,9 @@ def _launch(
         "PARTIAL": box is not None,
         "SMOOTH": quantised.shift is not None,
         "V_8BIT": vm is None,
-        "FRESH": fresh and vm is None and box is None,
+        # Each block's values are added up apart and then in fp32, since 8-bit products are added in
+        # 14 bits. Not for partial entries, which are few and have no registers left.
+        "FRESH": vm is None and box is None,
     }
     grid = (batch * heads * len(rows), 1, 1)
     return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)

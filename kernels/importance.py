@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels.portable import LOG2_E, padded
-from dit_sparse.kernels.summary import processors
 
 _PER_PROCESSOR = 2  # programs, each of which keeps the scores of a tile of queries
 
@@ -47,3 +48,11 @@ def sampled_maximum(
         num_stages=2,
     )  # fmt: skip
     return importance
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or as many as tests need."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,16 +10,14 @@ from dit_sparse.kernels import hopper
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.launch import Launch
 from dit_sparse.kernels.pool import pool_all
-from dit_sparse.kernels.summary import summarise
 from dit_sparse.plan import BlockPlan
+
+#: Means of a tile.
+_TILE = 128
 
 
 def runs(plan: BlockPlan) -> bool:
-    """Whether the plan has a tail of means alone.
-
-    With a slope, whose tiles hold 64 means to leave it room, several tiles gave NaN on an H200
-    under Triton 3.6: the portable kernel adds those tails.
-    """
+    """Whether the plan has a tail of means alone; the portable kernel adds those with slopes."""
     return plan.tail == "zeroth"
 
 
@@ -36,18 +34,10 @@ def launch(
     Args:
         q, k, v: `[B, H, N, D]` in plan order, unit stride along D.
     """
-    tile, blocks, hidden, slope = tile_of(plan), plan.k_blocks, plan.hidden, None
-    if plan.tail == "first":
-        keys, values, slope = summarise(k, v, blocks, tile=tile, hidden=hidden)
-    else:
-        keys, values = (m.tiled for m in pool_all((k, v), blocks, tile=tile, hidden=hidden))
+    pooled = pool_all((k, v), plan.k_blocks, tile=_TILE, hidden=plan.hidden)
+    keys, values = (means.tiled for means in pooled)
     bias = bias_of(plan, keys.shape[2])
-    return hopper.launch_tail(q, hopper.Tail(keys, values, bias, slope, tile), plan, scale, result)
-
-
-def tile_of(plan: BlockPlan) -> int:
-    """Means of a tile: fewer if shared memory holds a slope too."""
-    return 64 if plan.tail == "first" else 128
+    return hopper.launch_tail(q, hopper.Tail(keys, values, bias, _TILE), plan, scale, result)
 
 
 def bias_of(plan: BlockPlan, width: int) -> Tensor:

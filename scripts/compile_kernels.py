@@ -38,7 +38,6 @@ from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
-from dit_sparse.kernels._summary import _summary_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.tiles import choose_tile
@@ -90,8 +89,7 @@ def variants() -> Iterator[Variant]:
             yield Variant("hopper", 90, head_dim, ragged)
             yield Variant("hopper", 90, head_dim, ragged, bound=True)
         yield Variant("hopper", 90, head_dim, ragged=True, box=True)
-        for tail in (1, 2):
-            yield Variant("hopper", 90, head_dim, ragged=False, tail=tail)
+        yield Variant("hopper", 90, head_dim, ragged=False, tail=1)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
@@ -108,7 +106,6 @@ def approximations() -> Iterator[Variant]:
             yield Variant("importance", capability, head_dim, ragged=True)
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
-            yield Variant("summary", capability, head_dim, ragged=True)
             yield Variant("tail_bias", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
@@ -122,7 +119,6 @@ def approximation(variant: Variant) -> Report:
         "importance": (_importance_fwd, 8),
         "choose": (_choose_fwd, 4),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
-        "summary": (_summary_fwd, 8),
         "tail_bias": (_tail_bias_fwd, 1),
         "approximate": (_approximate_fwd, 8),
     }
@@ -223,7 +219,7 @@ def compiled(variant: Variant) -> Report:
     masked = variant.box or variant.disk
     if variant.kernel == "hopper":
         function, warps, stages, tma = _block_sparse_fwd_hopper, 4, 2, True
-        keys = 64 if variant.tail == 2 else K_BLOCK
+        keys = K_BLOCK
         tile = [keys, variant.head_dim]
     else:
         function = _portable_fwd
@@ -249,10 +245,9 @@ def compiled(variant: Variant) -> Report:
         "BOUND": variant.bound,
         "REPAIR": False,
         "TAIL": variant.tail > 0,
-        "SLOPE": variant.tail == 2,
     }
     boxes = () if variant.box else ("above_desc", "below_desc")
-    constants |= dict.fromkeys(boxes + ("bias_desc", "slope_desc")[variant.tail :])
+    constants |= dict.fromkeys(boxes + (() if variant.tail else ("bias_desc",)))
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
     kernel = triton.compile(
         _source(function, constants, described),
@@ -282,11 +277,10 @@ def _source(
     others: dict[str, str] | None = None,
 ) -> ASTSource:
     names = [parameter.name for parameter in function.params]
-    head_dim, keys = constants["BLOCK_D"], constants["BLOCK_N"]
+    keys = constants["BLOCK_N"]
     described = dict.fromkeys(("above_desc", "below_desc"), f"tensordesc<i32[1, {K_BLOCK}]>")
     described |= {
         "bias_desc": f"tensordesc<fp32[1, {keys}]>",
-        "slope_desc": f"tensordesc<bf16[{head_dim}, {head_dim}]>",
         **descriptors,
     }
     constants = {name: value for name, value in constants.items() if name in names}

@@ -243,6 +243,29 @@ class TestInterpreted:
         assert bool((result.out[~again] == 7.0).all())
         torch.testing.assert_close(result.lse.double(), exact, rtol=0, atol=1e-3)
 
+    @specialised
+    def test_rows_without_a_number_are_marked(self):
+        """Under a bound they are computed again with their block, whose other rows are right."""
+        blocks = Blocks.uniform(2 * 128, 128)
+        plan = BlockPlan.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), blocks, blocks)
+        q, k, v = tensors_of(Case(64, 128, 128, torch.float16), plan)
+        q = (q / 8).contiguous()
+        broken = q.clone()
+        broken[0, 0, 5] = torch.nan
+        room, _ = block_sparse._in_order(broken, k, v, plan, queries=True, bounded=True)
+        assert hopper.launch(broken, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
+        marked = (room.result.lse == torch.inf).nonzero().tolist()
+        assert marked == [[0, 0, 5]]
+        tile = tiles.Tile(32, warps=4, stages=1, tma=False)
+        portable.launch(broken, k, v, plan, 64**-0.5, tile, room.result, part="repair")
+        out, lse = masked_attention(q, k, v)
+        whole = torch.ones_like(lse, dtype=torch.bool)
+        whole[0, 0, 5] = False
+        torch.testing.assert_close(room.result.lse.double()[whole], lse[whole], rtol=0, atol=1e-3)
+        close = {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(room.result.out.double()[whole], out[whole], **close)
+        assert bool(room.result.out[0, 0, 5].isnan().all())
+
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("backend", ["triton", "reference"])

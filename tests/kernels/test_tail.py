@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.plan import BlockPlan, Tail
+from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check
 from tests.block_cases import Case, covering, plan_of, tensors_of
 
@@ -26,7 +26,6 @@ CASES = covering(
         "ragged": [True, False],
         "order": ["none", "shared", "head"],
         "lists": ["shared", "head", "batch"],
-        "tail": ["zeroth", "first"],
         "hidden": [True, False],
     },
     strength=2,
@@ -44,7 +43,6 @@ def exact_entries(
 @pytest.mark.parametrize("values", CASES, ids=lambda c: "-".join(map(str, c.values())))
 def test_on_top_of_the_listed_blocks(values: dict):
     options = dict(values)
-    kind: Tail = options.pop("tail")
     with_hidden = options.pop("hidden")
     case = Case(q_block=128, k_block=128, dtype=torch.float16, box=False, **options)
     plan = plan_of(case)
@@ -56,7 +54,7 @@ def test_on_top_of_the_listed_blocks(values: dict):
             BlockPlan.from_mask(shown, plan.q_blocks, plan.k_blocks, order=plan.order),
             hidden=hidden,
         )
-    plan = check(replace(plan, tail=kind))
+    plan = check(replace(plan, tail="zeroth"))
     q, k, v = (x.contiguous() for x in tensors_of(case, plan))
     if plan.hidden is not None:  # what padding holds is nobody's concern
         unseen = plan.hidden[:, plan.k_blocks.of_token][:, None, :, None].expand(*k.shape[:3], 1)
