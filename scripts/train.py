@@ -71,6 +71,7 @@ def _add_stage(command: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help="peak learning rate")
     add("--warmup", type=int, default=200, help="steps of this run")
     add("--cooldown", type=float, help="last share of this run")
+    add("--uses", type=int, default=8, help="of an example, with another noise each time")
     add("--seed", type=int, default=0)
     add("--save-every", type=float, default=2.0, help="minutes")
     add("--sample-every", type=float, default=4.0, help="minutes")
@@ -124,6 +125,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         latents=arguments.latents,
         restart_denoiser=arguments.restart_denoiser,
         shown=shown,
+        uses=arguments.uses,
     )
 
 

@@ -66,6 +66,8 @@ class RepeatedPadding:
         """This core: it serves any module."""
         return self
 
+    # PyTorch 2.11's compiler dies of an assertion if flash attention is in a compiled block.
+    @torch.compiler.disable
     def dispatch(
         self,
         query: Tensor,

@@ -56,7 +56,8 @@ class Plan:
         buckets: sizes of batches.
         lr: peak learning rate.
         clock: the run's box.
-        seed: of the data; a step has the same data after every resume.
+        seed: of the data; a step has the same data after every resume, unless examples are used
+            more than once.
         log_every: steps.
         save_every: minutes.
         sample_every: minutes.

@@ -21,6 +21,7 @@ from scripts.training.autoencoder import (
 from scripts.training.buckets import Bucket
 from scripts.training.loop import Task
 from scripts.training.pipeline import draw_samples, load_vae
+from scripts.training.replay import Replay
 from scripts.training.run import CACHE, Request, Run, begin
 from scripts.training.sheet import contact_sheet, to_clips
 from scripts.training.source import Data, Source, open_data
@@ -118,10 +119,10 @@ def _train_denoiser(run: Run, data: Data) -> None:
             compilation.compile_blocks(model.transformer)
 
     own = from_json(to_json(tokenizer))  # the pipeline's calls change settings of theirs
-    captioned = Captioned(data.train, Encoder(vae, recipe), own)
-    task: Task = FlowMatching(captioned, recipe.patch)
+    examples = Replay(Captioned(data.train, Encoder(vae, recipe), own), run.request.uses)
+    task: Task = FlowMatching(examples, recipe.patch)
     if distilled:
-        task = Distilling(captioned, recipe.patch, _teacher(run, folder, ready))
+        task = Distilling(examples, own, recipe.patch, _teacher(run, folder, ready))
     _, record = run.train(recipe.build_denoiser(), task, sample, ready)
     run.finish(record)
 

@@ -57,6 +57,7 @@ class Request:
         latents: channels of a new VAE, `None` for the recipe's.
         shown: frames, height and width of the samples.
         restart_denoiser: leaves out the denoiser of `resume`, which must not be `out`.
+        uses: how often the denoiser learns from an example, see `replay.Replay`.
     """
 
     stage: str
@@ -72,6 +73,7 @@ class Request:
     latents: int | None = None
     shown: tuple[int, int, int] = (9, 128, 128)
     restart_denoiser: bool = False
+    uses: int = 1
 
     @property
     def settings(self) -> Stage:
@@ -192,6 +194,7 @@ class Run:
             "sizes": [str(bucket) for bucket in self.request.plan.buckets],
             "lr": self.request.plan.lr,
             "seed": self.request.plan.seed,
+            "uses": self.request.uses,
             **record,
         }
         self.checkpoint = replace(self.checkpoint, runs=(*self.checkpoint.runs, run))

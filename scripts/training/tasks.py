@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,21 +70,18 @@ class FlowMatching:
     """The flow from latents to noise (Lipman et al., arXiv 2210.02747).
 
     Args:
-        captioned: makes batches.
+        examples: makes batches of latents, token ids and their mask.
         patch: latents of a token.
-        levels: how many noise levels to learn from each clip at once. Composing and encoding a
-            clip takes as long as a step on it.
     """
 
-    captioned: Captioned
+    examples: Callable[[Bucket, Randomness], Batch]
     patch: int
-    levels: int = 2
 
     def batch(self, bucket: Bucket, draws: Randomness) -> Batch:
-        return self.captioned(bucket, draws)
+        return self.examples(bucket, draws)
 
     def loss(self, model: nn.Module, batch: Batch, draws: Randomness) -> Tensor:
-        latents, ids, mask = (tensor.repeat_interleave(self.levels, 0) for tensor in batch)
+        latents, ids, mask = batch
         noisy, times, noise = _disturb(latents, self.patch, draws)
         flow = model(noisy, times, ids, mask)
         return F.mse_loss(flow.float(), noise - latents)
@@ -94,18 +92,20 @@ class Distilling:
     """Classifier-free guidance in one pass (Meng et al., arXiv 2210.03142, stage one).
 
     Args:
-        captioned: makes batches.
+        examples: makes batches of latents, token ids and their mask.
+        tokenizer: of the captions.
         patch: latents of a token.
         teacher: the frozen denoiser before this stage, with a guidance input that it knows as 1.
     """
 
-    captioned: Captioned
+    examples: Callable[[Bucket, Randomness], Batch]
+    tokenizer: PreTrainedTokenizerFast
     patch: int
     teacher: nn.Module
 
     def batch(self, bucket: Bucket, draws: Randomness) -> Batch:
-        latents, ids, mask = self.captioned(bucket, draws)
-        empty = encode(self.captioned.tokenizer, [""], TEXT_LENGTH, latents.device)
+        latents, ids, mask = self.examples(bucket, draws)
+        empty = encode(self.tokenizer, [""], TEXT_LENGTH, latents.device)
         return (latents, ids, mask, *(row.expand_as(ids) for row in empty))
 
     def loss(self, model: nn.Module, batch: Batch, draws: Randomness) -> Tensor:

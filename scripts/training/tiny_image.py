@@ -28,7 +28,7 @@ STAGES = {
     "base": Stage(
         goal=Goal.FLOW,
         kinds=("images",),
-        sizes="1x64x64:512*4,1x128x128:128*2,1x192x192:56",
+        sizes="1x64x64:1024*4,1x128x128:256*2,1x192x192:112",
         lr=1e-3,
         cooldown=0.0,
         shown=(1, 128, 128),
@@ -36,7 +36,7 @@ STAGES = {
     "large": Stage(
         goal=Goal.FLOW,
         kinds=("images",),
-        sizes="1x256x256:32*4,1x128x128:128*2,1x384x384:12,1x512x512:5",
+        sizes="1x256x256:64*4,1x128x128:256*2,1x384x384:24,1x512x512:10",
         lr=6e-4,
         cooldown=0.3,
         shown=(1, 256, 256),

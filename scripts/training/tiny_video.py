@@ -25,7 +25,7 @@ STAGES = {
     "stills": Stage(
         goal=Goal.FLOW,
         kinds=("clips",),
-        sizes="1x128x128:128*4,1x192x192:56,1x256x256:32",
+        sizes="1x128x128:256*4,1x192x192:112,1x256x256:64",
         lr=1e-3,
         cooldown=0.0,
         shown=(1, 128, 128),
@@ -33,7 +33,7 @@ STAGES = {
     "clips": Stage(
         goal=Goal.FLOW,
         kinds=("clips",),
-        sizes="9x128x128:24*3,17x128x128:12*3,25x128x128:8,1x128x128:96",
+        sizes="9x128x128:48*3,17x128x128:24*3,25x128x128:16,1x128x128:192*2",
         lr=8e-4,
         cooldown=0.0,
         shown=(17, 128, 128),
@@ -41,7 +41,7 @@ STAGES = {
     "long": Stage(
         goal=Goal.FLOW,
         kinds=("clips",),
-        sizes="49x128x128:6*4,25x128x128:10*3,25x192x192:4,25x256x256:3,49x256x256:1,1x256x256:32",
+        sizes="49x128x128:12*4,25x128x128:20*3,25x192x192:8,25x256x256:5,49x256x256:2,1x256x256:64",
         lr=6e-4,
         cooldown=0.3,
         shown=(49, 128, 128),

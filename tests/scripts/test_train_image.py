@@ -170,11 +170,10 @@ def test_distillation_aims_at_classifier_free_guidance(tokenizer):
     latents = torch.randn(64, 4, 8, 8)
     ids, mask = encode(tokenizer, ["a red circle"] * 64, TEXT_LENGTH)
 
-    def captioned(bucket, draws):
+    def examples(bucket, draws):
         return latents, ids, mask
 
-    captioned.tokenizer = tokenizer
-    task, student = Distilling(captioned, 4, Teacher()), Student()
+    task, student = Distilling(examples, tokenizer, 4, Teacher()), Student()
     draws = Randomness(torch.Generator(), random.Random(0), torch.Generator().manual_seed(0))
     batch = task.batch(Bucket(1, 32, 32, 64), draws)
     assert float(task.loss(student, batch, draws)) == pytest.approx(0, abs=1e-10)
@@ -217,7 +216,7 @@ def test_sizes_that_cannot_be_made_are_refused(text):
 
 
 SMALL = ("--recipe", "toy-image", "--data", "shapes", "--warmup", "0", "--cooldown", "0")
-BOX = ("--minutes", "1e6", "--log-every", "2", "--sizes", "1x32x32:2,1x16x24:2")
+BOX = ("--minutes", "1e6", "--log-every", "2", "--uses", "1", "--sizes", "1x32x32:2,1x16x24:2")
 
 
 def run(stage: str, out, steps: int, prompts, *more: object) -> None:

@@ -23,7 +23,7 @@ from scripts.training.pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--recipe", "toy", "--data", "shapes", "--warmup", "0", "--cooldown", "0")
-BOX = ("--minutes", "1e6", "--log-every", "2")
+BOX = ("--minutes", "1e6", "--log-every", "2", "--uses", "1")
 
 
 def run(*arguments: object) -> None:
