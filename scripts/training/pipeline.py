@@ -17,13 +17,13 @@ from scripts.training.weights import load_weights
 
 PROMPTS = (
     "a cow",
-    "a red apple on a blue background",
     "a rocket moves up over a night sky",
     "a smiling face with heart eyes",
-    "a dog spinning over a green background",
+    "a dog on a blue background",
+    "a fox spinning over a green background",
     "a rainbow",
-    "a thumbs up",
-    "a cat and a tree",
+    "a butterfly moves left over a yellow background",
+    "a cat face and a snowman",
 )
 
 
