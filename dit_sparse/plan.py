@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
+from dit_sparse.mask_product import MaskProduct
 from dit_sparse.pools import Pools as Pools
 from dit_sparse.pools import Tail as Tail
 from dit_sparse.predicate import BoxPredicate, DiskPredicate, Predicate, make_contiguous
@@ -242,17 +243,15 @@ class BlockPlan:
 
     @cached_property
     def box_by_block(self) -> tuple[Tensor, Tensor]:
-        """`box.above` and `box.below` with a row for each key block, int32 `[n_k, size]`.
-
-        What a short block lacks is filled with a key that lies in no box.
-        """
+        """The box's keys in rows, see `BoxPredicate.by_block`."""
         if self.box is None:
             raise ValueError("Expected a plan with a box, got one without. Ask for `box` first.")
-        within = torch.arange(self.k_blocks.size, device=self.device)
-        real = within < self.k_blocks.lengths[:, None]
-        token = (self.k_blocks.starts[:-1, None] + within) * real
-        above, below = self.box.above[token] * real, self.box.below[token]
-        return above, torch.where(real, below, self.box.guard).int()
+        return self.box.by_block(self.k_blocks.starts, self.k_blocks.size)
+
+    @cached_property
+    def mask_product(self) -> MaskProduct | None:
+        """`MaskProduct.of` this plan."""
+        return MaskProduct.of(self)
 
     @cached_property
     def count(self) -> Tensor:

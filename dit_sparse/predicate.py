@@ -57,6 +57,21 @@ class BoxPredicate:
         fits = ((above | self.guard) - lower) & ((upper | self.guard) - below)
         return (fits & self.guard) == self.guard
 
+    def by_block(self, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """`above` and `below` with a row for each block of keys, int32 `[n_k, size]`.
+
+        What a short block lacks is filled with a key that lies in no box.
+
+        Args:
+            starts: `[n_k + 1]`, first key of each block, and the end.
+            size: the most keys of a block.
+        """
+        within = torch.arange(size, device=starts.device)
+        real = within < starts.diff()[:, None]
+        token = (starts[:-1, None] + within) * real
+        above, below = self.above[token] * real, self.below[token]
+        return above, torch.where(real, below, self.guard).int()
+
     def to(self, device: torch.device | str) -> BoxPredicate:
         lower, upper, above, below = (t.to(device) for t in self.operands)
         return BoxPredicate(lower, upper, above, below, self.guard)

@@ -5,6 +5,10 @@ keep both matrix products asynchronous (seen in SASS for Triton 3.6 and 3.9): on
 it, no early return before it, only scalar loads and loads through descriptors in it, queries
 through a descriptor made in the kernel, and the product with the values one block behind, so that
 it runs under the next block's softmax.
+
+Masks are a product too, of e5m2 rows that a plan has made beforehand (`dit_sparse.mask_product`):
+comparisons would take the softmax's time. It comes first and alone is exact: to a sum that has begun
+the 8-bit product adds with fewer bits.
 """
 
 import triton
@@ -38,16 +42,6 @@ def _start(starts_ptr, it, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _visible(above_desc, below_desc, number, lower, upper, guard, BLOCK_N: tl.constexpr):
-    """Which keys of a block are inside the boxes of the queries."""
-    # Descriptors bring the keys' coordinates: a load by pointers would end specialisation.
-    above = above_desc.load([number, 0]).reshape(BLOCK_N) | guard
-    below = below_desc.load([number, 0]).reshape(BLOCK_N)
-    inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-    return (inside & guard) == guard
-
-
-@triton.jit
 def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
     """Adds the result so far, as if it were one more key of the row."""
     before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf"))
@@ -62,58 +56,59 @@ def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
 
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
-    q_ptr, k_desc, v_desc, above_desc, below_desc, bias_desc, out_ptr, lse_ptr,
+    q_ptr, k_desc, v_desc, classes_ptr, hidden_desc, bias_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
-    offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
-    q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
+    offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
+    q_starts_ptr, order_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
     k_row_b, k_row_h, k_col_h,
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, order_stride_h, box_stride_h,
+    list_stride_b, list_stride_h, order_stride_h, class_stride_h,
     bias_stride_b, bias_stride_h, bias_stride_block,
-    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_tiles, scale_log2, guard,
+    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_tiles, n_classes, scale_log2, floor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr, BOUND: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, COLUMNS: tl.constexpr, BOUND: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
-    if PARTIAL:
-        block = tl.load(rows_ptr + block)
-
     q_start = tl.load(q_starts_ptr + block)
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
     q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
 
+    if COLUMNS:
+        classes_desc = tl.make_tensor_descriptor(
+            classes_ptr, shape=[n_classes, COLUMNS], strides=[COLUMNS, 1],
+            block_shape=[BLOCK_M, COLUMNS],
+        )  # fmt: skip
+        number = tl.load(class_ptr + head * class_stride_h + block)
+        classes = classes_desc.load([number * BLOCK_M, 0])
+
     row = batch * list_stride_b + head * list_stride_h + block
     first = tl.load(offsets_ptr + row)
     steps = tl.load(full_ptr + row)
-    if PARTIAL:
-        first += steps
-        steps = tl.load(partial_ptr + row)
+    if COLUMNS:  # masked or not, all entries stand in one list
+        steps += tl.load(partial_ptr + row)
     if TAIL:  # tiles of block means in a row, each with a row of biases for every query block
         steps = n_tiles
         bias_row = batch * bias_stride_b + head * bias_stride_h + block * bias_stride_block
-    indices_ptr += first
     starts_ptr += first
     lengths_ptr += first
+    pattern_ptr += first
     k_row = batch * k_row_b + head * k_row_h
     v_row = batch * v_row_b + head * v_row_h
     k_col = head * k_col_h
     v_col = head * v_col_h
     within = tl.arange(0, BLOCK_N)
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # No lower than the floor under real scores, so that what is hidden weighs 0 from the first.
+    m_i = tl.full([BLOCK_M], floor, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     alpha = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     rows = q_start + tl.arange(0, BLOCK_M)
-    if PARTIAL:
-        box_rows = head.to(tl.int64) * box_stride_h + rows
-        lower = tl.load(lower_ptr + box_rows, mask=rows < n_queries, other=0)
-        upper = tl.load(upper_ptr + box_rows, mask=rows < n_queries, other=0) | guard
     if BOUND:  # scores cannot rise above it, so no running maximum is needed
         norm_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
         m_i = tl.load(norm_ptr + rows, mask=rows < n_queries, other=0.0)
@@ -128,13 +123,13 @@ def _block_sparse_fwd_hopper(
             bias = bias_desc.load([bias_row + it, 0]).reshape(BLOCK_N)
         # What the softmax needs from memory is loaded before the product with v: a load behind it
         # waits for it, and so does all that depends on the load.
-        if RAGGED and not PARTIAL and not TAIL:
+        if RAGGED and not TAIL:
             length = tl.load(lengths_ptr + it)
-        scores = tl.dot(q, tl.trans(k))
-        if PARTIAL:
-            number = tl.load(indices_ptr + it)
-            inside = _visible(above_desc, below_desc, number, lower, upper, guard, BLOCK_N)
-            scores = tl.where(inside, scores * scale_log2, float("-inf"))
+        if COLUMNS:
+            hidden = hidden_desc.load([tl.load(pattern_ptr + it) * BLOCK_N, 0])
+            scores = tl.dot(q, tl.trans(k), tl.dot(classes, tl.trans(hidden)))
+        else:
+            scores = tl.dot(q, tl.trans(k))
         behind_start = _start(starts_ptr, tl.maximum(it - 1, 0), BLOCK_N, TAIL)
         v = v_desc.load([v_row + behind_start, v_col])
         if not BOUND:
@@ -146,11 +141,10 @@ def _block_sparse_fwd_hopper(
                 shift += tl.where(within < length, 0.0, float("-inf"))[None, :]
             p = tl.math.exp2(scores * scale_log2 + shift)
             l_i += tl.sum(p, 1)
-        elif PARTIAL or RAGGED or TAIL:
-            if not PARTIAL:  # a column bias rides on the scaling, a select would not
-                if not TAIL:
-                    bias = tl.where(within < length, 0.0, float("-inf"))
-                scores = scores * scale_log2 + bias[None, :]
+        elif RAGGED or TAIL:
+            if not TAIL:  # a column bias rides on the scaling, a select would not
+                bias = tl.where(within < length, 0.0, float("-inf"))
+            scores = scores * scale_log2 + bias[None, :]
             # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
             m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
             p = tl.math.exp2(scores - m_new[:, None])
@@ -181,7 +175,7 @@ def _block_sparse_fwd_hopper(
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptrs = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + tokens
-    if PARTIAL or TAIL:
+    if TAIL:
         m_i, l_i, acc = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)

@@ -190,20 +190,19 @@ class TritonBackend:
     def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (ordered, k, v), result = room.q, room.ordered, room.result
-        first = hopper.launch(ordered, k, v, plan, scale, result, lengths=room.lengths)
+        mask = hopper.mask_of(plan, scale)
+        first = hopper.launch(
+            ordered, k, v, plan, scale, result, mask=mask, lengths=room.lengths
+        )
         if first is None:
             return []
         launches = [first]
-        tile = self._tile(q, v, plan)
+        left = plan.predicate is not None and mask is None and len(plan.masked_rows) > 0
+        portably = partial(portable.launch, q, k, v, plan, scale, self._tile(q, v, plan), result)
         if room.lengths is not None:
-            launches.append(portable.launch(q, k, v, plan, scale, tile, result, part="repair"))
-        if plan.predicate is not None and len(plan.masked_rows):
-            masked = None
-            if plan.box:
-                masked = hopper.launch(ordered, k, v, plan, scale, result, partial=True)
-            if masked is None:
-                masked = portable.launch(q, k, v, plan, scale, tile, result, part="partial")
-            launches.append(masked)
+            launches.append(portably(part="repair full" if left else "repair"))
+        if left:
+            launches.append(portably(part="partial"))
         return launches
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:

@@ -1,4 +1,4 @@
-"""Launches the warp-specialised Hopper kernel, for a plan's full entries or its partial ones."""
+"""Launches the warp-specialised Hopper kernel, for a plan's exact entries or its tail."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor
 from dit_sparse.kernels.launch import launch as launch_kernel
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
-from dit_sparse.predicate import BoxPredicate
 
 T = TypeVar("T")
 
@@ -97,6 +97,15 @@ def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     )
 
 
+def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:
+    """What `launch` masks partial entries with; `None` where it leaves them to another kernel.
+
+    Args:
+        scale: of the scores. A tiny one, or none above 0, would leave hidden scores in sight.
+    """
+    return plan.mask_product if scale >= 1e-5 else None
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -105,28 +114,25 @@ def launch(
     scale: float,
     result: AttentionOutput,
     *,
-    partial: bool = False,
+    mask: MaskProduct | None = None,
     lengths: tuple[Tensor, Tensor] | None = None,
 ) -> Launch | None:
     """Writes `result`; `None`, and nothing written, if some strides do not allow it.
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order.
-        partial: whether to add the partial entries, masked by boxes, to `result`; otherwise
-            `result` gets the full entries.
+        mask: `mask_of` the plan, for partial entries too; without it `result` gets the full ones.
         lengths: of the queries and of the longest key, see `norms`. The bounds that follow from
             them are subtracted from the scores instead of running maxima. Rows whose scores are all
-            too far below theirs get an infinite LSE: run the portable kernel's repair. For full
-            entries in bfloat16, which has the exponents of float32.
+            too far below theirs get an infinite LSE: run the portable kernel's repair. For
+            bfloat16, which has the exponents of float32.
     """
     qm, km, vm = (Matrix.of(t) for t in (q, k, v))
     if qm is None or km is None or vm is None:
         return None
-    if (plan.k_blocks.ragged or partial) and not (km.ends_in_itself and vm.ends_in_itself):
+    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
         return None
-    box = plan.box if partial else None
-    matrices = (qm, km, vm)
-    run = functools.partial(_launch, q, matrices, plan, scale, result, box, lengths)
+    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, mask, lengths)
     return with_scratch(run)
 
 
@@ -201,7 +207,7 @@ def _launch(
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
-    box: BoxPredicate | None,
+    mask: MaskProduct | None,
     lengths: tuple[Tensor, Tensor] | None,
     tail: Tail | None = None,
 ) -> Launch:
@@ -210,47 +216,45 @@ def _launch(
     batch, heads, n_queries, head_dim = q.shape
     dim, keys = padded(head_dim), tail.keys if tail else plan.k_blocks.size
     starts, counts = (plan.indices, plan.indices) if tail else plan.spans
-    rows = plan.masked_rows if box else plan.q_blocks.starts[:-1]
-    everything = range(len(rows))
-    picture = everything if box or tail else plan.q_blocks.picture or everything
+    n_blocks = plan.q_blocks.n
+    everything = range(n_blocks)
+    picture = everything if tail else plan.q_blocks.picture or everything
     order = starts if plan.order is None else plan.order.index
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
-        *(coordinates(plan) if box else (None, None)),
+        mask.queries if mask else starts, describe(mask) if mask else None,
         tail.describe() if tail else None,
         out, lse, *(lengths or (lse, lse)),
-        plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
-        plan.q_blocks.starts, rows, order,
-        box.lower if box else starts, box.upper if box else starts,
+        plan.offsets, plan.full, plan.partial, starts, counts,
+        mask.query if mask else starts, mask.entry if mask else starts,
+        plan.q_blocks.starts, order,
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-        box.lower.stride(0) if box and box.lower.shape[0] > 1 else 0,
+        mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
         *(tail.strides if tail else (0, 0, 0)),
-        heads, len(rows), len(rows) - len(picture), picture.start, n_queries,
-        tail.tiles if tail else 0, scale * LOG2_E, box.guard if box else 0,
+        heads, n_blocks, n_blocks - len(picture), picture.start, n_queries,
+        tail.tiles if tail else 0, mask.queries.shape[:2].numel() if mask else 0,
+        scale * LOG2_E, FLOOR * scale * LOG2_E if mask else float("-inf"),
     )  # fmt: skip
     constants = {
         "D": head_dim,
         "BLOCK_D": dim,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged and tail is None,
+        "RAGGED": plan.k_blocks.ragged and mask is None and tail is None,
         "HAS_ORDER": plan.order is not None,
-        "PARTIAL": box is not None,
+        "COLUMNS": COLUMNS if mask else 0,
         "BOUND": lengths is not None,
         "TAIL": tail is not None,
     }
-    grid = (batch * heads * len(rows), 1, 1)
+    grid = (batch * heads * n_blocks, 1, 1)
     return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
 
 
-def coordinates(plan: BlockPlan) -> Any:
-    """Descriptors of the keys' packed coordinates, a row for each block."""
-    size = plan.k_blocks.size
-    return (
-        TensorDescriptor(rows, [plan.k_blocks.n, size], [size, 1], [1, size])
-        for rows in plan.box_by_block
-    )
+def describe(mask: MaskProduct) -> Any:
+    """A descriptor of the blocks of keys, one below the other."""
+    rows = mask.keys.flatten(0, 1)
+    return TensorDescriptor(rows, list(rows.shape), [COLUMNS, 1], [mask.keys.shape[1], COLUMNS])
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -73,7 +73,7 @@ def _launch(
     none = quantised.q_step
     arguments = (
         q, TensorDescriptor.from_tensor(k.view(-1, width), [keys, width]), v_desc,
-        *(hopper.coordinates(plan) if box else (None, None)),
+        *(_coordinates(plan) if box else (None, None)),
         out, lse, quantised.q_step, quantised.k_step, quantised.centres,
         none if quantised.shift is None else quantised.shift,
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
@@ -102,3 +102,12 @@ def _launch(
     }
     grid = (batch * heads * len(rows), 1, 1)
     return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
+
+
+def _coordinates(plan: BlockPlan) -> Any:
+    """Descriptors of the keys' packed coordinates, a row for each block."""
+    size = plan.k_blocks.size
+    return (
+        TensorDescriptor(rows, [plan.k_blocks.n, size], [size, 1], [1, size])
+        for rows in plan.box_by_block
+    )

@@ -15,7 +15,7 @@ from dit_sparse.plan import BlockPlan
 
 LOG2_E = 1.4426950408889634
 
-Part = Literal["all", "partial", "repair"]
+Part = Literal["all", "partial", "repair", "repair full"]
 
 
 def launch(
@@ -35,8 +35,8 @@ def launch(
         q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
         k, v: in plan order, unit stride along D.
         part: `"all"`; `"partial"` where `result` already holds the full entries and the partial
-            ones are added to it; `"repair"` to compute the full entries again for query blocks with
-            an infinite LSE in `result`.
+            ones are added to it; `"repair"` to compute query blocks with an infinite LSE in
+            `result` again; `"repair full"` to do so from their full entries alone.
     """
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
@@ -44,7 +44,7 @@ def launch(
     block_d, block_dv = padded(head_dim), padded(value_dim)
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
-    masks = None if part == "repair" else plan.predicate
+    masks = None if part == "repair full" else plan.predicate
     lower, upper, above, below = masks.operands if masks else (starts,) * 4
     tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
     arguments = (
@@ -74,7 +74,7 @@ def launch(
         "DISK": plan.disk is not None,
         "HAS_ORDER": plan.order is not None,
         "TMA": tma,
-        "REPAIR": part == "repair",
+        "REPAIR": part in ("repair", "repair full"),
     }
     grid = (batch * heads * plan.q_blocks.n, 1, 1)
     return launch_kernel(

@@ -41,6 +41,7 @@ from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.tiles import choose_tile
+from dit_sparse.mask_product import COLUMNS
 
 Q_BLOCK = K_BLOCK = 128
 COUNTED = {
@@ -88,7 +89,8 @@ def variants() -> Iterator[Variant]:
         for ragged in (False, True):
             yield Variant("hopper", 90, head_dim, ragged)
             yield Variant("hopper", 90, head_dim, ragged, bound=True)
-        yield Variant("hopper", 90, head_dim, ragged=True, box=True)
+        for bound in (False, True):  # blocks of any length: their ends are masked too
+            yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("hopper", 90, head_dim, ragged=False, tail=1)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
         for capability in (80, 90):
@@ -241,13 +243,13 @@ def compiled(variant: Variant) -> Report:
         "DISK": variant.disk,
         "HAS_ORDER": variant.order,
         "TMA": tma,
-        "PARTIAL": variant.box,
+        "COLUMNS": COLUMNS if variant.box else 0,
         "BOUND": variant.bound,
         "REPAIR": False,
         "TAIL": variant.tail > 0,
     }
-    boxes = () if variant.box else ("above_desc", "below_desc")
-    constants |= dict.fromkeys(boxes + (() if variant.tail else ("bias_desc",)))
+    absent = [("hidden_desc", not variant.box), ("bias_desc", not variant.tail)]
+    constants |= {name: None for name, missing in absent if missing}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
     kernel = triton.compile(
         _source(function, constants, described),
@@ -267,7 +269,11 @@ _POINTERS = {
     **dict.fromkeys(("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr"), "*fp32"),
     **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
     "order_ptr": "*i64",
+    "classes_ptr": "*fp8e5",
 }
+
+
+_FLOATS = ("scale", "scale_log2", "mass", "range_v", "bound", "floor")
 
 
 def _source(
@@ -281,6 +287,7 @@ def _source(
     described = dict.fromkeys(("above_desc", "below_desc"), f"tensordesc<i32[1, {K_BLOCK}]>")
     described |= {
         "bias_desc": f"tensordesc<fp32[1, {keys}]>",
+        "hidden_desc": f"tensordesc<fp8e5[{keys}, {COLUMNS}]>",
         **descriptors,
     }
     constants = {name: value for name, value in constants.items() if name in names}
@@ -295,7 +302,7 @@ def _source(
             return described[name]
         if name.endswith("_ptr"):
             return pointers.get(name, "*i32")
-        return "fp32" if name in ("scale", "scale_log2", "mass", "range_v", "bound") else "i32"
+        return "fp32" if name in _FLOATS else "i32"
 
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
     return ASTSource(
