@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dit_sparse.mask_product import COLUMNS
+
 # Microseconds on one multiprocessor of an H200, head dim 128, 16 bit, the specialised kernel: a
 # least-squares fit to the rows of `benchmarks/kernels.jsonl`, all within 5 %. Head dim 64 takes
 # 1.17, 1.34 and 4.8 for the first three, so that its best tiles are nearly the same.
 WHOLE = 1.64  # an entry, where all key blocks hold as many tokens as they may
 SHORT = 1.87  # an entry, where some hold fewer, whose ends are hidden
 ROW = 3.2  # to begin and end a query block
-# From a single row of that file, with few masked entries, and from the instructions of a mask.
-MASKED = 2.6  # an entry masked by coordinates
-MASKED_ROW = 9.0  # to take up a query block again in the second launch, which these run in
+# Not measured. The product that masks is one matrix instruction beside sixteen (head dim 64: beside
+# eight), in all entries of a plan with masked ones. It hides the ends of short blocks too, so that
+# the difference above and this one are counted twice there.
+PRODUCT = 0.1
+# What the portable kernel takes for masked entries where no product can mask.
+MASKED = 3.5  # an entry
+MASKED_ROW = 9.0  # to take up a query block again in that second launch
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Work:
         partial: entries masked by coordinates.
         masked_rows: query blocks with any of those.
         whole: whether all key blocks hold as many tokens as they may.
+        classes: of the queries of a block, summed over the axes; see `dit_sparse.mask_product`.
     """
 
     rows: int
@@ -32,9 +39,15 @@ class Work:
     partial: int = 0
     masked_rows: int = 0
     whole: bool = True
+    classes: int = 0
 
     @property
     def time(self) -> float:
         """Microseconds of one multiprocessor; heads and rows share as many as there are."""
-        entries = self.full * (WHOLE if self.whole else SHORT) + self.partial * MASKED
-        return entries + self.rows * ROW + self.masked_rows * MASKED_ROW
+        entry, entries = WHOLE if self.whole else SHORT, self.full + self.partial
+        if not self.partial:
+            return entries * entry + self.rows * ROW
+        if self.classes < COLUMNS:
+            return entries * (entry + PRODUCT) + self.rows * ROW
+        again = self.partial * MASKED + self.masked_rows * MASKED_ROW
+        return self.full * entry + self.rows * ROW + again

@@ -1,4 +1,4 @@
-"""Element masks as one more matrix product, which is all that a tensor core has time for.
+"""Element masks as one more matrix product, for kernels in which a comparison takes too long.
 
 Along an axis of its box a query is told apart by the ends of its window, and a block of queries has
 few such *classes*: one per place of its tile, fewer under a stride. A query is a row with a one in
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 #: Columns of the rows, one of them for keys that a short block lacks: a product's depth in 8 bits.
 COLUMNS = 32
-#: What hides a key is the product of two of these, exact in e5m2 and below minus any real score.
+#: What hides a key is minus the product of two of these, which e5m2 holds exactly.
 LARGE = 2.0**15
-#: How far below 0 a hidden score may at most be pushed up again: products of q and k that reach it
-#: would be taken for hidden ones.
+#: Between hidden and real scores, before their scale: products of q and k must not reach it.
 FLOOR = -0.5 * LARGE**2
 
 _MOST_PATTERNS = 8192  # of 4 KiB: what stays in L2 beside keys and values

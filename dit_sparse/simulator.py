@@ -20,7 +20,7 @@ from dit_sparse.block_times import Work
 from dit_sparse.grid import TokenGrid
 from dit_sparse.neighbourhood import Neighbourhood
 from dit_sparse.per_axis import Extents
-from dit_sparse.tile_lists import Reach, cuts
+from dit_sparse.tile_lists import Reach, classes, cuts
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Candidate:
         worst: the most entries of any query block of the picture.
         density: share of the score matrix that is computed.
         whole: whether every block of the picture holds as many tokens as a block may.
+        classes: the most different windows in a tile, summed over the axes.
         dense_blocks: blocks of a dense kernel, of that size.
     """
 
@@ -48,6 +49,7 @@ class Candidate:
     worst: int
     density: float
     whole: bool
+    classes: int
     dense_blocks: int
 
     @property
@@ -74,7 +76,9 @@ class Candidate:
     def speedup(self) -> float:
         """Estimated speedup from the times that were measured for entries of each kind and for
         query blocks; over the same kernel, reading everything."""
-        work = Work(self.blocks, self.full, self.partial, self.masked_blocks, self.whole)
+        work = Work(
+            self.blocks, self.full, self.partial, self.masked_blocks, self.whole, self.classes
+        )
         return Work(self.dense_blocks, self.dense).time / work.time
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,6 +173,7 @@ class Simulator:
             worst=math.prod(a.worst for a in axes) + text,
             density=area / total**2,
             whole=math.prod(tile) == self.block and all(a.even for a in axes),
+            classes=sum(a.classes for a in axes),
             dense_blocks=math.ceil(total / self.block),
         )
 
@@ -199,8 +204,8 @@ class Simulator:
 
 class _Axis(NamedTuple):
     """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, tiles with
-    no other pairs, the most pairs of one tile, pairs of tokens in visited tiles, and whether all
-    tiles are of one size."""
+    no other pairs, the most pairs of one tile, pairs of tokens in visited tiles, whether all tiles
+    are of one size, and the most different windows in a tile."""
 
     tiles: int
     visited: int
@@ -209,6 +214,7 @@ class _Axis(NamedTuple):
     worst: int
     area: int
     even: bool
+    classes: int
 
     @staticmethod
     def of(rule: Neighbourhood, tile: int) -> _Axis:
@@ -224,6 +230,7 @@ class _Axis(NamedTuple):
             worst=int(reach.count.max()),
             area=int((cut.diff() * keys).sum()),
             even=(len(cut) - 1) * tile == rule.extent,
+            classes=classes(intervals, cut),
         )
 
 

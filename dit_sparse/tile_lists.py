@@ -40,6 +40,18 @@ def cuts(runs: Sequence[int], tile: int, most: int) -> list[int]:
     return found
 
 
+def classes(intervals: Intervals, cut: Tensor) -> int:
+    """The most queries of a tile with different windows; 0 on an axis of one place.
+
+    Ends of intervals never fall, so equal ones are neighbours.
+    """
+    if len(intervals.low) == 1:
+        return 0
+    new = (intervals.low.diff() != 0) | (intervals.high.diff() != 0)
+    before = torch.cat([new.new_zeros(1), new]).cumsum(0)
+    return int((before[cut[1:] - 1] - before[cut[:-1]]).max()) + 1
+
+
 @dataclass(frozen=True, eq=False)
 class Reach:
     """Along one axis, of every tile of queries: an interval of key tiles, int64 `[T]` each.

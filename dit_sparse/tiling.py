@@ -21,7 +21,7 @@ from dit_sparse.block_times import ROW, WHOLE, Work
 from dit_sparse.grid import TokenGrid
 from dit_sparse.neighbourhood import Axis, Intervals, Neighbourhood
 from dit_sparse.per_axis import Extents
-from dit_sparse.tile_lists import Reach, cuts
+from dit_sparse.tile_lists import Reach, classes, cuts
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def window_for_density(
     Along every axis a window is the whole axis or some tiles, at least three: an odd number strided
     by one tile, or an even number strided by two, which both begin where a tile does, so that
     little of a visited block is masked. It reads the tiles on both sides, so that no part of the
-    grid is cut off from the rest. Shapes within 10 % of the density compete on time per visited
+    grid is cut off from the rest. Shapes within 10 % of the density compete on time per visible
     token pair against evenness, the same share of every axis.
 
     Where three tiles per axis already exceed the density (small grids, densities below a few per
@@ -102,7 +102,7 @@ class _Search:
     block: int
 
     def least(self, blocks: int) -> float:
-        """What any window near the density costs with this many blocks of the grid, or more."""
+        """What any window near the density costs at least with this many blocks, or more."""
         entries = self.density * math.exp(_NEAR)  # for each pair of blocks, at most
         return math.log(blocks**2 * WHOLE + blocks * ROW / entries)
 
@@ -124,7 +124,8 @@ class _Search:
         shares = [x.share for x, n in zip(axes, self.grid.shape, strict=True) if n > 1]
         even = self.density ** (1 / (len(shares) or 1))
         uneven = max((abs(math.log(share / even)) for share in shares), default=0.0)
-        time = _time(tile, [x.visits for x in axes], self.block) / got
+        time = _time(tile, [x.visits for x in axes], self.block)
+        time /= a.visible * b.visible * c.visible
         return _Found(
             miss=max(abs(math.log(got / self.density)), _NEAR),
             cost=math.log(time) + _EVEN * uneven,
@@ -137,27 +138,32 @@ class _Search:
 
 class _Visits(NamedTuple):
     """Along one axis: tiles, pairs of tiles with a visible key, pairs with all visible, tiles with
-    no other pairs, and whether all tiles are of one size."""
+    no other pairs, whether all tiles are of one size, and the most windows in a tile."""
 
     tiles: int
     visited: int
     full: int
     clean: int
     even: bool
+    classes: int
 
 
 class _Choice(NamedTuple):
-    """A window and a stride along one axis, and the share of its pairs that it visits."""
+    """A window and a stride along one axis, and its shares of visited and visible pairs."""
 
     window: int
     stride: int
     share: float
+    visible: float
     visits: _Visits
 
     @staticmethod
     def of(extent: int, window: int, stride: int, tile: int) -> _Choice:
-        visits = _visits(Neighbourhood(extent, window, stride), tile)
-        return _Choice(window, stride, visits.visited / visits.tiles**2, visits)
+        axis = Neighbourhood(extent, window, stride)
+        visits = _visits(axis, tile)
+        low, high = _intervals(axis).low, _intervals(axis).high
+        visible = int((high - low + 1).sum()) / extent**2
+        return _Choice(window, stride, visits.visited / visits.tiles**2, visible, visits)
 
 
 @cache
@@ -175,11 +181,13 @@ def _choices(extent: int, tile: int, everything: bool) -> list[_Choice]:
 def _visits(axis: Axis, tile: int) -> _Visits:
     intervals = _intervals(axis)
     along = cuts(intervals.runs, tile, tile)
-    reach = Reach.of(intervals, torch.tensor(along))
+    cut = torch.tensor(along)
+    reach = Reach.of(intervals, cut)
     tiles = len(along) - 1
     even = tiles * tile == axis.extent
     visited, full = int(reach.count.sum()), int(reach.full_count.sum())
-    return _Visits(tiles, visited, full, int((reach.count == reach.full_count).sum()), even)
+    clean = int((reach.count == reach.full_count).sum())
+    return _Visits(tiles, visited, full, clean, even, classes(intervals, cut))
 
 
 @lru_cache(maxsize=64)
@@ -204,6 +212,7 @@ def _time(tile: Extents, axes: Sequence[_Visits], block: int) -> float:
         partial=visited - full,
         masked_rows=rows - math.prod(a.clean for a in axes),
         whole=math.prod(tile) == block and all(axis.even for axis in axes),
+        classes=sum(axis.classes for axis in axes),
     )
     return work.time
 

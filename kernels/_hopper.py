@@ -6,9 +6,9 @@ it, no early return before it, only scalar loads and loads through descriptors i
 through a descriptor made in the kernel, and the product with the values one block behind, so that
 it runs under the next block's softmax.
 
-Masks are a product too, of e5m2 rows that a plan has made beforehand (`dit_sparse.mask_product`):
-comparisons would take the softmax's time. It comes first and alone is exact: to a sum that has begun
-the 8-bit product adds with fewer bits.
+Masks are a product too, of e5m2 rows that were made with the plan (`dit_sparse.mask_product`):
+comparisons would take as long as the softmax. It comes first: to a sum that has begun the matrix
+unit adds products of 8 bits with less precision.
 """
 
 import triton

@@ -191,19 +191,20 @@ class TritonBackend:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (ordered, k, v), result = room.q, room.ordered, room.result
         mask = hopper.mask_of(plan, scale)
-        first = hopper.launch(
-            ordered, k, v, plan, scale, result, mask=mask, lengths=room.lengths
-        )
-        if first is None:
+        main = hopper.launch(ordered, k, v, plan, scale, result, mask=mask, lengths=room.lengths)
+        if main is None:
             return []
-        launches = [first]
+        parts: list[portable.Part] = []
         left = plan.predicate is not None and mask is None and len(plan.masked_rows) > 0
-        portably = partial(portable.launch, q, k, v, plan, scale, self._tile(q, v, plan), result)
         if room.lengths is not None:
-            launches.append(portably(part="repair full" if left else "repair"))
+            parts.append("repair full" if left else "repair")
         if left:
-            launches.append(portably(part="partial"))
-        return launches
+            parts.append("partial")
+        tile = self._tile(q, v, plan)
+        return [
+            main,
+            *(portable.launch(q, k, v, plan, scale, tile, result, part=part) for part in parts),
+        ]
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
         return self.tile or choose_tile(

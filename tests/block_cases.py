@@ -26,6 +26,8 @@ class Case:
         order: whose permutation: nobody's (`"none"`), shared by all heads, or one per head.
         lists: whether lists are shared, one per head, or one per batch entry and head.
         tile: keys of a kernel tile: as few as 32 (`"small"`), or the whole key block.
+        bits: of the coordinates that boxes are made of; with 3 a block has more classes of queries
+            (`dit_sparse.mask_product`) than fit, with 2 as many as do.
         tokens: about this many, `None` for just enough.
     """
 
@@ -38,6 +40,7 @@ class Case:
     order: str = "none"
     lists: str = "batch"
     tile: str = "small"
+    bits: tuple[int, ...] = (2, 0, 2)
     tokens: int | None = None
 
     @property
@@ -49,6 +52,7 @@ class Case:
         size = [f"N{self.tokens}"] if self.tokens else []
         dtype = str(self.dtype).removeprefix("torch.")
         blocks = f"{self.q_block}x{self.k_block}/{self.tile_keys}"
+        flags += [f"bits{self.bits[-1]}"] if self.box else []
         parts = [f"D{self.head_dim}", *size, blocks, dtype, *flags]
         return "-".join([*parts, f"order={self.order}", f"lists={self.lists}"])
 
@@ -97,7 +101,7 @@ def plan_of(case: Case) -> BlockPlan:
     if case.box:
         full = torch.rand(shape, generator=generator) < 0.5
         box_heads = HEADS if case.lists != "shared" else 1
-        boxes = Boxes.random((2, 0, 3), box_heads, total, total, hash_of(case))
+        boxes = Boxes.random(case.bits, box_heads, total, total, hash_of(case))
     if case.order != "none":
         rows = [torch.randperm(total, generator=generator) for _ in range(HEADS)]
         order = Permutation(rows[0] if case.order == "shared" else torch.stack(rows))

@@ -20,7 +20,7 @@ LAYERS = (
         "predicate",
         "pools",
     ),
-    ("plan",),
+    ("plan", "mask_product"),
     (
         "orders",
         "attention_map",

@@ -10,6 +10,7 @@ import torch
 
 from dit_sparse.block_times import ROW, WHOLE
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.mask_product import COLUMNS
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.neighbourhood import Neighbourhood
@@ -37,6 +38,8 @@ def assert_counts(simulator: Simulator, candidate: Candidate) -> None:
     assert candidate.density == pytest.approx(plan.density, rel=1e-9)
     lengths = plan.q_blocks.lengths[:picture]
     assert candidate.whole == bool((lengths == simulator.block).all())
+    if candidate.partial:
+        assert (plan.mask_product is not None) == (candidate.classes < COLUMNS)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -117,7 +120,10 @@ def test_masked_and_short_entries_cost_more() -> None:
     assert shared.partial == shared.masked_blocks == 0
     unmasked = replace(exact, full=exact.visited)
     assert unmasked.speedup > exact.speedup
-    assert replace(unmasked, masked_blocks=0).speedup > unmasked.speedup
+    assert exact.classes < COLUMNS, "few enough for a product that masks"
+    apart = replace(exact, classes=COLUMNS)
+    assert exact.speedup > apart.speedup
+    assert replace(apart, masked_blocks=0).speedup > apart.speedup
     short = simulator.count((2, 4, 8), (4, 8, 8))
     assert replace(short, whole=True).speedup > short.speedup
 

@@ -88,7 +88,7 @@ def nan_behind_empty_rows(box: bool) -> tuple[BlockPlan, Tensor, Tensor, Tensor,
         corners = Boxes(
             bits=(10,),
             low=torch.zeros(1, 512, 1, dtype=torch.int64),
-            high=(384 + place % 128)[None, :, None],
+            high=(384 + place % 128 // 8 * 8)[None, :, None],
             key=torch.where(place < 128, 1000, place)[:, None],
             text=torch.zeros(512, dtype=torch.bool),
         ).packed()
@@ -168,14 +168,44 @@ class TestInterpreted:
         backend = block_sparse.TritonBackend(interpreted=True)
         monkeypatch.setattr(portable, "launch", None)  # it has no part in this
         launches = backend._specialised(room, plan, 64**-0.5)
-        assert len(launches) == 1 + box
+        assert len(launches) == 1
         check(room.result, q, k, v, plan)
+
+    @specialised
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("bounded", [False, True])
+    def test_masks_that_are_no_product(self, bounded: bool):
+        """The specialised kernel leaves masked entries to the other, after rows it could not do."""
+        case = Case(64, 128, 128, torch.float16, order="head", bits=(2, 0, 3))
+        plan = plan_of(case)
+        assert plan.mask_product is None
+        q, k, v = tensors_of(case, plan)
+        q = q / 8
+        q[:, 0, ::50] *= 1000
+        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=bounded)
+        backend = block_sparse.TritonBackend(interpreted=True)
+        assert len(backend._specialised(room, plan, 64**-0.5)) == 2 + bounded
+        check(room.result, q, k, v, plan)
+
+    @specialised
+    @pytest.mark.parametrize("scale", [0.0, -0.125])
+    def test_scales_under_which_nothing_would_be_hidden(self, scale: float):
+        case = Case(64, 128, 128, torch.float16)
+        plan = plan_of(case)
+        assert hopper.mask_of(plan, 0.125) is plan.mask_product is not None
+        assert hopper.mask_of(plan, scale) is None
+        q, k, v = tensors_of(case, plan)
+        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=False)
+        block_sparse.TritonBackend(interpreted=True)._specialised(room, plan, scale)
+        out, lse = masked_attention(q, k, v, plan.to_mask(), scale)
+        torch.testing.assert_close(room.result.out.double(), out, rtol=3e-3, atol=3e-3)
+        torch.testing.assert_close(room.result.lse.double(), lse, rtol=1e-5, atol=1e-5)
 
     @specialised
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("text", [(0, 0), (150, 0), (0, 3), (3, 150)])
     def test_blocks_around_a_picture(self, text: tuple[int, int]):
-        """Their query blocks come first, and only those with masked entries are taken up again."""
+        """Their query blocks come first."""
         layout = TokenLayout.of(TokenGrid(1, 21, 32), *text)
         method = WindowMethod(window=(12, 32), stride=(4, 32), tile=(4, 32))
         plan = method.plan(*[torch.empty(1)] * 2, CallContext(layout))
@@ -184,8 +214,8 @@ class TestInterpreted:
         q, k, v = tensors_of(case, plan)
         result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
         ordered = tuple(plan.order(x) for x in (q, k, v))
-        assert hopper.launch(*ordered, plan, 64**-0.5, result)
-        assert hopper.launch(*ordered, plan, 64**-0.5, result, partial=True)
+        assert plan.mask_product is not None
+        assert hopper.launch(*ordered, plan, 64**-0.5, result, mask=plan.mask_product)
         check(result, q, k, v, plan)
 
     @specialised
@@ -205,13 +235,14 @@ class TestInterpreted:
         q[:, 0, out_of_reach] *= 1000
         room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=True)
         (qo, ko, vo), result = room.ordered, room.result
-        assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, lengths=room.lengths)
+        mask = plan.mask_product
+        assert (mask is not None) == box
+        assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, mask=mask, lengths=room.lengths)
         marked = result.lse == torch.inf
-        assert 0 < marked.sum() <= 2 * len(out_of_reach)
+        seen = plan.to_mask().any(-1).expand_as(marked)
+        assert 0 < (marked & seen).sum() <= 2 * len(out_of_reach)
         tile = tiles.Tile(32, warps=4, stages=1, tma=False)
         portable.launch(q, ko, vo, plan, 64**-0.5, tile, result, part="repair")
-        if box:
-            assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, partial=True)
         check(result, q, k, v, plan)
 
     @specialised
@@ -281,9 +312,9 @@ class TestInterpreted:
     def test_rows_that_read_nothing_in_the_specialised_kernel(self, box: bool):
         plan, q, k, v, read = nan_behind_empty_rows(box)
         result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
-        assert hopper.launch(q, k, v, plan, 64**-0.5, result)
-        if box:
-            assert hopper.launch(q, k, v, plan, 64**-0.5, result, partial=True)
+        mask = plan.mask_product
+        assert (mask is not None) == box
+        assert hopper.launch(q, k, v, plan, 64**-0.5, result, mask=mask)
         check_beside_nan(result, q, k, v, plan, read)
 
     def test_another_scale(self):

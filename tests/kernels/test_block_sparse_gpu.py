@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.grid import Permutation, TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.neighbourhood import Neighbourhood
 from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.window_plan import plan_windows
 from tests.block_cases import LAYOUTS, Case, covering, plan_of, tensors_of
 from tests.oracle import masked_attention
 
@@ -32,6 +35,7 @@ COMPILED = [
             "dtype": [torch.bfloat16, torch.float16],
             "ragged": [True, False],
             "box": [True, False],
+            "bits": [(2, 0, 2), (2, 0, 3)],
             "order": ["none", "shared", "head"],
             "lists": ["shared", "head", "batch"],
             "tokens": [700, 2304, 5000],
@@ -181,6 +185,31 @@ class TestCompiled:
             again = attend(q, k, v, plan, backend=backend)
             assert torch.equal(again.out, first.out)
             assert torch.equal(again.lse, first.lse)
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_windows(self, seed: int):
+        """Of one kind for all heads or one for each, with text and short blocks."""
+        draw = random.Random(seed)
+        extents = (draw.choice([1, 5]), draw.randint(9, 30), draw.randint(9, 30))
+        dilation = [draw.choice([1, 1, 2]) if extent > 1 else 1 for extent in extents]
+        causal = [draw.random() < 0.2 for _ in extents]
+
+        def axis(extent: int, dilated: int, causal: bool) -> Neighbourhood:
+            window = draw.randint(1, extent // dilated)
+            return Neighbourhood(extent, window, draw.randint(1, window), dilated, causal=causal)
+
+        kinds = draw.choice([1, 3])
+        heads = [tuple(map(axis, extents, dilation, causal)) for _ in range(kinds)]
+        text = (draw.choice([0, 140]), draw.choice([0, 9]))
+        layout = TokenLayout.of(TokenGrid(*extents), *text)
+        tile = (draw.choice([1, 2]), 7, 8) if draw.random() < 0.5 else (1, 8, 16)
+        plan = plan_windows(layout, heads, tile, 128, torch.device("cuda"))
+        assert (plan.mask_product is None) == (not bool(plan.partial.any()))
+        dtype = torch.float16 if seed % 4 == 3 else torch.bfloat16
+        shape = (2, 3, layout.length, draw.choice([64, 88, 128]))
+        q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+        backend = block_sparse.TritonBackend(bound=bool(seed % 2))
+        check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
 
     @pytest.mark.parametrize("skipped", [3, 7])
     def test_runs_of_skipped_blocks(self, skipped: int):

@@ -125,24 +125,21 @@ def test_portable_launch(jit: Jit) -> None:
 
 @pytest.mark.parametrize("window", [(1, 7, 9), (2, 16, 16)])
 def test_specialised_launches(jit: Jit, window: tuple[int, int, int]) -> None:
-    """Full entries and, where there are any, partial ones in a second launch."""
+    """Full and partial entries in one launch, whose mask is the plan's and stays."""
     one = plan(window)
+    mask = hopper.mask_of(one, 0.125)
+    assert (mask is not None) == (window == (1, 7, 9))
     q, k, v = (t.contiguous() for t in tensors(0))
     room = block_sparse._room(q, k, v, 0, bounded=False)
-    result = room.result
-    launches = [hopper.launch(q, k, v, one, 0.125, result)]
-    if one.box is not None:
-        launches.append(hopper.launch(q, k, v, one, 0.125, result, partial=True))
-    count = len(launches)
-    assert count == 1 + (window == (1, 7, 9))
-    repeats = [each.repeatable(room.tensors) for each in launches]
+    main = hopper.launch(q, k, v, one, 0.125, room.result, mask=mask)
     others = tuple(t.contiguous() for t in tensors(1))
-    repeated = block_sparse._again(repeats, 0, False, *others)
-    olds, news = (q, k, v, *result), (*others, *repeated)
+    repeated = block_sparse._again([main.repeatable(room.tensors)], 0, False, *others)
+    olds, news = (q, k, v, *room.result), (*others, *repeated)
     moved = {a.data_ptr(): b for a, b in zip(olds, news, strict=True)}
-    for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
-        same_arguments(before, after, moved)
-    assert len(jit.examined) == count
+    before, after = jit.seen
+    same_arguments(before, after, moved)
+    assert len(jit.examined) == 1
+    assert any(mask is not None and argument is mask.queries for argument in after) == bool(mask)
 
 
 def test_nothing_is_kept_of_the_first_call(jit: Jit) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dit_sparse import tiling
 from dit_sparse.block_times import Work
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.mask_product import COLUMNS
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
@@ -202,7 +203,7 @@ class TestDensity:
         bands = {("64x64", 0.1), ("83x83", 0.1), ("83x83", 0.2)}
         for density in (0.1, 0.2, 0.3, 0.5):
             plan = plan_on(WindowMethod(density=density), grid)
-            assert int(plan.partial.sum()) <= 0.05 * int(plan.visited.sum())
+            assert int(plan.partial.sum()) <= 0.16 * int(plan.visited.sum())
             window = WindowMethod(density=density).shape_on(grid).window
             cut = [w / n for w, n in zip(window, grid.shape, strict=True) if n > 1]
             if (name, density) not in bands:
@@ -257,6 +258,7 @@ def _time(plan: BlockPlan) -> float:
         partial=int(plan.partial.sum()),
         masked_rows=int((plan.partial > 0).sum()),
         whole=not plan.q_blocks.ragged,
+        classes=COLUMNS if plan.mask_product is None else 0,
     )
     return work.time
 
