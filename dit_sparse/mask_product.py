@@ -43,13 +43,16 @@ class MaskProduct:
         queries: e5m2 `[T, query block, COLUMNS]`, the different blocks of queries.
         query: int32 `[1 or H, n_q]`, which of them each query block is.
         keys: e5m2 `[P, key block, COLUMNS]`, the different blocks of keys.
-        entry: int32 `[E]`, which of them each full or partial entry of the plan reads.
+        entry: int32 `[E]`, which of them each full or partial entry reads. In every row of the plan
+            both kinds ascend together here, so that neighbouring query blocks walk the same keys.
+        starts: int32 `[E]`, first key position of each.
     """
 
     queries: Tensor
     query: Tensor
     keys: Tensor
     entry: Tensor
+    starts: Tensor
 
     @staticmethod
     def of(plan: BlockPlan) -> MaskProduct | None:
@@ -166,19 +169,21 @@ def _query_rows(axes: list[_Axis]) -> tuple[Tensor, Tensor]:
     return (rows * LARGE).to(torch.float8_e5m2), number.view(code.shape[:2])
 
 
-def _key_rows(plan: BlockPlan, axes: list[_Axis]) -> tuple[Tensor, Tensor] | None:
-    """Different blocks of keys, and the number of the one that each entry reads."""
+def _key_rows(plan: BlockPlan, axes: list[_Axis]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Different blocks of keys; for each entry the number of the one that it reads, its start."""
     count = (plan.full + plan.partial).flatten().long()
     row = torch.arange(len(count), device=plan.device).repeat_interleave(count)
     nth = torch.arange(len(row), device=plan.device) - (count.cumsum(0) - count)[row]
     at = plan.offsets.flatten()[row] + nth
-    block, key = row % plan.q_blocks.n, plan.indices[at].long()
+    key = plan.indices[at].long()
+    key, ascending = (row * plan.k_blocks.n + key).sort()  # rows stay where they are
+    block, key = row % plan.q_blocks.n, key % plan.k_blocks.n
     head = row // plan.q_blocks.n % plan.offsets.shape[1]
     number = torch.zeros_like(row)
     for axis in axes:
         q_kind = axis.q_kind[head if len(axis.q_kind) > 1 else 0, block]
         number = number * len(axis.hidden) + axis.pattern[q_kind, axis.k_kind[key]]
-    masked = nth >= plan.full.flatten()[row]
+    masked = (nth >= plan.full.flatten()[row])[ascending]
     lengths, length = plan.k_blocks.lengths.unique(return_inverse=True)
     number = torch.where(masked, number + 1, 0) * len(lengths) + length[key]
     numbers, found = number.unique(return_inverse=True)
@@ -196,5 +201,6 @@ def _key_rows(plan: BlockPlan, axes: list[_Axis]) -> tuple[Tensor, Tensor] | Non
         rows[..., end - axis.classes : end] = hidden
         end -= axis.classes
         numbers = numbers // len(axis.hidden)
-    entry = torch.zeros_like(plan.indices).scatter_(0, at, found.int())
-    return (0.0 - rows * LARGE).to(torch.float8_e5m2), entry
+    entry, starts = torch.zeros_like(plan.indices), torch.zeros_like(plan.indices)
+    entry[at], starts[at] = found.int(), plan.k_blocks.starts[key]
+    return (0.0 - rows * LARGE).to(torch.float8_e5m2), entry, starts

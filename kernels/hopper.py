@@ -225,7 +225,7 @@ def _launch(
         mask.queries if mask else starts, describe(mask) if mask else None,
         tail.describe() if tail else None,
         out, lse, *(lengths or (lse, lse)),
-        plan.offsets, plan.full, plan.partial, starts, counts,
+        plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
         mask.query if mask else starts, mask.entry if mask else starts,
         plan.q_blocks.starts, order,
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],

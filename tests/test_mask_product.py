@@ -35,12 +35,15 @@ def check(plan: BlockPlan, mask: MaskProduct) -> None:
     batch, heads, rows = plan.offsets.shape
     for b, h, i in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
         first, full = int(plan.offsets[b, h, i]), int(plan.full[b, h, i])
+        end = first + full + int(plan.partial[b, h, i])
         q = slice(q_starts[i], q_starts[i + 1])
-        for at in range(first, first + full + int(plan.partial[b, h, i])):
-            j = int(plan.indices[at])
+        keys = plan.indices[first:end].tolist()
+        starts = mask.starts[first:end].tolist()
+        assert starts == [k_starts[j] for j in sorted(keys)]
+        for at, j in enumerate(sorted(keys), first):
             k = slice(k_starts[j], k_starts[j + 1])
             visible = torch.zeros(q.stop - q.start, plan.k_blocks.size, dtype=torch.bool)
-            seen = True if at < first + full else plan.element_mask(h, q, k)
+            seen = True if j in keys[:full] else plan.element_mask(h, q, k)
             visible[:, : k.stop - k.start] = seen
             added = scores(mask, h, i, at)[: q.stop - q.start]
             assert torch.equal(added == 0, visible), (b, h, i, j)
