@@ -1,7 +1,10 @@
-"""Writes the tables of README.md from the JSON lines in benchmarks/.
+"""Writes the tables of README.md from the JSON lines in benchmarks/ and docs/quality/.
 
 python scripts/report.py          # rewrites README.md between its markers
 python scripts/report.py --check  # exit code 1 if README.md does not say what was measured
+
+A folder of docs/quality/ is an evaluation that was kept: `report.html`, `report.md` and
+`summary.jsonl` of `dit-sparse evaluate`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -60,27 +62,46 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of whole denoising steps, dense and with every method."""
     lines = [
         f"{environment_of(rows)}, random weights of the full size, one forward without guidance, "
-        "variants in turn, medians. The baseline is the fastest dense one of the run; *ideal* is a "
-        "sparse kernel with the rate of dense cuDNN and free planning at the measured density.",
+        "variants in turn, medians. The baseline is the faster of diffusers' default and this "
+        "package's dense attention; *ideal* is a sparse kernel with the rate of dense cuDNN and "
+        "free planning at the measured density. Times with a ~ are estimates for all layers, on "
+        "the line through the times of two depths.",
         "",
-        "| model, tokens | mode | dense | attention | method | density | sparse | speedup | ideal "
-        "| of ideal |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model, tokens | mode | diffusers | dense | attention | method | density | sparse "
+        "| speedup | ideal | of ideal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    by_mode: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    by_mode: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_mode.setdefault((row["model"], row["compiled"]), []).append(row)
+        by_mode.setdefault((row["model"], row["compiled"]), {})[row["variant"]] = row
     for (model, compiled), group in by_mode.items():
-        dense = min(r["ms"] for r in group if r["variant"] in ("stock", "dense") and "ms" in r)
+        dense = [_milliseconds(group.get(name, {})) for name in ("stock", "dense")]
         lines += [
             f"| {model}, {row['tokens']:,} | {'compiled' if compiled else 'eager'} | "
-            f"{dense:.0f} ms | {row['attention_share']:.0%} | {row['variant'].split()[0]} | "
-            f"{row['measured_density']:.3f} | {row['ms']:.0f} ms | {row['speedup']:.2f}x | "
+            f"{' | '.join(dense)} | {row['attention_share']:.0%} | {row['variant'].split()[0]} | "
+            f"{row['measured_density']:.3f} | {_milliseconds(row)} | {row['speedup']:.2f}x | "
             f"{row['ideal']:.2f}x | {row['speedup'] / row['ideal']:.2f} |"
-            for row in group
-            if row["variant"] not in ("stock", "dense") and "ms" in row
+            for name, row in group.items()
+            if name not in ("stock", "dense") and "ms" in row
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_failures(rows)])
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    if "ms" not in row:
+        return "failed" if "failed" in row else ""
+    return f"{'~' * bool(row.get('estimated'))}{row['ms']:.0f} ms"
+
+
+def _failures(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each row that says why there is no time."""
+    found = [row for row in rows if "failed" in row]
+    modes = ["compiled" if row["compiled"] else "eager" for row in found]
+    lines = [
+        f"* {row['model']}, {mode}, {row['variant']} failed: {row['failed'][:200]}"
+        for row, mode in zip(found, modes, strict=True)
+    ]
+    return ["", *lines] if lines else []
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -138,33 +159,41 @@ def _mean_and_worst(row: dict[str, Any], name: str, form: str) -> str:
     return f"{value:{form}} ({row['worst'][name]:{form}})"
 
 
-#: Made once there is something to make them of.
-LATER = {"quality"}
-TABLES = {
-    "kernels": kernel_table,
-    "steps": steps_table,
-    "overhead": overhead_table,
-    "quality": quality_table,
-}
+TABLES = {"kernels": kernel_table, "steps": steps_table, "overhead": overhead_table}
 
 
-def with_tables(text: str) -> str:
+def quality_tables(root: Path) -> str:
+    """A heading and a table for each evaluation that was kept; nothing if there is none."""
+    parts = []
+    for path in sorted((root / "docs" / "quality").glob("*/summary.jsonl")):
+        rows, report = rows_of(path), path.with_name("report.md").relative_to(root)
+        parts += [
+            f"### Quality: {path.parent.name}",
+            f"{rows[0]['recommendation']} [The report]({report.as_posix()}).",
+            quality_table(rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def with_tables(text: str, root: Path = ROOT) -> str:
     """README text with every table between its markers.
 
     Raises:
         ValueError: markers are not there.
     """
     for name, table in TABLES.items():
-        if name in LATER and not (BENCHMARKS / f"{name}.jsonl").exists():
-            continue
-        begin, end = f"<!-- {name}: from benchmarks/{name}.jsonl -->", f"<!-- {name}: end -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"Expected {begin} and {end} in README.md, got a text without them.")
-        before, _, rest = text.partition(begin)
-        after = rest.partition(end)[2]
-        rows = rows_of(BENCHMARKS / f"{name}.jsonl")
-        text = f"{before}{begin}\n{table(rows)}\n{end}{after}"
-    return text
+        source = f"benchmarks/{name}.jsonl"
+        text = _between(text, name, source, table(rows_of(root / source)))
+    return _between(text, "quality", "docs/quality/*/summary.jsonl", quality_tables(root))
+
+
+def _between(text: str, name: str, source: str, content: str) -> str:
+    begin, end = f"<!-- {name}: from {source} -->", f"<!-- {name}: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"Expected {begin} and {end} in README.md, got a text without them.")
+    before, _, rest = text.partition(begin)
+    content = f"{content}\n" if content else ""
+    return f"{before}{begin}\n{content}{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
@@ -175,7 +204,11 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     wanted = with_tables(text)
     if arguments.check:
-        sys.exit(0 if text == wanted else "README.md differs from benchmarks/*.jsonl.")
+        sys.exit(
+            0
+            if text == wanted
+            else "README.md differs from what was measured. Run scripts/report.py."
+        )
     readme.write_text(wanted, encoding="utf-8")
 
 

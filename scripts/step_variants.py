@@ -22,6 +22,11 @@ from dit_sparse.pipelines.identity import identity_of
 _BLOCK = 128
 
 
+def names(densities: Sequence[float]) -> list[str]:
+    """Of all variants at these densities."""
+    return [f"{name} {d}" for name in ("window", "pisa", "psa", "paro") for d in densities]
+
+
 def variants(densities: Sequence[float]) -> Iterator[tuple[str, SparseMethod]]:
     """Windows, PISA and PSA at these densities, by name.
 
@@ -38,7 +43,13 @@ def variants(densities: Sequence[float]) -> Iterator[tuple[str, SparseMethod]]:
 
 
 def paro_method(
-    transformer: nn.Module, grid: TokenGrid, layers: int, heads: int, density: float, folder: Path
+    transformer: nn.Module,
+    grid: TokenGrid,
+    layers: int,
+    heads: int,
+    density: float,
+    folder: Path,
+    device: torch.device | str = "cpu",
 ) -> SparseMethod:
     """PARO with a random axis order for each head, and random blocks of this density.
 
@@ -46,14 +57,15 @@ def paro_method(
     """
     n = frame_of(TokenLayout((grid,)), _BLOCK).candidates
     count = max(1, round(density * n))
-    seed = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     masks = []
     for _ in range(layers):
-        score = torch.rand(heads, n, n, generator=seed)
+        score = torch.rand(heads, n, n, generator=generator, device=device)
         score.diagonal(dim1=1, dim2=2).fill_(2.0)
         chosen = torch.zeros_like(score, dtype=torch.bool)
         chosen.scatter_(2, score.topk(count, dim=2).indices, True)
-        masks.append(pack(chosen))
+        masks.append(pack(chosen.cpu()))
+    seed = torch.Generator().manual_seed(0)
     orders = torch.randint(len(AXES), (layers, heads), generator=seed).to(torch.uint8)
     shares = torch.full((1, layers, heads), count / n)
     calibration = Calibration(

@@ -1,13 +1,97 @@
 """README's figures are those of the recorded measurements."""
 
+from __future__ import annotations
+
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.report import steps_table, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_readme_says_what_was_measured():
+def test_readme_says_what_was_measured() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "report.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def step(variant: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "wan",
+        "compiled": True,
+        "variant": variant,
+        "environment": {"device": "a GPU"},
+        **more,
+    }
+
+
+def timed(variant: str, ms: float, **more: Any) -> dict[str, Any]:
+    known = {"tokens": 1000, "attention_share": 0.5, "measured_density": 0.2, "ideal": 2.0}
+    return step(variant, ms=ms, **known, **more)
+
+
+def test_steps_say_what_is_estimated_and_what_failed() -> None:
+    rows = [
+        timed("stock", 30.0, estimated=True, speedup=1.0),
+        timed("dense", 20.0, estimated=True, speedup=1.5),
+        timed("window 0.2", 10.0, estimated=True, speedup=1.8),
+        step("pisa 0.2", failed="RuntimeError: no memory"),
+    ]
+    table = steps_table(rows)
+    assert "| ~30 ms | ~20 ms | 50% | window | 0.200 | ~10 ms | 1.80x | 2.00x | 0.90 |" in table
+    assert "* wan, compiled, pisa 0.2 failed: RuntimeError: no memory" in table
+    assert "| pisa |" not in table
+    rows[0] = step("stock", failed="no")
+    assert "| failed | ~20 ms |" in steps_table(rows)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    return tmp_path
+
+
+def test_quality_tables_are_those_of_the_reports_that_were_kept(root: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- quality: from docs/quality/*/summary.jsonl -->", "<!-- quality: end -->"
+    assert f"{begin}\n{end}" in with_tables(readme, root), "nothing was kept"
+    folder = root / "docs" / "quality" / "tiny video"
+    folder.mkdir(parents=True)
+    common = {
+        "model": "tiny-video",
+        "arguments": {"height": 128},
+        "prompts": ["a cat"],
+        "seeds": [0],
+        "dtype": "bfloat16",
+        "compiled": False,
+        "environment": {"device": "a GPU"},
+        "recommendation": "Turn on window density=0.2.",
+    }
+    row = {
+        "label": "window density=0.2",
+        "clips": 4,
+        "density": 0.2,
+        "speedup": 2.0,
+        "speedup_total": 1.5,
+        "model_of_speed": None,
+        "quality": {"psnr": 31.0},
+        "worst": {"psnr": 28.0},
+        "identical": 0,
+    }
+    (folder / "summary.jsonl").write_text(json.dumps({**row, **common}) + "\n")
+    found = with_tables(readme, root)
+    assert "### Quality: tiny video\n\nTurn on window density=0.2. [The report](docs" in found
+    assert "| window density=0.2 | 0.200 | 2.00x |  | 1.50x | 31.0 (28.0) |  |" in found
+    assert with_tables(found, root) == found
+
+
+def test_a_readme_without_markers_is_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match="kernels: from benchmarks"):
+        with_tables("nothing", root)

@@ -96,7 +96,13 @@ def _first_pair(store: Store, label: str) -> tuple[np.ndarray, np.ndarray] | Non
 
 def _lines(summary: Summary) -> str:
     """One line for each variant, with everything that it depends on."""
-    common = {"prompts": summary.prompts, "seeds": summary.seeds, **summary.settings}
+    common = {
+        "prompts": summary.prompts,
+        "seeds": summary.seeds,
+        "baseline": summary.baseline,
+        "recommendation": summary.recommendation,
+        **summary.settings,
+    }
     return "".join(
         json.dumps({**row.to_dict(), **common}, allow_nan=False) + "\n" for row in summary.rows
     )
