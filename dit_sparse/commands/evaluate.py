@@ -15,6 +15,7 @@ import torch
 
 import dit_sparse
 from dit_sparse.commands.models import open_model
+from dit_sparse.evaluation.merge import merge as merge_folders
 from dit_sparse.evaluation.metrics import Metrics
 from dit_sparse.evaluation.report import write_report
 from dit_sparse.evaluation.runner import Runner, Share
@@ -93,6 +94,17 @@ def evaluate(
     runner.repeat_for_time()
     summary = summarise(store, spec.target_psnr)
     return Report(spec.output, write_report(store, summary), summary)
+
+
+def merge(folders: Sequence[Path], into: Path, target_psnr: float = 30.0) -> Report:
+    """One report of folders that were evaluated apart, each with its own methods.
+
+    Raises:
+        ValueError: see `dit_sparse.evaluation.merge.merge`.
+    """
+    store = merge_folders(folders, into)
+    summary = summarise(store, target_psnr)
+    return Report(into, write_report(store, summary), summary)
 
 
 def launch(processes: int, words: Sequence[str]) -> int:

@@ -80,6 +80,13 @@ def evaluate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile blocks, of dense variants too.")
     ] = False,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            help="Folders evaluated apart, each with its own methods: only put them together in "
+            "--output. Separated by commas."
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(help="Split the prompts over so many processes, one for each GPU.")
     ] = 1,
@@ -99,6 +106,13 @@ def evaluate(
         from dit_sparse.commands.words import prompts_of
         from dit_sparse.evaluation.spec import read_config, spec_of
 
+        if merge is not None:
+            _check_merge({**given, "config": config, "prompts": prompts})
+            place = Path("evaluation") if output is None else output
+            wanted = 30.0 if target_psnr is None else target_psnr
+            merged = evaluating.merge([Path(f) for f in _items(merge)], place, wanted)
+            show(merged.to_dict(), str(merged), output_format)
+            return
         if processes != 1 and not evaluating.launched():
             raise typer.Exit(evaluating.launch(processes, sys.argv[1:]))
         chosen: dict[str, Any] = {} if config is None else read_config(config)
@@ -115,6 +129,7 @@ def evaluate(
 
 _HANDLED = (
     "config",
+    "merge",
     "prompts",
     "compile",
     "processes",
@@ -123,6 +138,15 @@ _HANDLED = (
     "quiet",
     "output_format",
 )
+
+
+def _check_merge(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None and name not in ("output", "target_psnr"):
+            raise ValueError(
+                f"Expected --merge with --output and --target-psnr alone, got "
+                f"--{name.replace('_', '-')}. Nothing is run; leave it out."
+            )
 
 
 def _items(text: str) -> list[str]:

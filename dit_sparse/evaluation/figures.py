@@ -16,11 +16,15 @@ from dit_sparse.evaluation.summary import Row, Summary
 _MARKERS = "osD^vP*Xh<>"
 _CEILING = 60.0  # dB: where identical clips are drawn
 _LABELLED = 5
+_AMOUNTS = ("density", "ends", "window", "mass", "path")
 _GAMMA = 0.35  # of colours: a few large entries would leave the rest black
 
 
 def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | None:
-    """A metric against the speedup, a colour for each method; `None` if nothing has both."""
+    """A metric against the speedup: a colour for each method, a line for each of its other options.
+
+    `None` if nothing has both.
+    """
     rows = [
         row
         for row in summary.rows
@@ -30,11 +34,11 @@ def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | 
         return None
     figure = _figure(6.4, 4.2)
     axes = figure.add_subplot()
-    groups: dict[str, list[Row]] = defaultdict(list)
+    names = sorted({_method(row) for row in rows})
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups["dense" if row.is_baseline else row.label.split(" ")[0]].append(row)
-    for number, (name, group) in enumerate(sorted(groups.items())):
-        colour = "gray" if name == "dense" else f"C{number % 10}"
+        groups[_method(row), _but_density(row)].append(row)
+    for number, ((name, label), group) in enumerate(sorted(groups.items())):
         group.sort(key=lambda row: row.density)
         axes.plot(
             [row.speedup for row in group],
@@ -42,8 +46,8 @@ def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | 
             marker=_MARKERS[number % len(_MARKERS)],
             lw=0.5,
             alpha=0.8,
-            color=colour,
-            label=name,
+            color="gray" if name == "dense" else f"C{names.index(name) % 10}",
+            label=label,
         )
     front = _front(rows, metric, higher)
     axes.plot(*zip(*front, strict=True), color="black", lw=0.8, ls="--", zorder=0)
@@ -53,7 +57,7 @@ def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | 
         axes.axhline(summary.target, color="gray", lw=0.6, ls=":")
     axes.set(xlabel="speedup of denoising over the fastest dense attention", ylabel=title)
     axes.margins(0.12)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small")
     return _svg(figure)
 
 
@@ -100,10 +104,13 @@ def head_heat(summary: Summary, variant: str, key: str, title: str) -> str | Non
 
 
 def step_errors(summary: Summary) -> str | None:
-    """Mean error of the calls that were looked at, by denoising step."""
+    """Mean error of the calls that were looked at, by denoising step; of a few variants."""
     sums: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in _looked_at(summary.calls):
         sums[line["variant"]][line["step"]] += line["error"]
+    front = [row.label for row in summary.front]
+    shown = sorted(sums, key=lambda name: name not in front)[: len(_MARKERS)]
+    sums = {name: sums[name] for name in shown}
     if not sums or all(len(found) < 2 for found in sums.values()):
         return None
     figure = _figure(6.4, 3.6)
@@ -178,6 +185,17 @@ def _front(rows: Sequence[Row], metric: str, higher: bool) -> list[tuple[float, 
             best = sign * value
             found.append((speed, value))
     return found
+
+
+def _method(row: Row) -> str:
+    return "dense" if row.is_baseline else row.label.split(" ")[0]
+
+
+def _but_density(row: Row) -> str:
+    """The label without what says how much is read, so that one line shows a sweep of it."""
+    name, *options = row.label.split(" ")
+    kept = [option for option in options if option.partition("=")[0] not in _AMOUNTS]
+    return "dense" if row.is_baseline else " ".join([name, *kept])
 
 
 def _annotate(

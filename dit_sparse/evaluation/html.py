@@ -32,6 +32,7 @@ tr.best td { background: #dafbe1; }
 figure { margin: 0 0 1rem; }
 figcaption { font-size: .85rem; color: #57606a; margin-bottom: .2rem; }
 img { max-width: 100%; height: auto; }
+.clips { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
 .clips img { image-rendering: auto; border: 1px solid #d8dee4; }
 """
 
@@ -62,14 +63,14 @@ def page(
             f"Dense, with the method, and their difference times {AMPLIFIED}.",
             moving,
         ),
+        *(_table(table, summary) for table in found[1:]),
+        "<h2>Where it is dense and where it errs</h2>" if set(plots) - _FIRST else "",
+        _plots({k: v for k, v in plots.items() if k not in _FIRST}),
         _pictures(
             "Frames",
             f"Rows: dense, with the method, and their difference times {AMPLIFIED}.",
             sheets,
         ),
-        *(_table(table, summary) for table in found[1:]),
-        "<h2>Where it is dense and where it errs</h2>" if set(plots) - _FIRST else "",
-        _plots({k: v for k, v in plots.items() if k not in _FIRST}),
         _notes("Failed", summary.failed),
         _notes("Not measured", summary.gaps),
         "<h2>Prompts</h2>",

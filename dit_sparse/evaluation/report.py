@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def write_report(store: Store, summary: Summary) -> tuple[Path, ...]:
     """
     shown = [row for row in summary.rows if row.label != STOCK and row.clips]
     chosen = _chosen(summary, shown)
-    pictures = {row.label: _picture(store, row, "sheet") for row in shown}
+    differ = [row for row in shown if row.psnr != math.inf]
+    pictures = {row.label: _picture(store, row, "sheet") for row in differ}
     moving = {row.label: _picture(store, row, "moving") for row in chosen}
     plots = _plots(store, summary, chosen)
     page = html.page(

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,11 @@ class Store:
                 return
             self._replace(path, (json.dumps(dict(settings), indent=1) + "\n").encode())
             return
+        if "parts" in known and "parts" not in settings:
+            raise ValueError(
+                f"Expected the folder of one evaluation, got {str(self.folder)!r}, which was "
+                f"merged from {', '.join(known['parts'])}. Go on in those, and merge them again."
+            )
         for name, value in settings.items():
             if known.get(name) != value:
                 raise ValueError(
@@ -109,7 +115,7 @@ class Store:
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a line and waits until it is on the disk."""
         path = self.folder / f"runs-{self.process}.jsonl"
-        with self._room(path):
+        with self.room(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -120,6 +126,12 @@ class Store:
                 file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def clear(self) -> None:
+        """Removes the settings, runs and pictures of a merged folder, to be made anew."""
+        for path in (*self.folder.glob("runs-*.jsonl"), self.folder / _SETTINGS):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "pictures", ignore_errors=True)
 
     def clip_path(self, label: str, task: Task) -> Path:
         """Where the frames of a variant are."""
@@ -161,12 +173,12 @@ class Store:
         self._replace(path, data)
 
     def _replace(self, path: Path, data: bytes) -> None:
-        with self._room(path):
+        with self.room(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, data)
 
     @contextlib.contextmanager
-    def _room(self, path: Path) -> Iterator[None]:
+    def room(self, path: Path) -> Iterator[None]:
         """Turns what a disk says into a sentence."""
         try:
             yield

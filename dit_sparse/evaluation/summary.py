@@ -34,6 +34,7 @@ class Row:
         failed: why it stopped, if it did.
         times: how many its seconds are medians of; 0 if only a first run, which tunes and
             compiles, was timed.
+        part: of a merged folder, whose times they are; baselines are those of the same part.
         seconds: medians of the parts of a generation and of a step.
         spread: half the distance between the quartiles of denoising, relative to its median.
         density: measured, over all self-attention calls.
@@ -52,6 +53,7 @@ class Row:
     clips: int
     failed: str | None
     times: int
+    part: int
     seconds: Mapping[str, float]
     spread: float
     density: float
@@ -90,7 +92,7 @@ class Summary:
         rows: one for each, in the order of their first run.
         gaps: metrics that were not computed, and why.
         calls: lines about single attention calls.
-        baseline: the fastest dense variant.
+        baseline: the fastest dense variant, or those of the parts of a merged folder.
         target: PSNR in dB that a recommendation must reach.
         prompts, seeds: what the clips are of.
     """
@@ -165,8 +167,9 @@ class Summary:
         lines = [f"{'variant':<44} density  speedup    PSNR   clips"]
         for row in self.rows:
             psnr = "same" if row.psnr == math.inf else _number(row.psnr, ".2f")
+            density = _number(row.density if row.clips else None, ".3f")
             lines.append(
-                f"{row.label:<44} {row.density:7.3f}  {_number(row.speedup, '.2f'):>6}x "
+                f"{row.label:<44} {density:>7}  {_number(row.speedup, '.2f'):>6}x "
                 f"{psnr:>7}   {row.clips:>5}"
             )
         lines += [f"failed: {label}: {why}" for label, why in self.failed.items()]
@@ -184,14 +187,12 @@ def summarise(store: Store, target: float) -> Summary:
         _row(store, label, [line for line in made if line["variant"] == label], failed, lines)
         for label in dict.fromkeys(line["variant"] for line in made)
     ]
-    dense = [r for r in rows if r.is_baseline and r.seconds]
-    # First runs compile: those of dense variants must not flatter warm runs of sparse ones.
-    baseline = min(dense, key=lambda r: (not r.times, r.seconds["denoise"]), default=None)
-    timings = {line["variant"]: line for line in lines if line["kind"] == "time"}
+    baselines = _baselines(made)
+    timings = {(_part(li), li["variant"]): li for li in lines if li["kind"] == "time"}
     records = {line["variant"]: line["record"] for line in made if line.get("record")}
     gaps: dict[str, str] = {}
-    for line in lines:
-        gaps = line["gaps"] if line["kind"] == "gaps" else gaps
+    for line in {_part(li): li for li in lines if li["kind"] == "gaps"}.values():
+        gaps |= line["gaps"]
     for line in lines:
         if line["kind"] in ("call", "time") and "failed" in line:
             gaps = {**gaps, f"attention calls of {line['variant']}": line["failed"]}
@@ -199,10 +200,10 @@ def summarise(store: Store, target: float) -> Summary:
             gaps = {**gaps, f"a further time of {line['variant']}": line["error"]}
     return Summary(
         settings=store.settings() or {},
-        rows=tuple(_compared(row, baseline, timings, records) for row in rows),
+        rows=tuple(_compared(row, baselines.get(row.part), timings, records) for row in rows),
         gaps=gaps,
         calls=tuple(line for line in lines if line["kind"] == "call"),
-        baseline=None if baseline is None else baseline.label,
+        baseline=" or ".join(dict.fromkeys(b.label for b in baselines.values())) or None,
         target=target,
         prompts=tuple(dict.fromkeys(line["prompt"] for line in made)),
         seeds=tuple(dict.fromkeys(line["seed"] for line in made)),
@@ -231,7 +232,7 @@ def _row(
     store: Store, label: str, own: Sequence[Line], failed: Mapping[str, str], lines: Sequence[Line]
 ) -> Row:
     well = [line for line in own if line["status"] == "ok"]
-    warm = [line for line in well if timed_warm(line)]
+    timed = _timed(label, well)
     numbers = {t: m for (name, t), m in metrics_of(lines).items() if name == label}
     quality, worst = _quality(list(numbers.values()))
     quality |= _set_distances(store, label, list(numbers))
@@ -242,9 +243,10 @@ def _row(
         command=tuple(own[0]["command"]),
         clips=len({Task(li["prompt"], li["seed"]) for li in well if li["kind"] == "clip"}),
         failed=failed.get(label),
-        times=len(warm),
-        seconds=_seconds(warm or well),
-        spread=_spread([line["seconds"]["denoise"] for line in warm]),
+        times=timed.times,
+        part=timed.part,
+        seconds=timed.seconds,
+        spread=timed.spread,
         density=fmean(line["density"] for line in well) if well else 1.0,
         peak_bytes=max(peaks, default=None),
         quality=quality,
@@ -252,6 +254,50 @@ def _row(
         identical=sum(bool(m.get("identical")) for m in numbers.values()),
         layers=tuple(row["density"] for row in records[-1]["layers"]) if records else (),
     )
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Times of a variant in one part of a merged folder; see `Row`."""
+
+    label: str
+    part: int
+    times: int
+    seconds: Mapping[str, float]
+    spread: float
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        # First runs compile: those of dense variants must not flatter warm runs of sparse ones.
+        return (not self.times, self.seconds["denoise"])
+
+
+def _part(line: Mapping[str, Any]) -> int:
+    return line.get("part", 0)
+
+
+def _timed(label: str, well: Sequence[Line]) -> _Timed:
+    """The times of the part with most warm ones; parts may have run on different devices."""
+    parts = sorted({_part(line) for line in well}) or [0]
+    warm = {p: [li for li in well if _part(li) == p and timed_warm(li)] for p in parts}
+    part = max(parts, key=lambda p: (len(warm[p]), -p))
+    spread = _spread([line["seconds"]["denoise"] for line in warm[part]])
+    cold = [line for line in well if _part(line) == part]
+    return _Timed(label, part, len(warm[part]), _seconds(warm[part] or cold), spread)
+
+
+def _baselines(made: Sequence[Line]) -> dict[int, _Timed]:
+    """The fastest dense variant of each part."""
+    found: dict[tuple[int, str], list[Line]] = {}
+    for line in made:
+        if line["variant"] in BASELINES and line["status"] == "ok":
+            found.setdefault((_part(line), line["variant"]), []).append(line)
+    best: dict[int, _Timed] = {}
+    for (part, label), lines in found.items():
+        timed = _timed(label, lines)
+        if part not in best or timed.rank < best[part].rank:
+            best[part] = timed
+    return best
 
 
 def _seconds(lines: Sequence[Line]) -> dict[str, float]:
@@ -312,18 +358,19 @@ def _set_distances(store: Store, label: str, tasks: Sequence[Task]) -> dict[str,
 
 def _compared(
     row: Row,
-    baseline: Row | None,
-    timings: Mapping[str, Line],
+    baseline: _Timed | None,
+    timings: Mapping[tuple[int, str], Line],
     records: Mapping[str, Mapping[str, Any]],
 ) -> Row:
     if baseline is None or not row.seconds or bool(row.times) != bool(baseline.times):
         return row
     dense, own = baseline.seconds["denoise"], row.seconds["denoise"]
+    calls = {label: line for (part, label), line in timings.items() if part == row.part}
     return replace(
         row,
         speedup=dense / own,
         speedup_total=baseline.seconds["total"] / row.seconds["total"],
-        model_of_speed=speed_model(row.label, row.density, own, dense, timings, records),
+        model_of_speed=speed_model(row.label, row.density, own, dense, calls, records),
     )
 
 

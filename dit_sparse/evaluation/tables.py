@@ -85,6 +85,7 @@ def conditions(summary: Summary) -> str:
     arguments = settings.get("arguments", {})
     packages = ("torch", "triton", "diffusers", "dit-sparse", "cudnn")
     versions = [f"{n} {environment[n]}" for n in packages if environment.get(n)]
+    parts = len(settings.get("parts", ()))
     given = ", ".join(f"{name} {value}" for name, value in arguments.items())
     return (
         f"{settings.get('model')} ({settings.get('pipeline')}), {given}; "
@@ -92,6 +93,7 @@ def conditions(summary: Summary) -> str:
         f"{environment.get('device')}, {settings.get('dtype')}, "
         f"{'compiled blocks' if settings.get('compiled') else 'eager'}, {', '.join(versions)}. "
         f"Fastest dense variant: {summary.baseline}."
+        + (f" Merged from {parts} folders; speedups are within each." if parts else "")
     )
 
 
@@ -148,6 +150,10 @@ def _of_ideal(row: Row) -> str:
     return f"{row.speedup / row.model_of_speed.ideal:.2f}"
 
 
+def _runs(times: int) -> str:
+    return "1 run" if times == 1 else f"{times} runs"
+
+
 def _label(row: Row) -> str:
     return row.label
 
@@ -184,7 +190,7 @@ _TIME: tuple[tuple[str, Cell], ...] = (
     ("±", lambda row: f"{row.spread:.1%}" if row.times > 1 else ""),
     ("decoding", _seconds("decode")),
     ("total", _seconds("total")),
-    ("of", lambda row: f"{row.times} runs" if row.times else "cold run" * bool(row.seconds)),
+    ("of", lambda row: _runs(row.times) if row.times else "cold run" * bool(row.seconds)),
     (
         "peak memory",
         lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",

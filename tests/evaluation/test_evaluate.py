@@ -304,6 +304,78 @@ def test_processes_give_the_same_as_one(finished: tuple[Path, dict[str, Any]]) -
         assert row["quality"] == rows_of(one)[label]["quality"]
 
 
+def merged(folders: str, *words: str) -> Any:
+    return CliRunner().invoke(
+        app, ["evaluate", "--merge", folders, "--output", "all", "--format", "json", *words]
+    )
+
+
+def test_folders_with_methods_of_their_own_are_merged(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    """The same rows as of one folder, and speedups over the dense variants of each."""
+    folder, one = finished
+    methods = ["--methods", "pisa:density=0.5:block=64", "--rounds", "2", "--probe-at", "0.5"]
+    words = [word for word in SWEEP if not word.startswith("window:")]
+    words.pop(words.index("--methods"))
+    result = CliRunner().invoke(app, [*words, *methods, "--output", "part"])
+    assert result.exit_code == 0, result.stderr
+    part = json.loads(result.stdout)
+    for _ in range(2):  # a merged folder is made anew
+        result = merged(f"{folder},part")
+        assert result.exit_code == 0, result.stderr
+    rows = rows_of(json.loads(result.stdout))
+    assert list(rows) == [*LABELS, "pisa density=0.5 block=64"]
+    for label in LABELS[2:]:
+        assert rows[label] == rows_of(one)[label]
+    theirs = rows_of(part)["pisa density=0.5 block=64"]
+    assert rows["pisa density=0.5 block=64"] == {**theirs, "part": 1}
+    page = Path("all/report.md").read_text()
+    assert "Merged from 2 folders" in page
+    assert "dense clips of" not in page
+    assert any("pisa" in path.name for path in Path("all/clips").iterdir())
+    assert "merge them again" in refused("--output", "all")
+
+
+def test_dense_clips_that_differ_are_named(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    shutil.copytree(folder, "part")
+    path = next(Path("part/clips/stock").iterdir())
+    frames = np.load(path)
+    frames[0] ^= 1
+    np.save(path, frames)
+    report = json.loads(merged(f"{folder},part").stdout)
+    assert "1 differ from those of" in report["gaps"]["dense clips of 'part'"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "words", "sentence"),
+    [
+        ("{done}", [], "two or more different folders"),
+        ("{done},{done}", [], "two or more different folders"),
+        ("{done},nowhere", [], "got nothing"),
+        ("{done},other", [], "dtype is"),
+        ("{done},part", ["--output", "full"], "Choose another --output"),
+        ("{done},part", ["--seeds", "1"], "leave it out"),
+        ("{done},part", ["--config", "a.yaml"], "got --config"),
+    ],
+)
+def test_what_cannot_be_merged_is_a_sentence(
+    finished: tuple[Path, dict[str, Any]], folders: str, words: list[str], sentence: str
+) -> None:
+    folder, _ = finished
+    shutil.copytree(folder, "part")
+    shutil.copytree(folder, "other")
+    settings = Path("other/settings.json")
+    settings.write_text(settings.read_text().replace('"float32"', '"bfloat16"'))
+    Path("full").mkdir()
+    Path("full/file").write_text("mine")
+    result = merged(folders.format(done=folder), *words)
+    assert result.exit_code == 2, result.stdout
+    assert sentence in result.stderr
+    assert not Path("all").exists()
+
+
 def test_a_launched_process_launches_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_sparse.commands import evaluate
 
