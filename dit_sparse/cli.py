@@ -14,6 +14,18 @@ import typer
 
 import dit_sparse
 from dit_sparse import models
+from dit_sparse.commands.call import (
+    Device,
+    Dtype,
+    Frames,
+    Guidance,
+    Height,
+    NegativePrompt,
+    Offload,
+    Quiet,
+    Steps,
+    Width,
+)
 from dit_sparse.commands.evaluate_options import evaluate
 from dit_sparse.commands.output import Format, sentences, show
 
@@ -59,7 +71,7 @@ def sample(
     ] = DEFAULT_MODEL,
     prompt: Annotated[list[str] | None, typer.Option(help="What to make; repeatable.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    negative_prompt: NegativePrompt = None,
     method: Annotated[str, typer.Option(help="See `dit-sparse methods`.")] = "window",
     option: Annotated[
         list[str] | None, typer.Option(help="Option of the method as key=value; repeatable.")
@@ -74,15 +86,15 @@ def sample(
         str | None, typer.Option(help="Layers kept dense: 0,1,30-39; -1 is the last.")
     ] = None,
     min_tokens: Annotated[int, typer.Option(help="Dense below this sequence length.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise, for every prompt.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
-    offload: Annotated[str, typer.Option(help="none, model, sequential or group.")] = "none",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    guidance: Guidance = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = "none",
     backend: Annotated[str | None, typer.Option(help="Use only this sparse backend.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="An .mp4, .gif or .png file.")
@@ -95,7 +107,7 @@ def sample(
         bool, typer.Option("--compile", help="Compile the transformer's blocks.")
     ] = False,
     warmup: Annotated[int, typer.Option(help="Untimed steps before the first result.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
     output_format: Format = "text",
 ) -> None:
     """Make pictures with a sparse method and print what they cost."""
@@ -165,17 +177,17 @@ def calibrate(
     component: Annotated[
         str | None, typer.Option(help="Of several transformers: transformer_2.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    negative_prompt: NegativePrompt = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; masks hold for them.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt's noise.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels; masks hold for this size.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
-    offload: Annotated[str, typer.Option(help="none, model, sequential or group.")] = "none",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    width: Width = None,
+    frames: Frames = None,
+    guidance: Guidance = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = "none",
+    quiet: Quiet = False,
     output_format: Format = "text",
 ) -> None:
     """Find the orders and block masks of a method that decides beforehand."""
@@ -261,7 +273,7 @@ app.command()(evaluate)
 
 @app.command()
 def doctor(
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    device: Device = None,
     output_format: Format = "text",
 ) -> None:
     """Say which backends run here (exit code 1 if none does) and whether the models are whole."""

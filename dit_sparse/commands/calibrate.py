@@ -11,8 +11,9 @@ import torch
 
 from dit_sparse.calibration import Calibration
 from dit_sparse.calibration_solver import Settings, Target
+from dit_sparse.commands.call import call_arguments, check_counts
 from dit_sparse.commands.models import open_model
-from dit_sparse.commands.words import among, at_least
+from dit_sparse.commands.words import among
 from dit_sparse.pipelines.calibrate import calibrate as measure
 
 METHODS = ("paro",)
@@ -54,8 +55,7 @@ class Request:
 
     def __post_init__(self) -> None:
         among(self.method, METHODS, "--method")
-        for name in ("steps", "height", "width", "frames"):
-            at_least(getattr(self, name), 1, f"--{name}")
+        check_counts(self)
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"Expected a folder for --output, got the file {str(self.output)!r}.")
 
@@ -133,13 +133,7 @@ def calibrate(request: Request) -> Report:
     model = open_model(
         request.model, device=request.device, dtype=request.dtype, offload=request.offload
     )
-    given = {
-        "num_inference_steps": request.steps,
-        "height": request.height,
-        "width": request.width,
-        "num_frames": request.frames,
-        "guidance_scale": request.guidance,
-    }
+    given = call_arguments(request)
     calls = [model.arguments(p, request.negative_prompt, given) for p in request.prompts]
     model.pipeline.set_progress_bar_config(disable=request.quiet, leave=False)
     found = measure(

@@ -8,6 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from dit_sparse.commands.call import (
+    Device,
+    Dtype,
+    Frames,
+    Guidance,
+    Height,
+    NegativePrompt,
+    Quiet,
+    Steps,
+    Width,
+)
 from dit_sparse.commands.output import Format, sentences, show
 
 
@@ -65,17 +76,17 @@ def evaluate(
     target_psnr: Annotated[
         float | None, typer.Option(help="dB that the recommendation must reach (30).")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    negative_prompt: NegativePrompt = None,
+    steps: Steps = None,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH, or FRAMESxHEIGHTxWIDTH: 81x480x832.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    guidance: Guidance = None,
+    dtype: Dtype = None,
+    device: Device = None,
     offload: Annotated[str | None, typer.Option(help="none, model, sequential or group.")] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile blocks, of dense variants too.")
@@ -96,7 +107,7 @@ def evaluate(
     retry: Annotated[
         bool, typer.Option("--retry", help="Run methods again that failed before.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
     output_format: Format = "text",
 ) -> None:
     """Measure quality and speed of many methods on a model, and report them."""

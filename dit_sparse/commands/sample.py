@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dit_sparse import attention, media
+from dit_sparse.commands.call import call_arguments, check_counts
 from dit_sparse.commands.models import Model, compile_blocks, open_model
 from dit_sparse.commands.report import Comparison, Report, Result
 from dit_sparse.commands.timing import DenoisingTimer
@@ -66,8 +67,7 @@ class Request:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "height", "width", "frames"):
-            at_least(getattr(self, name), 1, f"--{name}")
+        check_counts(self)
         at_least(self.warmup, 0, "--warmup")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"Expected --seed from 0 to 2**63 - 1, got {self.seed}.")
@@ -79,17 +79,6 @@ class Request:
             among(self.backend, [b.name for b in attention.backends()], "--backend")
         if self.output is not None:
             media.check_output(self.output)
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """The pipeline's arguments, by its names."""
-        return {
-            "num_inference_steps": self.steps,
-            "height": self.height,
-            "width": self.width,
-            "num_frames": self.frames,
-            "guidance_scale": self.guidance,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +103,9 @@ def sample(request: Request) -> Report:
         request.model, device=request.device, dtype=request.dtype, offload=request.offload
     )
     output = _output(request.output, model)
-    calls = [
-        model.arguments(prompt, request.negative_prompt, request.arguments)
-        for prompt in request.prompts
-    ]
-    reduction = model.reduction(request.arguments)
+    given = call_arguments(request)
+    calls = [model.arguments(p, request.negative_prompt, given) for p in request.prompts]
+    reduction = model.reduction(given)
     if reduction is not None:
         logger.warning(reduction)
     paths = media.numbered(output, len(calls))

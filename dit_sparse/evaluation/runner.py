@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from dit_sparse.bench import environment
+from dit_sparse.commands.call import call_arguments
 from dit_sparse.commands.models import Model, compile_blocks
 from dit_sparse.commands.report import describe
 from dit_sparse.commands.words import dtype_of
@@ -74,10 +75,8 @@ class Runner:
         chosen = spec.prompts or fixed_prompts(2 if model.makes_video else 1)
         self.prompts = chosen[: spec.count]
         # Everything that can be refused is refused before anything runs.
-        self._calls = {
-            prompt: model.arguments(prompt, spec.negative_prompt, spec.arguments)
-            for prompt in self.prompts
-        }
+        given = call_arguments(spec)
+        self._calls = {p: model.arguments(p, spec.negative_prompt, given) for p in self.prompts}
         self.tasks = [Task(prompt, seed) for seed in spec.seeds for prompt in self.prompts]
         allowed = math.inf if self.minutes is None else 60 * self.minutes
         self._deadline = time.monotonic() + allowed

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from dit_sparse.commands.call import check_counts
 from dit_sparse.commands.words import among, at_least, device_of, dtype_of, nearest
 from dit_sparse.evaluation import metrics
 from dit_sparse.evaluation.variants import (
@@ -90,8 +91,8 @@ class Spec:
     negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "steps", "count"):
-            at_least(getattr(self, name), 1, f"--{name}")
+        check_counts(self)
+        at_least(self.count, 1, "--count")
         at_least(self.rounds, 0, "--rounds")
         labels = [variant.label for variant in self.variants]
         twice = {label for label in labels if labels.count(label) > 1}
@@ -111,17 +112,6 @@ class Spec:
             raise ValueError(f"Expected a folder for --output, got the file {str(self.output)!r}.")
         if self.prompts is not None and len({*self.prompts}) < len(self.prompts):
             raise ValueError("Expected different prompts, got one of them twice. Drop one.")
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """The pipeline's arguments, by its names."""
-        return {
-            "num_inference_steps": self.steps,
-            "height": self.height,
-            "width": self.width,
-            "num_frames": self.frames,
-            "guidance_scale": self.guidance,
-        }
 
 
 def read_config(path: Path) -> dict[str, Any]:
