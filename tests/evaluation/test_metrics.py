@@ -206,10 +206,26 @@ class TestClipScore:
                 clip_scorer(str(folder))
 
 
+@pytest.mark.parametrize("shape", [(200, 4), (9, 30), (30, 30)])
+def test_frechet_distance_is_that_of_torchmetrics(shape: tuple[int, int]) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    torch.manual_seed(0)
+    mix = torch.randn(shape[1], shape[1], dtype=torch.float64)
+    x, y = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64) @ mix
+    as_they_are = torch.nn.Identity()
+    as_they_are.num_features = shape[1]  # type: ignore[assignment]
+    oracle = FrechetInceptionDistance(as_they_are).set_dtype(torch.float64)
+    oracle.update(x, real=True)
+    oracle.update(y, real=False)
+    assert frechet_distance(x, y) == pytest.approx(float(oracle.compute()), rel=1e-4)
+
+
 def test_frechet_distance_of_shifted_sets_is_the_shift() -> None:
     x = torch.randn(200, 4, dtype=torch.float64)
-    assert frechet_distance(x, x + 2) == pytest.approx(16, rel=1e-3)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(x, x + 2) == pytest.approx(16, rel=1e-9)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(frechet_distance(x, x / 0))
 
 
 def test_kernel_distance_is_the_unbiased_mmd() -> None:
