@@ -74,7 +74,8 @@ def evaluate(
     """
     share, device = _place(spec)
     spec = replace(spec, device=device)
-    metrics = Metrics.open(spec.metrics, device, spec.lpips_weights, spec.clip_model)
+    weights = (spec.lpips_weights, spec.clip_model, spec.inception_weights)
+    metrics = Metrics.open(spec.metrics, device, *weights)
     model = open_model(spec.model, device=device, dtype=spec.dtype, offload=spec.offload)
     store = Store(spec.output, share.process)
     quiet = quiet or share.process > 0

@@ -61,10 +61,13 @@ def evaluate(
         int | None, typer.Option(help="Times that a speed is a median of, at least (5).")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="psnr,ssim,temporal,lpips,features,clip (all).")
+        str | None, typer.Option(help="psnr,ssim,temporal,lpips,features,inception,clip (all).")
     ] = None,
     lpips_weights: Annotated[
         Path | None, typer.Option(help="File of AlexNet's weights, for LPIPS.")
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="File of Inception's weights, for FID and KID.")
     ] = None,
     clip_model: Annotated[
         Path | None, typer.Option(help="Folder of a CLIP model, for the CLIP score.")

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dit_sparse.evaluation.clip_score import clip_scorer
-from dit_sparse.evaluation.features import EXTRACTOR, load_extractor
+from dit_sparse.evaluation.features import EXTRACTOR, Extractor, load_extractor
+from dit_sparse.evaluation.inception import INCEPTION, load_inception
 from dit_sparse.evaluation.lpips import load_lpips
 
-NAMES = ("psnr", "ssim", "temporal", "lpips", "features", "clip")
+NAMES = ("psnr", "ssim", "temporal", "lpips", "features", "inception", "clip")
 #: Of these, the ones that look at a clip alone.
 ALONE = ("clip",)
 
@@ -67,12 +68,12 @@ class Metrics:
     Args:
         measures: by name.
         gaps: why others are missing, by name.
-        extract: features of frames, where they are asked for and can be had.
+        extractors: of features of frames, by name, where they are asked for and can be had.
     """
 
     measures: dict[str, Measure]
     gaps: dict[str, str]
-    extract: Callable[[Tensor], Tensor] | None = None
+    extractors: dict[str, Extractor] = field(default_factory=dict)
     unsuited: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +83,7 @@ class Metrics:
         device: torch.device,
         lpips_weights: Path | None = None,
         clip_model: str | None = None,
+        inception_weights: Path | None = None,
     ) -> Metrics:
         """Loads what metrics need, from files alone.
 
@@ -89,6 +91,7 @@ class Metrics:
             names: of `NAMES`.
             lpips_weights: file of AlexNet's weights; PyTorch's own cache if absent.
             clip_model: folder of a CLIP model.
+            inception_weights: file of Inception's weights.
         """
         loaders: dict[str, Callable[[], Measure]] = {
             "psnr": lambda: psnr,
@@ -96,26 +99,31 @@ class Metrics:
             "temporal": lambda: temporal,
             "lpips": lambda: _per_frame("lpips", load_lpips(lpips_weights, device)),
             "features": lambda: features,
+            "inception": lambda: _of_all_clips,
             "clip": lambda: _clip(clip_model, device),
         }
-        measures, gaps, extract = {}, {}, None
+        networks: dict[str, tuple[str, Callable[[], Extractor]]] = {
+            "features": (EXTRACTOR, lambda: load_extractor(device)),
+            "inception": (INCEPTION, lambda: load_inception(inception_weights, device)),
+        }
+        measures, gaps, extractors = {}, {}, {}
         for name in names:
             try:
                 measures[name] = loaders[name]()
-                if name == "features":
-                    extract = load_extractor(device)
+                if name in networks:
+                    extractor, load = networks[name]
+                    extractors[extractor] = load()
             except (ImportError, OSError, RuntimeError, ValueError) as error:
                 measures.pop(name, None)
                 gaps[name] = " ".join(str(error).split())
-        return cls(measures, gaps, extract)
+        return cls(measures, gaps, extractors)
 
-    def features_of(self, clip: Clip) -> np.ndarray | None:
-        """float32 `[n, D]` of evenly spread frames of a clip, ends included."""
-        if self.extract is None:
-            return None
+    def features_of(self, clip: Clip) -> dict[str, np.ndarray]:
+        """float32 `[n, D]` of evenly spread frames of a clip, ends included, by extractor."""
         count = min(_SPREAD, len(clip.frames))
         shown = torch.linspace(0, len(clip.frames) - 1, count).round().long()
-        return self.extract(clip.frames[shown.to(clip.frames.device)]).cpu().numpy()
+        frames = clip.frames[shown.to(clip.frames.device)]
+        return {name: of(frames).cpu().numpy() for name, of in self.extractors.items()}
 
     def compare(self, clip: Clip, dense: Clip) -> dict[str, Any]:
         """Numbers by name; what does not suit the clip is noted in `unsuited` and left out.
@@ -191,6 +199,10 @@ def features(clip: Clip, dense: Clip) -> dict[str, Any]:
         raise ValueError("Expected features of both clips, got none of one. Run it again.")
     cosine = torch.nn.functional.cosine_similarity(clip.features, dense.features)
     return {f"cosine_{EXTRACTOR}": max(1 - float(cosine.double().mean()), 0.0)}
+
+
+def _of_all_clips(clip: Clip, dense: Clip) -> dict[str, Any]:
+    return {}  # distances between sets, which the summary computes
 
 
 def _ssim() -> Measure:

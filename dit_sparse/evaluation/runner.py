@@ -18,6 +18,7 @@ from dit_sparse.commands.call import call_arguments
 from dit_sparse.commands.models import Model, compile_blocks
 from dit_sparse.commands.report import describe
 from dit_sparse.commands.words import dtype_of
+from dit_sparse.evaluation.features import EXTRACTOR
 from dit_sparse.evaluation.generate import Generation, generate, install
 from dit_sparse.evaluation.metrics import Clip, Metrics
 from dit_sparse.evaluation.probe import probe
@@ -293,14 +294,14 @@ class Runner:
         """The numbers of a clip; its features are written beside it."""
         clip = Clip.of(frames, task.prompt, self.spec.device)
         found = self.metrics.features_of(clip)
-        if found is not None:
+        for name, array in found.items():
             try:
-                self.store.write_array(self.store.feature_path(label, task), found)
+                self.store.write_array(self.store.feature_path(label, task, name), array)
             except ValueError as error:
                 raise _CannotGoOnError(str(error)) from error
         numbers = self.metrics.alone(clip)
         if label != STOCK:
-            kept = None if found is None else torch.from_numpy(found)
+            kept = torch.from_numpy(found[EXTRACTOR]) if EXTRACTOR in found else None
             numbers |= self.metrics.compare(replace(clip, features=kept), self._dense(task))
         return {"measured": sorted(self.metrics.measures), "metrics": numbers}
 
@@ -312,7 +313,7 @@ class Runner:
                 f"Expected the dense clip {str(path)!r}, got none that can be read. Choose another "
                 "--output to make all clips again."
             )
-        found = self.store.read_array(self.store.feature_path(STOCK, task))
+        found = self.store.read_array(self.store.feature_path(STOCK, task, EXTRACTOR))
         return Clip.of(frames, task.prompt, self.spec.device, found)
 
     def _note_failure(self, line: Line, variant: Variant, error: Exception) -> None:

@@ -38,7 +38,15 @@ KEYS = (
         "offload",
         "compile",
     ),
-    *("rounds", "metrics", "lpips_weights", "clip_model", "probe_at", "target_psnr"),
+    *(
+        "rounds",
+        "metrics",
+        "lpips_weights",
+        "inception_weights",
+        "clip_model",
+        "probe_at",
+        "target_psnr",
+    ),
     *("dense_first", "dense_last", "dense_layers", "min_tokens", "output"),
 )
 _WHOLE = ("count", "height", "width", "frames", "steps", "rounds")
@@ -60,6 +68,7 @@ class Spec:
         rounds: times that the speed of a variant is a median of, at least.
         metrics: names of `dit_sparse.evaluation.metrics.NAMES`.
         lpips_weights: file of AlexNet's weights.
+        inception_weights: file of Inception's weights.
         clip_model: folder of a CLIP model.
         probe_at: shares of the schedule at which attention calls are looked at; none for no probe.
         target_psnr: dB that the recommendation must reach.
@@ -78,6 +87,7 @@ class Spec:
     rounds: int = 5
     metrics: tuple[str, ...] = metrics.NAMES
     lpips_weights: Path | None = None
+    inception_weights: Path | None = None
     clip_model: str | None = None
     probe_at: tuple[float, ...] = (0.1, 0.5, 0.9)
     target_psnr: float = 30.0
@@ -157,7 +167,6 @@ def spec_of(given: Mapping[str, Any]) -> Spec:
     for name, kind in (("seeds", int), ("probe_at", float), ("metrics", str), ("prompts", str)):
         if given.get(name) is not None:
             lists[name] = tuple(_item(name, kind, value) for value in given[name])
-    weights = _text(given, "lpips_weights")
     return Spec(
         model=_text(given, "model") or DEFAULT,
         variants=(
@@ -167,7 +176,8 @@ def spec_of(given: Mapping[str, Any]) -> Spec:
         output=Path(_text(given, "output") or "evaluation"),
         device=device,
         dtype=dtype_of(_text(given, "dtype"), device),
-        lpips_weights=None if weights is None else Path(weights),
+        lpips_weights=_path(given, "lpips_weights"),
+        inception_weights=_path(given, "inception_weights"),
         clip_model=_text(given, "clip_model"),
         negative_prompt=_text(given, "negative_prompt"),
         offload=_text(given, "offload") or "none",
@@ -202,6 +212,11 @@ def _baselines(device: torch.device) -> tuple[str, ...]:
 def _text(given: Mapping[str, Any], name: str) -> str | None:
     value = given.get(name)
     return None if value is None else str(value)
+
+
+def _path(given: Mapping[str, Any], name: str) -> Path | None:
+    value = _text(given, name)
+    return None if value is None else Path(value)
 
 
 def _number(given: Mapping[str, Any], name: str, kind: type) -> Any:

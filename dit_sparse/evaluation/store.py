@@ -137,9 +137,9 @@ class Store:
         """Where the frames of a variant are."""
         return self.folder / "clips" / slug(label) / f"{task.slug}.npy"
 
-    def feature_path(self, label: str, task: Task) -> Path:
+    def feature_path(self, label: str, task: Task, extractor: str) -> Path:
         """Where the features of a variant's frames are."""
-        return self.folder / "features" / slug(label) / f"{task.slug}.npy"
+        return self.folder / "features" / extractor / slug(label) / f"{task.slug}.npy"
 
     def map_path(self, label: str) -> Path:
         """Where the block maps of a variant are; see `dit_sparse.evaluation.probe.block_maps`."""

@@ -10,15 +10,12 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import torch
 
-from dit_sparse.evaluation.distances import clip_features, frechet_distance, kernel_distance
-from dit_sparse.evaluation.features import EXTRACTOR
-from dit_sparse.evaluation.metrics import finite
+from dit_sparse.evaluation.quality import means_and_worst, metrics_of, set_distances
 from dit_sparse.evaluation.runner import failures, timed_warm
 from dit_sparse.evaluation.speed_model import SpeedModel, speed_model
 from dit_sparse.evaluation.store import Line, Store, Task
-from dit_sparse.evaluation.variants import BASELINES, STOCK
+from dit_sparse.evaluation.variants import BASELINES
 
 _PARTS = ("encode", "denoise", "decode", "total")
 
@@ -218,24 +215,14 @@ def decibel(psnr: float | None) -> str:
     return "identical clips" if psnr == math.inf else f"{psnr:.1f} dB PSNR"
 
 
-def metrics_of(lines: Sequence[Line]) -> dict[tuple[str, Task], dict[str, Any]]:
-    """The numbers of every clip, those added later too."""
-    found: dict[tuple[str, Task], dict[str, Any]] = {}
-    for line in lines:
-        if line["kind"] in ("clip", "metrics") and line["status"] == "ok":
-            key = (line["variant"], Task(line["prompt"], line["seed"]))
-            found.setdefault(key, {}).update(line["metrics"])
-    return found
-
-
 def _row(
     store: Store, label: str, own: Sequence[Line], failed: Mapping[str, str], lines: Sequence[Line]
 ) -> Row:
     well = [line for line in own if line["status"] == "ok"]
     timed = _timed(label, well)
     numbers = {t: m for (name, t), m in metrics_of(lines).items() if name == label}
-    quality, worst = _quality(list(numbers.values()))
-    quality |= _set_distances(store, label, list(numbers))
+    quality, worst = means_and_worst(list(numbers.values()))
+    quality |= set_distances(store, label, list(numbers))
     records = [line["record"] for line in well if line.get("record")]
     peaks = [line["peak_bytes"] for line in well if line.get("peak_bytes")]
     return Row(
@@ -313,47 +300,6 @@ def _spread(values: Sequence[float]) -> float:
         return 0.0
     low, high = np.quantile(values, [0.25, 0.75])
     return float((high - low) / 2 / median(values))
-
-
-def _quality(
-    clips: Sequence[Mapping[str, Any]],
-) -> tuple[dict[str, float | None], dict[str, float]]:
-    """Means over clips, and the worst PSNR and SSIM; infinite PSNRs are left out of both."""
-    names = dict.fromkeys(
-        name
-        for clip in clips
-        for name, value in clip.items()
-        if not isinstance(value, (list, bool))
-    )
-    means: dict[str, float | None] = {}
-    for name in names:
-        finite = [clip[name] for clip in clips if clip.get(name) is not None]
-        means[name] = fmean(finite) if finite else None
-    worst = {
-        name: min(clip[name] for clip in clips if clip.get(name) is not None)
-        for name in ("psnr", "ssim")
-        if means.get(name) is not None
-    }
-    return means, worst
-
-
-def _set_distances(store: Store, label: str, tasks: Sequence[Task]) -> dict[str, float | None]:
-    """Distances of all clips of a variant to the dense clips of the same prompts and seeds."""
-    if label == STOCK or len(tasks) < 2:
-        return {}
-    pairs = []
-    for task in tasks:
-        both = [store.read_array(store.feature_path(name, task)) for name in (label, STOCK)]
-        if both[0] is None or both[1] is None:
-            return {}
-        pairs.append([torch.from_numpy(x) for x in both])
-    ours, dense = (torch.stack(side) for side in zip(*pairs, strict=True))
-    found = {
-        f"FD_{EXTRACTOR}": frechet_distance(ours.flatten(0, 1), dense.flatten(0, 1)),
-        f"KD_{EXTRACTOR}": kernel_distance(ours.flatten(0, 1), dense.flatten(0, 1)),
-        f"video_KD_{EXTRACTOR}": kernel_distance(clip_features(ours), clip_features(dense)),
-    }
-    return {name: finite(value) for name, value in found.items()}
 
 
 def _compared(

@@ -37,7 +37,8 @@ def tables(summary: Summary) -> tuple[Table, ...]:
         _table(
             "Further quality",
             f"Against the same clips. FD, KD and cosine are distances of {EXTRACTOR} features of "
-            "frames, video KD one of clips' features; none is an FID, KID or FVD. Motion above 1 "
+            "frames, video KD one of clips' features; none is an FID, KID or FVD. FID and KID are "
+            "of the same frames, against those of the dense clips. Motion above 1 "
             "flickers more than dense, below 1 less. The kernel distances are unbiased for "
             "independent clips; of clips from the same noise they may come out below 0.",
             summary,
@@ -180,6 +181,8 @@ _QUALITY: tuple[tuple[str, Cell], ...] = (
     ("FD", _quality(f"FD_{EXTRACTOR}", ".3f")),
     ("KD", _quality(f"KD_{EXTRACTOR}", ".4f")),
     ("video KD", _quality(f"video_KD_{EXTRACTOR}", ".4f")),
+    ("FID", _quality("FID", ".3f")),
+    ("KID", _quality("KID", ".4f")),
     ("CLIP score", _quality("clip_score", ".2f")),
 )
 _TIME: tuple[tuple[str, Cell], ...] = (

@@ -250,6 +250,26 @@ def test_metrics_that_come_later_are_computed_from_the_clips(
     assert later["dense"]["identical"] == 2
 
 
+def test_fid_and_kid_come_with_the_weights_of_inception(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit_sparse.evaluation import metrics
+
+    def means(path: Path | None, _: Any) -> Any:
+        assert path == Path("inception.pt")
+        return lambda pictures: pictures.mean((2, 3))
+
+    monkeypatch.setattr(metrics, "load_inception", means)
+    shutil.copytree(finished[0], "out")
+    made = count_generations(monkeypatch)
+    words = ["--metrics", "inception", "--inception-weights", "inception.pt"]
+    rows = rows_of(sweep(*words))
+    assert made == [], "features are those of clips that are there"
+    assert rows["dense"]["quality"]["FID"] == pytest.approx(0, abs=1e-9)
+    assert rows["window density=0.2 block=64"]["quality"]["FID"] > 0
+    assert "| FID | KID |" in Path("out/report.md").read_text()
+
+
 def test_missing_weights_are_named_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(Path("empty").absolute()))
     report = sweep("--metrics", "psnr,lpips,clip", "--count", "1")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from dit_sparse.evaluation.clip_score import clip_scorer
 from dit_sparse.evaluation.distances import clip_features, frechet_distance, kernel_distance
+from dit_sparse.evaluation.inception import INCEPTION, load_inception
 from dit_sparse.evaluation.lpips import _network, load_lpips
 from dit_sparse.evaluation.metrics import Clip, Metrics, features, psnr, temporal
 from tests.toy_model import _tokenizer
@@ -226,6 +229,60 @@ def test_frechet_distance_of_shifted_sets_is_the_shift() -> None:
     assert frechet_distance(x, x + 2) == pytest.approx(16, rel=1e-9)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert math.isnan(frechet_distance(x, x / 0))
+
+
+class Stand(torch.nn.Module):
+    """Takes and gives what the TorchScript module of Inception does."""
+
+    def forward(self, pictures: Tensor, return_features: bool = False) -> Tensor:
+        found = pictures.float().mean((2, 3))
+        return found if return_features else found * 0
+
+
+class TestInception:
+    def test_features_are_those_of_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "inception.pt"
+        torch.jit.script(Stand()).save(str(path))
+        metrics = Metrics.open(["inception"], CPU, inception_weights=path)
+        array = frames(0)
+        found = metrics.features_of(clip(array))[INCEPTION]
+        np.testing.assert_allclose(found, array.mean((1, 2)), rtol=1e-5)
+        assert metrics.compare(clip(array), clip(array)) == {}
+
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [(None, "--inception-weights"), (b"nothing", "another file"), ({}, "torch-fidelity")],
+    )
+    def test_other_files_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, sentence: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if it were not there
+        path = tmp_path / "weights.pth"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        given = None if content is None else path
+        gaps = Metrics.open(["inception"], CPU, inception_weights=given).gaps
+        assert sentence in gaps["inception"]
+        assert (
+            "no such file"
+            in Metrics.open(["inception"], CPU, inception_weights=tmp_path / "none").gaps[
+                "inception"
+            ]
+        )
+
+    def test_weights_of_torch_fidelity_give_its_features(self, tmp_path: Path) -> None:
+        fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+            patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+            network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        torch.save(network.state_dict(), tmp_path / "weights.pth")
+        pictures = torch.rand(2, 3, 40, 48)
+        ours = load_inception(tmp_path / "weights.pth", CPU)(pictures)
+        (theirs,) = network((pictures * 255).round().to(torch.uint8))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_kernel_distance_is_the_unbiased_mmd() -> None:
