@@ -43,9 +43,9 @@ _FIRST_SIX = 6
 _UNITS = 2  # the deeper of two depths, where a line is drawn through them
 
 
+@torch.no_grad()
 def measure(arguments: argparse.Namespace, device: torch.device) -> None:
     """Measures what is missing in the output, models in the order given."""
-    torch.set_grad_enabled(False)
     deadline = time.monotonic() + 60 * arguments.minutes
     progress, header = Progress(arguments.progress), environment(device)
     found = Rows(arguments.output)

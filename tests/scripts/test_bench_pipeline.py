@@ -17,6 +17,7 @@ from dit_sparse.method import CallContext
 from dit_sparse.pipelines.family import family_of
 from dit_sparse.pipelines.install import attention_modules
 from dit_sparse.pipelines.tiny import tiny_pipeline
+from scripts import bench_pipeline
 from scripts.bench_pipeline import chooser
 from scripts.step_bench import DENSE, Bench, Run, on_line, rows
 from scripts.step_models import MODELS, Model
@@ -180,6 +181,40 @@ def test_units_that_are_no_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="from 2 to 8"):
         Bench.build(small(), 1, torch.device("cpu"))
     assert Bench.build(small(2), 0, torch.device("cpu")).depths == (2,)
+
+
+def test_rows_that_are_there_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two modes of a model share its weights; a later density is compared with dense runs anew."""
+    monkeypatch.setattr(bench_pipeline, "MODELS", {"small": small(2)})
+    monkeypatch.setattr(Bench, "compile", lambda _: None)  # takes long, and not here
+    built, true = [], Bench.build.__func__  # type: ignore[attr-defined]
+
+    def build(*arguments: Any) -> Bench:
+        built.append(arguments)
+        return true(Bench, *arguments)
+
+    monkeypatch.setattr(Bench, "build", build)
+    words = ["--output", str(tmp_path / "rows.jsonl"), "--progress", str(tmp_path / "now.json")]
+    words += ["--rounds", "1", "--units", "0"]
+    arguments = bench_pipeline.parser().parse_args([*words, "--densities", "0.5"])
+    arguments.models = ["small"]
+    for densities, count in (([0.5], 1), ([0.5], 1), ([0.5, 1.0], 2)):
+        arguments.densities = densities
+        bench_pipeline.measure(arguments, torch.device("cpu"))
+        assert len(built) == count
+    found = Rows(tmp_path / "rows.jsonl").all()
+    assert all("ms" in row for row in found), found
+    for compiled in (False, True):
+        own = [row["variant"] for row in found if row["compiled"] == compiled]
+        first = [*DENSE, *names([0.5])]
+        assert own == [*first, *names([1.0])]
+    assert found[0]["environment"]["torch"] == torch.__version__
+    arguments.minutes = 0.0
+    arguments.densities = [0.25]
+    bench_pipeline.measure(arguments, torch.device("cpu"))
+    assert len(Rows(tmp_path / "rows.jsonl").all()) == len(found), "no time is left"
 
 
 class TestRows:
