@@ -3,11 +3,11 @@
     python scripts/bench_pipeline.py --models wan-1.3b-480p flux-2048 --modes eager compiled
 
 One forward without guidance, bf16, variants in turn. Static plans are in the cache, as in every
-step but the first; `plan_ms` is what the first one adds. PISA and PSA plan in every call. Random
-weights must not flatter what looks at q and k, so that all read a fixed number of blocks; PARO runs
-random orders and masks of the density. `ideal` is the speedup of a sparse kernel with the rate of
-dense cuDNN attention and free planning at the measured density, and `of_ideal` how much of it was
-reached.
+step but the first; `plan_ms` is what the first one adds. PISA (with means for a tail, and with its
+own tail of first order) and PSA plan in every call. Random weights must not flatter what looks at q
+and k, so that all read a fixed number of blocks; PARO runs random orders and masks of the density.
+`ideal` is the speedup of a sparse kernel with the rate of dense cuDNN attention and free planning
+at the measured density, and `of_ideal` how much of it was reached.
 
 Models whose step takes seconds are built with a few of their layers. A step of all of them is then
 estimated: in every round the times of two depths give a line, and the estimate lies on it at the
