@@ -282,6 +282,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
     check_for(plan, q, k)
 
 
+def check_backend(name: str | None, precision: Precision = "bf16") -> None:
+    """Refuses a name that no backend of a precision has, before anything is changed.
+
+    Raises:
+        ValueError: an unknown name or precision.
+    """
+    if name not in (None, *map(_family, backends(precision))):
+        raise ValueError(_unknown_backend(str(name), precision))
+
+
 def _family(backend: Backend) -> str:
     """The name of a backend without a precision."""
     return backend.name.partition(" ")[0]

@@ -96,6 +96,9 @@ def sample(
     device: Device = None,
     offload: Offload = "none",
     backend: Annotated[str | None, typer.Option(help="Use only this sparse backend.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="What sparse attention multiplies in: bf16, fp8 or int8.")
+    ] = "bf16",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="An .mp4, .gif or .png file.")
     ] = None,
@@ -143,6 +146,7 @@ def sample(
                 guidance=guidance,
                 offload=offload,
                 backend=backend,
+                precision=precision,  # type: ignore[arg-type]  # it refuses other words
                 fps=fps,
                 compare=compare,
                 compile=compile,

@@ -82,13 +82,16 @@ def _mass(p, length, SHORT: tl.constexpr):
     """Sums of the weights of each row.
 
     A short block ends in copies of its last key, whose values are 0: no maximum and no product sees
-    them. One column, counted for all of them, costs less than a mask.
+    them. All but one are taken from the sum again by the last column, which is one of them: that
+    costs less than a mask. It is picked in integers, whose sum with 0 the compiler leaves out.
     """
+    mass = tl.sum(p, 1)
     if SHORT:
         last: tl.constexpr = p.shape[1] - 1
-        copies = tl.where(tl.arange(0, last + 1) == last, (length - last).to(tl.float32), 1.0)
-        p = p * copies[None, :]
-    return tl.sum(p, 1)
+        picked = tl.arange(0, last + 1)[None, :] == last
+        copy = tl.sum(tl.where(picked, p.to(tl.int32, bitcast=True), 0), 1)
+        mass += copy.to(tl.float32, bitcast=True) * (length - (last + 1)).to(tl.float32)
+    return mass
 
 
 @triton.jit
@@ -146,7 +149,7 @@ def _quantised_fwd_hopper(
     n_heads, n_q_blocks, n_programs, n_outer, first_inner, n_k_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
-    SMOOTH: tl.constexpr, V_8BIT: tl.constexpr, FRESH: tl.constexpr,
+    V_8BIT: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = _place(n_programs, n_outer, first_inner, n_heads)
     if PARTIAL:
@@ -252,10 +255,10 @@ def _quantised_fwd_hopper(
     if V_8BIT:
         acc = _restored(acc, empty, centres_ptr + pair * 3 * BLOCK_D, BLOCK_D)
     m_i += tl.math.log2(l_safe)
-    if SMOOTH:  # what all scores of the row lost with the mean key
-        # Triton moves the row of `q_desc.load` for its second half: nothing else may be made of it.
-        shift_ptr += pair.to(tl.int64) * n_queries
-        m_i += tl.load(shift_ptr + rows, mask=row_inside, other=0.0) * scale_log2
+    # What all scores of the row lost with the mean key.
+    # Triton moves the row of `q_desc.load` for its second half: nothing else may be made of it.
+    shift_ptr += pair.to(tl.int64) * n_queries
+    m_i += tl.load(shift_ptr + rows, mask=row_inside, other=0.0) * scale_log2
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)

@@ -6,52 +6,70 @@ import triton.language as tl
 
 @triton.jit
 def _extremes_fwd(
-    k_ptr, v_ptr, parts_ptr,
+    k_ptr, v_ptr, hidden_ptr, parts_ptr,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    n_heads, n_keys, per_chunk,
+    hidden_stride_b, hidden_stride_h, n_heads, n_keys, per_chunk,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    EVERY: tl.constexpr, VALUES: tl.constexpr,
+    EVERY: tl.constexpr, VALUES: tl.constexpr, HAS_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """For a chunk of the keys, channel by channel: the sum of every EVERY-th tile of keys and, with
-    VALUES, the sum, the least and the greatest of all values."""
+    VALUES, the sum, the least and the greatest of all values; and how many keys and values those
+    sums are of."""
     pair = tl.program_id(1)
     head = (pair % n_heads).to(tl.int64)
     batch = (pair // n_heads).to(tl.int64)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
+    hidden_ptr += batch * hidden_stride_b + head * hidden_stride_h
     cols = tl.arange(0, BLOCK_D)[None, :]
     within = tl.arange(0, ROWS)[:, None]
     first = tl.program_id(0) * per_chunk
     stop = tl.minimum(first + per_chunk, n_keys)
     k_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    k_count = tl.zeros([ROWS, 1], tl.float32)
     for start in range(first, stop, ROWS * EVERY):
         rows = (start + within).to(tl.int64)
-        k = tl.load(k_ptr + rows * k_stride_n + cols, mask=(rows < n_keys) & (cols < D), other=0.0)
+        seen = rows < n_keys
+        if HAS_HIDDEN:
+            seen &= tl.load(hidden_ptr + rows, mask=seen, other=1) == 0
+        k = tl.load(k_ptr + rows * k_stride_n + cols, mask=seen & (cols < D), other=0.0)
         k_sum += k.to(tl.float32)
+        k_count += tl.where(seen, 1.0, 0.0)
     # Tiles are added up whole and their rows at the end: a sum over rows waits for all warps.
-    parts_ptr += (pair * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 4 * BLOCK_D
+    parts_ptr += (pair * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 6 * BLOCK_D
     parts_ptr += tl.arange(0, BLOCK_D)
     tl.store(parts_ptr, tl.sum(k_sum, 0))
+    tl.store(parts_ptr + 4 * BLOCK_D, tl.broadcast_to(tl.sum(k_count, 0), [BLOCK_D]))
     if VALUES:
         v_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        v_count = tl.zeros([ROWS, 1], tl.float32)
         least = tl.full([ROWS, BLOCK_D], float("inf"), tl.float32)
         most = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
         for start in range(first, stop, ROWS):
             rows = (start + within).to(tl.int64)
-            # Rows past the end repeat the last one: that alters no extreme.
-            at = tl.minimum(rows, n_keys - 1) * v_stride_n + cols
-            v = tl.load(v_ptr + at, mask=(rows >= 0) & (cols < DV), other=0.0).to(tl.float32)
-            v_sum += tl.where(rows < n_keys, v, 0.0)
-            least = tl.minimum(least, v)
-            most = tl.maximum(most, v)
+            seen = rows < n_keys
+            # Rows past the end repeat the last one: that alters no extreme, and needs no select.
+            at = v_ptr + tl.minimum(rows, n_keys - 1) * v_stride_n + cols
+            if HAS_HIDDEN:
+                seen &= tl.load(hidden_ptr + rows, mask=seen, other=1) == 0
+                v = tl.load(at, mask=seen & (cols < DV), other=0.0).to(tl.float32)
+                least = tl.minimum(least, tl.where(seen, v, float("inf")))
+                most = tl.maximum(most, tl.where(seen, v, float("-inf")))
+            else:
+                v = tl.load(at, mask=(rows >= 0) & (cols < DV), other=0.0).to(tl.float32)
+                least = tl.minimum(least, v)
+                most = tl.maximum(most, v)
+            v_sum += tl.where(seen, v, 0.0)
+            v_count += tl.where(seen, 1.0, 0.0)
         tl.store(parts_ptr + BLOCK_D, tl.sum(v_sum, 0))
         tl.store(parts_ptr + 2 * BLOCK_D, tl.min(least, 0))
         tl.store(parts_ptr + 3 * BLOCK_D, tl.max(most, 0))
+        tl.store(parts_ptr + 5 * BLOCK_D, tl.broadcast_to(tl.sum(v_count, 0), [BLOCK_D]))
 
 
 @triton.jit
 def _centres_fwd(
-    parts_ptr, centres_ptr, n_chunks, n_sampled, n_keys, range_v,
+    parts_ptr, centres_ptr, n_chunks, range_v,
     BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Of each head: the mean key, the mean value, and the step of each channel of the values."""
@@ -59,12 +77,15 @@ def _centres_fwd(
     cols = tl.arange(0, BLOCK_D)
     chunk = tl.arange(0, CHUNKS)
     inside = tl.broadcast_to((chunk < n_chunks)[:, None], [CHUNKS, BLOCK_D])
-    ptrs = parts_ptr + (pair * n_chunks + chunk)[:, None] * 4 * BLOCK_D + cols[None, :]
+    ptrs = parts_ptr + (pair * n_chunks + chunk)[:, None] * 6 * BLOCK_D + cols[None, :]
     centres_ptr += pair * 3 * BLOCK_D + cols
     k_sum = tl.sum(tl.load(ptrs, mask=inside, other=0.0), 0)
-    tl.store(centres_ptr, k_sum / n_sampled)
+    k_count = tl.sum(tl.load(ptrs + 4 * BLOCK_D, mask=inside, other=0.0), 0)
+    tl.store(centres_ptr, k_sum / tl.maximum(k_count, 1.0))
     if VALUES:
-        mean = tl.sum(tl.load(ptrs + BLOCK_D, mask=inside, other=0.0), 0) / n_keys
+        count = tl.sum(tl.load(ptrs + 5 * BLOCK_D, mask=inside, other=0.0), 0)
+        total = tl.sum(tl.load(ptrs + BLOCK_D, mask=inside, other=0.0), 0)
+        mean = total / tl.maximum(count, 1.0)
         least = tl.min(tl.load(ptrs + 2 * BLOCK_D, mask=inside, other=float("inf")), 0)
         most = tl.max(tl.load(ptrs + 3 * BLOCK_D, mask=inside, other=float("-inf")), 0)
         reach = tl.maximum(tl.maximum(most - mean, mean - least), 1e-12)
@@ -118,7 +139,7 @@ def _quantise_fwd(
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     order_stride_h, n_heads, n_q_blocks, n_k_blocks, n_queries,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
-    INTEGERS: tl.constexpr, SMOOTH: tl.constexpr, HAS_ORDER: tl.constexpr,
+    INTEGERS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, queries or values."""
     block = tl.program_id(0)
@@ -133,8 +154,7 @@ def _quantise_fwd(
             k_ptr += batch * k_stride_b + head * k_stride_h
             k, k_inside = _load_block(k_ptr, k_stride_n, k_starts_ptr, order_ptr, block, cols,
                                       D, SIZE, HAS_ORDER, True)  # fmt: skip
-            if SMOOTH:
-                k = tl.where(k_inside, k - tl.load(centres_ptr + cols)[None, :], 0.0)
+            k = tl.where(k_inside, k - tl.load(centres_ptr + cols)[None, :], 0.0)
             number = pair * n_k_blocks + block
             _store_rows(k, number, k_out_ptr, k_step_ptr, cols, SIZE, BLOCK_D, INTEGERS)
     elif tl.program_id(2) == 1:
@@ -143,11 +163,10 @@ def _quantise_fwd(
             q, _ = _load_block(q_ptr, q_stride_n, q_starts_ptr, order_ptr, block, cols,
                                D, SIZE, HAS_ORDER, False)  # fmt: skip
             number = pair * n_q_blocks + block
-            if SMOOTH:
-                shift = tl.sum(q * tl.load(centres_ptr + cols)[None, :], 1)
-                rows = tl.load(q_starts_ptr + block) + tl.arange(0, SIZE)
-                inside = rows < tl.load(q_starts_ptr + block + 1)
-                tl.store(shift_ptr + pair * n_queries + rows, shift, mask=inside)
+            shift = tl.sum(q * tl.load(centres_ptr + cols)[None, :], 1)
+            rows = tl.load(q_starts_ptr + block) + tl.arange(0, SIZE)
+            inside = rows < tl.load(q_starts_ptr + block + 1)
+            tl.store(shift_ptr + pair * n_queries + rows, shift, mask=inside)
             _store_rows(q, number, q_out_ptr, q_step_ptr, cols, SIZE, BLOCK_D, INTEGERS)
     elif block < n_k_blocks:
         v_ptr += batch * v_stride_b + head * v_stride_h

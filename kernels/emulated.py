@@ -7,14 +7,14 @@ multiplies 4-bit integers faster than 8-bit ones: its emulation says what it wou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.kernels.reference import Lists, groups
+from dit_sparse.kernels.reference import BACKEND, Lists, groups
 from dit_sparse.plan import BlockPlan, Blocks
 
 Rounding = Literal["fp8", "int8", "int4"]
@@ -26,14 +26,14 @@ _TOP = 8.0  # the largest weight is 2**8 in e4m3, whose small numbers are coarse
 
 @dataclass(frozen=True)
 class EmulatedBackend:
-    """Attention over exact entries with rounded operands.
+    """Attention with rounded operands for exact entries; pooled ones and the tail are not rounded.
 
     Args:
         precision: `"fp8"`: queries, keys, weights and values in e4m3; `"int8"` and `"int4"`:
             queries and keys in integers, weights and values as they are. Queries and keys have a
             step for each block, values one for each channel of a head.
         smooth: subtract the mean key from all keys, which alters no weight (arXiv 2410.02367),
-            and the mean value from all values in e4m3.
+            and the mean value from all values in e4m3. Hidden keys have no part in means and steps.
     """
 
     precision: Rounding
@@ -52,22 +52,31 @@ class EmulatedBackend:
         return f"reference {self.precision}"
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
-        if plan.pools is not None or plan.tail != "none" or plan.coarse is not None:
-            return f"expected a plan of exact entries in {self.precision}, got {plan}."
+        if plan.coarse is not None:
+            return f"expected a plan without coarse keys in {self.precision}, got {plan}."
         return None
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> AttentionOutput:
-        out = torch.zeros(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
+        exact = self._exact(q.float(), k.float(), v.float(), plan, scale)
+        if plan.pools is not None or plan.tail != "none":
+            exact = _with_rest(exact, q.float(), k.float(), v.float(), plan, scale)
+        return AttentionOutput(exact.out.to(q.dtype), exact.lse)
+
+    def _exact(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> AttentionOutput:
+        """fp32, of the exact entries."""
+        out = torch.zeros(q.shape[:-1] + v.shape[-1:], device=q.device)
         lse = torch.full(q.shape[:-1], -torch.inf, device=q.device)
-        q, k, v = q.float(), k.float(), v.float()
-        k_centre = k.mean(2, keepdim=True) * self.smooth
+        k, v = (_without_hidden(x, plan) for x in (k, v))
+        k_centre, v_centre = (_mean(x, plan) * self.smooth for x in (k, v))
         shift = scale * (q * k_centre).sum(-1)
         q = round_blocks(q, plan.q_blocks, self.precision)
         k = round_blocks(k - k_centre, plan.k_blocks, self.precision)
-        v_centre = v.mean(2, keepdim=True) * self.smooth
-        v = round_channels(v - v_centre) + v_centre if self.precision == "fp8" else v
+        if self.precision == "fp8":
+            v = round_channels(_without_hidden(v - v_centre, plan)) + v_centre
         lists = Lists(plan)
         for batch, plan_batch in groups(q.shape[0], plan.batch):
             for heads, plan_head in groups(q.shape[1], lists.heads):
@@ -83,7 +92,7 @@ class EmulatedBackend:
                     centre = v_centre[batch, heads]
                     values = weights @ (v[batch, heads][..., picked.keys, :] - centre)
                     seen = (mass > -torch.inf)[..., None]
-                    out[at] = (values + centre * seen).to(out.dtype)
+                    out[at] = values + centre * seen
                     lse[at] = mass + shift[at]
         return AttentionOutput(out, lse)
 
@@ -96,6 +105,34 @@ class EmulatedBackend:
         if self.precision == "fp8":
             weights = (weights * 2**_TOP).to(torch.float8_e4m3fn).float() / 2**_TOP
         return weights / total, mass
+
+
+def _without_hidden(x: Tensor, plan: BlockPlan) -> Tensor:
+    """Keys or values `[B, H, N, D]` in plan order, 0 where nothing reads them."""
+    if plan.hidden is None:
+        return x
+    return x.masked_fill(plan.hidden[:, None, plan.k_blocks.of_token, None], 0.0)
+
+
+def _mean(x: Tensor, plan: BlockPlan) -> Tensor:
+    """Of the keys or values that may be read; those that may not are 0."""
+    if plan.hidden is None:
+        return x.mean(2, keepdim=True)
+    count = (~plan.hidden[:, plan.k_blocks.of_token]).sum(1).clamp_min(1)
+    return x.sum(2, keepdim=True) / count[:, None, None, None]
+
+
+def _with_rest(
+    exact: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+) -> AttentionOutput:
+    """Adds what the plan reads as means: all it reads, less its exact part, both unrounded."""
+    everything = BACKEND.run(q, k, v, plan, scale)
+    listed = BACKEND.run(q, k, v, replace(plan, pools=None, tail="none"), scale)
+    share = (listed.lse - everything.lse).exp().nan_to_num(0.0)  # rows that read nothing: 0
+    rest = everything.out - listed.out * share[..., None]
+    lse = torch.logaddexp(exact.lse, everything.lse + (1 - share).clamp_min(0.0).log())
+    of_exact, of_rest = ((x - lse).exp().nan_to_num(0.0) for x in (exact.lse, everything.lse))
+    return AttentionOutput(exact.out * of_exact[..., None] + rest * of_rest[..., None], lse)
 
 
 def round_blocks(x: Tensor, blocks: Blocks, precision: Rounding) -> Tensor:

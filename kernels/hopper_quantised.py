@@ -64,19 +64,13 @@ def _launch(
     order = starts if plan.order is None else plan.order.index
     if vm is None:
         assert quantised.v is not None
-        flat = quantised.v.view(-1, quantised.v.shape[-1])
-        v_desc, v_origin = (
-            TensorDescriptor.from_tensor(flat, [width, keys]),
-            (heads * width, width, 0),
-        )
+        v_desc, v_origin = _rows(quantised.v, [width, keys]), (heads * width, width, 0)
     else:
         v_desc, v_origin = vm.describe([keys, padded(head_dim)]), vm.origin
-    none = quantised.q_step
     arguments = (
-        q, TensorDescriptor.from_tensor(k.view(-1, width), [keys, width]), v_desc,
+        q, _rows(k, [keys, width]), v_desc,
         *(_coordinates(plan) if box else (None, None)),
-        out, lse, quantised.q_step, quantised.k_step, quantised.centres,
-        none if quantised.shift is None else quantised.shift,
+        out, lse, quantised.q_step, quantised.k_step, quantised.centres, quantised.shift,
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
         plan.q_blocks.starts, rows, order,
         box.lower if box else starts, box.upper if box else starts,
@@ -95,7 +89,6 @@ def _launch(
         "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
         "PARTIAL": box is not None,
-        "SMOOTH": quantised.shift is not None,
         "V_8BIT": vm is None,
         # Each block's values are added up apart and then in fp32, since 8-bit products are added in
         # 14 bits. Not for partial entries, which are few and have no registers left.
@@ -112,3 +105,10 @@ def _coordinates(plan: BlockPlan) -> Any:
         TensorDescriptor(rows, [plan.k_blocks.n, size], [size, 1], [1, size])
         for rows in plan.box_by_block
     )
+
+
+def _rows(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """A contiguous tensor as the matrix of its rows; the tensor itself is the base, which repeated
+    launches look for."""
+    width = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], block)

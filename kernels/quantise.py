@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
+from dit_sparse.kernels.launch import Launch, launch
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import BlockPlan
 
 _ROWS = 32  # rows of a tile of the first pass
 _CHUNKS = 64  # programs of a head in the first pass
 _SAMPLE = 8192  # keys whose mean is near enough to that of all of them
+_E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,22 +24,34 @@ class Quantised:
     keys with copies of the last one, queries and values with 0.
 
     Args:
-        q, k: int8 or e4m3 `[B, H, n, size, W]`, in plan order; keys less the mean key if smooth.
+        q, k: int8 or e4m3 `[B, H, n, size, W]`, in plan order; keys less the mean key, or one near
+            it, which adds the same to all scores of a query and takes the outlying channels with it
+            (arXiv 2410.02367).
         q_step, k_step: fp32 `[B, H, n]`, what a block was divided by.
         shift: fp32 `[B, H, N_q]` in plan order, products of queries and the mean key, which all
-            scores of a query have lost; `None` if not smooth.
+            scores of a query have lost.
         v: e4m3 `[B, H, W, n_k * size]`, keys along the last dimension; `None`: not quantised.
         centres: fp32 `[B, H, 3, W]`: mean key; mean value, which `v` is without; and what each
             channel of `v` was divided by.
+        parts: fp32 `[B, H, chunks, 6, W]`, what the centres are made of.
     """
 
     q: Tensor
     k: Tensor
     q_step: Tensor
     k_step: Tensor
-    shift: Tensor | None
+    shift: Tensor
     v: Tensor | None
     centres: Tensor
+    parts: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        values = () if self.v is None else (self.v,)
+        return (
+            *(self.q, self.k, self.q_step, self.k_step, self.shift),
+            *(*values, self.centres, self.parts),
+        )
 
 
 def quantise(
@@ -49,64 +62,122 @@ def quantise(
     *,
     integers: bool = False,
     values: bool = True,
-    smooth: bool = True,
 ) -> Quantised:
     """Quantises blocks of queries and keys, and values by channel, and puts them in plan order.
 
     Args:
         q, k, v: `[B, H, N, D]` in the caller's order, unit stride along D.
+        plan: its hidden keys, which nothing reads, have no part in means and steps.
         integers: queries and keys in int8 rather than e4m3.
         values: quantise the values too, in e4m3.
-        smooth: subtract the mean key, or one near it, from all keys (arXiv 2410.02367): it adds
-            the same to all scores of a query, and takes the outlying channels with it.
     """
+    eight = empty(q, v, plan, integers=integers, values=values)
+    fill(eight, q, k, v, plan)
+    return eight
+
+
+def empty(q: Tensor, v: Tensor, plan: BlockPlan, *, integers: bool, values: bool) -> Quantised:
+    """Where `fill` puts tensors like these; see `quantise`."""
     batch, heads, n_queries, dim = q.shape
     width, size = padded(max(dim, v.shape[-1])), plan.q_blocks.size
     n_q, n_k = plan.q_blocks.n, plan.k_blocks.n
     dtype = torch.int8 if integers else torch.float8_e4m3fn
-    centres = _centres(k, v, width, values) if smooth or values else q.new_empty(0)
-    of_rows = q.new_empty(batch, heads, n_queries if smooth else 0, dtype=torch.float32)
-    q_step, k_step = (q.new_empty(batch, heads, n, dtype=torch.float32) for n in (n_q, n_k))
-    q8, k8 = (q.new_empty(batch, heads, n, size, width, dtype=dtype) for n in (n_q, n_k))
-    columns = n_k * size if values else 0
-    transposed = q.new_empty(batch, heads, width, columns, dtype=torch.float8_e4m3fn)
+    of_head = (batch, heads)
+    q_step, k_step, shift = (
+        q.new_empty(*of_head, n, dtype=torch.float32) for n in (n_q, n_k, n_queries)
+    )
+    columns = (*of_head, width, n_k * size)
+    per_chunk = _per_chunk(v.shape[2])
+    parts = (*of_head, -(-v.shape[2] // per_chunk), 6, width)
+    return Quantised(
+        q=q.new_empty(*of_head, n_q, size, width, dtype=dtype),
+        k=q.new_empty(*of_head, n_k, size, width, dtype=dtype),
+        q_step=q_step,
+        k_step=k_step,
+        shift=shift,
+        v=q.new_empty(columns, dtype=torch.float8_e4m3fn) if values else None,
+        centres=q.new_empty(*of_head, 3, width, dtype=torch.float32),
+        parts=q.new_empty(parts, dtype=torch.float32),
+    )
+
+
+def fill(into: Quantised, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[Launch]:
+    """Writes everything that `into` has room for; see `quantise`."""
+    batch, heads, n_queries, dim = q.shape
+    n_q, n_k, width = plan.q_blocks.n, plan.k_blocks.n, into.q.shape[-1]
     index = plan.q_blocks.starts if plan.order is None else plan.order.index
-    _quantise_fwd[(max(n_q, n_k), batch * heads, 3 if values else 2)](
-        q, k, v, q8, k8, transposed, q_step, k_step, of_rows, centres,
+    arguments = (
+        q, k, v, into.q, into.k, into.shift if into.v is None else into.v,
+        into.q_step, into.k_step, into.shift, into.centres,
         plan.q_blocks.starts, plan.k_blocks.starts, index,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0, heads, n_q, n_k, n_queries,
-        D=dim, DV=v.shape[-1], BLOCK_D=width, SIZE=size,
-        INTEGERS=integers, SMOOTH=smooth, HAS_ORDER=plan.order is not None, num_warps=8,
     )  # fmt: skip
-    shift = of_rows if smooth else None
-    return Quantised(q8, k8, q_step, k_step, shift, transposed if values else None, centres)
+    constants = {
+        "D": dim,
+        "DV": v.shape[-1],
+        "BLOCK_D": width,
+        "SIZE": plan.q_blocks.size,
+        "INTEGERS": into.q.dtype == torch.int8,
+        "HAS_ORDER": plan.order is not None,
+    }
+    launches = _centres(into, k, v, hidden_tokens(plan))
+    grid = (max(n_q, n_k), batch * heads, 2 if into.v is None else 3)
+    launches.append(launch(_quantise_fwd, grid, arguments, constants, warps=8, stages=3))
+    return launches
 
 
-def _centres(k: Tensor, v: Tensor, width: int, values: bool) -> Tensor:
+def hidden_tokens(plan: BlockPlan) -> Tensor | None:
+    """uint8 `[1 or B, 1 or H, N_k]`, 1 for keys of hidden blocks, in the caller's order; `None` if
+    there are none."""
+    if plan.hidden is None:
+        return None
+    hidden = plan.hidden.view(torch.uint8)[:, plan.k_blocks.of_token]
+    if plan.order is None:
+        return hidden[:, None]
+    inverse = plan.order.inverse
+    return hidden[:, inverse] if inverse.ndim == 2 else hidden[:, None, inverse]
+
+
+def _centres(into: Quantised, k: Tensor, v: Tensor, hidden: Tensor | None) -> list[Launch]:
     batch, heads, n_keys, dim = k.shape
-    per_chunk = -(-n_keys // (_CHUNKS * _ROWS)) * _ROWS
-    chunks = -(-n_keys // per_chunk)
-    every = max(1, min(8, n_keys // _SAMPLE))
-    sampled = _sampled(n_keys, per_chunk, every)
-    parts = k.new_empty(batch, heads, chunks, 4, width, dtype=torch.float32)
-    centres = k.new_empty(batch, heads, 3, width, dtype=torch.float32)
-    _extremes_fwd[(chunks, batch * heads)](
-        k, v, parts, *k.stride()[:3], *v.stride()[:3], heads, n_keys, per_chunk,
-        D=dim, DV=v.shape[-1], BLOCK_D=width, ROWS=_ROWS, EVERY=every, VALUES=values, num_warps=8,
-    )  # fmt: skip
-    _centres_fwd[(batch * heads,)](
-        parts, centres, chunks, sampled, n_keys, 448.0,
-        BLOCK_D=width, CHUNKS=_CHUNKS, VALUES=values, num_warps=4,
-    )  # fmt: skip
-    return centres
+    chunks, width = into.parts.shape[2], into.parts.shape[-1]
+    values = into.v is not None
+    strides = (0, 0)
+    if hidden is not None:
+        b, h = (hidden.stride(n) if hidden.shape[n] > 1 else 0 for n in range(2))
+        strides = (b, h)
+    of_parts = launch(
+        _extremes_fwd,
+        (chunks, batch * heads, 1),
+        (
+            *(k, v, into.parts if hidden is None else hidden, into.parts),
+            *(*k.stride()[:3], *v.stride()[:3], *strides),
+            *(heads, n_keys, _per_chunk(n_keys)),
+        ),
+        {
+            "D": dim,
+            "DV": v.shape[-1],
+            "BLOCK_D": width,
+            "ROWS": _ROWS,
+            "EVERY": max(1, min(8, n_keys // _SAMPLE)),
+            "VALUES": values,
+            "HAS_HIDDEN": hidden is not None,
+        },
+        warps=8,
+        stages=3,
+    )
+    of_whole = launch(
+        _centres_fwd,
+        (batch * heads, 1, 1),
+        (into.parts, into.centres, chunks, _E4M3_MAX),
+        {"BLOCK_D": width, "CHUNKS": _CHUNKS, "VALUES": values},
+        warps=4,
+        stages=3,
+    )
+    return [of_parts, of_whole]
 
 
-@cache
-def _sampled(n_keys: int, per_chunk: int, every: int) -> int:
-    """How many keys `_extremes_fwd` adds up: of every chunk, one in `every` tiles."""
-    count = 0
-    for first in range(0, n_keys, per_chunk):
-        stop = min(first + per_chunk, n_keys)
-        count += sum(min(_ROWS, n_keys - at) for at in range(first, stop, _ROWS * every))
-    return count
+def _per_chunk(n_keys: int) -> int:
+    """Keys of a program of the first pass, whole tiles."""
+    return -(-n_keys // (_CHUNKS * _ROWS)) * _ROWS

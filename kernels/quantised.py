@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_sparse.backend import AttentionOutput, Precision
-from dit_sparse.kernels import hopper, hopper_quantised
+from dit_sparse.backend import Again, AttentionOutput, Precision
+from dit_sparse.kernels import approximate, hopper, hopper_quantised
 from dit_sparse.kernels.block_sparse import device_of, like, unit_stride
-from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.launch import Launch, Repeat
+from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.portable import padded
-from dit_sparse.kernels.quantise import Quantised, quantise
+from dit_sparse.kernels.quantise import Quantised, fill
+from dit_sparse.kernels.quantise import empty as empty_eight
 from dit_sparse.plan import BlockPlan
 
 
@@ -49,28 +54,117 @@ class QuantisedBackend:
     ) -> AttentionOutput:
         q, k, v = (unit_stride(t) for t in (q, k, v))
         with device_of(q):
-            eight = quantise(
-                q, k, v, plan, integers=self.precision == "int8", values=self.precision == "fp8"
-            )
-            if eight.v is None and plan.order is not None:
-                v = permute([v], plan.order)[0]
-            lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-            result = AttentionOutput(like(q, v.shape[-1]), lse)
-            _launch(eight, v, plan, scale, result)
-        return result
+            return self._run(q, k, v, plan, scale)[0].result
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[AttentionOutput, Again | None]:
+        """`run`, and the same for tensors like these; see `dit_sparse.backend.PreparingBackend`."""
+        if any(t.stride(-1) != 1 for t in (q, k, v)):
+            return self.run(q, k, v, plan, scale), None  # others stand between the launches
+        q, k, v = q.detach(), k.detach(), v.detach()  # objects of their own, to be told apart
+        with device_of(q):
+            room, launches = self._run(q, k, v, plan, scale)
+        repeats = [one.repeatable(room.tensors) for one in launches]
+        ready = tuple(repeat for repeat in repeats if repeat is not None)
+        if len(ready) < len(repeats) or not room.whole:
+            return room.result, None
+        return room.result, partial(self._again, ready, plan, scale)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[_Room, list[Launch]]:
+        room = self._room(q, k, v, plan)
+        launches = fill(room.eight, q, k, v, plan)
+        if room.moved is not None:
+            assert plan.order is not None  # what it was made for
+            launches.append(gather((v,), plan.order, room.moved))
+        room, attending = _attend(room, plan, scale)
+        _add_rest(room, plan, scale)
+        return room, launches + attending
+
+    def _again(
+        self,
+        launches: Sequence[Repeat],
+        plan: BlockPlan,
+        scale: float,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> AttentionOutput:
+        with device_of(q):
+            room = self._room(q, k, v, plan)
+            hopper.repeat(launches, room.tensors)
+            _add_rest(room, plan, scale)
+        return room.result
+
+    def _room(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> _Room:
+        integers = self.precision == "int8"
+        moved = empty((v,)) if integers and plan.order is not None else None
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        return _Room(
+            *(q, k, v),
+            eight=empty_eight(q, v, plan, integers=integers, values=not integers),
+            moved=moved,
+            values=v if moved is None else moved[0],
+            result=AttentionOutput(like(q, v.shape[-1]), lse),
+        )
 
 
-def _launch(
-    eight: Quantised, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
-) -> None:
-    for partial in (False, True):
-        if partial and (plan.box is None or not len(plan.masked_rows)):
+class _Room(NamedTuple):
+    """All tensors of a call.
+
+    Args:
+        q, k, v: the caller's.
+        eight: in 8 bits.
+        moved: values that were put into plan order, with a leading dimension of 1; `None`: none.
+        values: as the kernel gets them, unless in 8 bits.
+        result: what the kernel writes.
+        whole: whether there are no others.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eight: Quantised
+    moved: Tensor | None
+    values: Tensor
+    result: AttentionOutput
+    whole: bool = True
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        moved = () if self.moved is None else (self.moved,)
+        return [
+            *(self.q, self.k, self.v, *self.eight.tensors, *moved, self.values, *self.result),
+        ]
+
+
+def _attend(room: _Room, plan: BlockPlan, scale: float) -> tuple[_Room, list[Launch]]:
+    """Writes the result for exact entries."""
+    launches = []
+    for masked in (False, True):
+        if masked and (plan.box is None or not len(plan.masked_rows)):
             continue
-        done = hopper_quantised.launch(eight, v, plan, scale, result, partial=partial)
+        given = (plan, scale, room.result)
+        done = hopper_quantised.launch(room.eight, room.values, *given, partial=masked)
         if done is None:  # strides that descriptors do not take
-            v = v.clone(memory_format=torch.contiguous_format)
-            done = hopper_quantised.launch(eight, v, plan, scale, result, partial=partial)
+            values = room.values.clone(memory_format=torch.contiguous_format)
+            room = room._replace(values=values, whole=False)
+            done = hopper_quantised.launch(room.eight, values, *given, partial=masked)
             assert done is not None  # see refuses_values
+        launches.append(done)
+    return room, launches
+
+
+def _add_rest(room: _Room, plan: BlockPlan, scale: float) -> None:
+    """Adds pooled entries and the tail, whose few rows are not worth 8 bits, to the result."""
+    if not approximate.needed(plan):
+        return
+    k, v = room.k, room.v
+    if plan.order is not None:
+        k, v = permute([k, v], plan.order)
+    approximate.launch(room.q, k, v, plan, scale, room.result)
 
 
 def refuses_shapes(q: Tensor, v: Tensor) -> str | None:
@@ -98,8 +192,8 @@ def refuses_values(v: Tensor) -> str | None:
 
 def refuses_plan(plan: BlockPlan) -> str | None:
     """Why the 8-bit kernel does not run a plan."""
-    if plan.pools is not None or plan.tail != "none" or plan.coarse is not None:
-        return f"expected a plan of exact entries in 8 bits, got {plan}. Use precision='bf16'."
+    if plan.coarse is not None:
+        return f"expected a plan without coarse keys in 8 bits, got {plan}. Use precision='bf16'."
     if plan.disk is not None:
         return "expected entries masked by boxes in 8 bits, got a disk. Use precision='bf16'."
     if plan.q_blocks.size != 128 or plan.k_blocks.size != 128:

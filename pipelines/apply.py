@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dit_sparse.attention import backends
+from dit_sparse.attention import check_backend
 from dit_sparse.backend import Precision
 from dit_sparse.method import SparseMethod
 from dit_sparse.methods import MethodSpec
@@ -68,7 +68,7 @@ def apply(
             or `steps` that are no count.
         NotImplementedError: a transformer with context parallelism.
     """
-    _check_backend(backend, precision)
+    check_backend(backend, precision)
     transformers = transformers_of(target)
     specs = _per_component(method, transformers)
     pipeline = None if isinstance(target, nn.Module) else target
@@ -165,10 +165,3 @@ def _per_component(
             f"({', '.join(transformers)}), got keys {list(method)}."
         )
     return {name: method[name] for name in names}
-
-
-def _check_backend(name: str | None, precision: Precision) -> None:
-    known = [backend.name.partition(" ")[0] for backend in backends(precision)]
-    if name is not None and name not in known:
-        where = "" if precision == "bf16" else f" in {precision}"
-        raise ValueError(f"Expected a backend among {', '.join(known)}{where}, got {name!r}.")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from dit_sparse.attention import check_backend
+from dit_sparse.backend import Precision
 from dit_sparse.methods import MethodSpec, parse
 from dit_sparse.pipelines.clock import StepClock
 from dit_sparse.pipelines.install import attach, installation_of, prepare, transformer_of
@@ -27,10 +29,11 @@ class SparseAttnProcessor(dict[str, Any]):
         options: options of a method given by name.
         backend: name of the only attention backend to use; `None` for the best one.
         steps: number of denoising steps, for schedules that count from the end or in fractions.
+        precision: what sparse calls multiply in, as for `dit_sparse.apply`.
 
     Raises:
-        ValueError: an unknown transformer, processor, method, option, layer or backend, or `steps`
-            that are no count.
+        ValueError: an unknown transformer, processor, method, option, layer, backend or precision,
+            or `steps` that are no count.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class SparseAttnProcessor(dict[str, Any]):
         options: Mapping[str, Any] | None = None,
         backend: str | None = None,
         steps: int | None = None,
+        precision: Precision = "bf16",
     ) -> None:
+        check_backend(backend, precision)
         self._transformer = transformer_of(transformer)
         self._clock = StepClock(steps=steps)
-        self._attachments = prepare(self._transformer, parse(method, options), backend)
+        self._attachments = prepare(self._transformer, parse(method, options), backend, precision)
         super().__init__(
             (f"{name}.processor", self._attachments[name].sparse)
             if name in self._attachments

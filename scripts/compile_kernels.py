@@ -155,13 +155,15 @@ def approximation(variant: Variant) -> Report:
 
 
 def in_eight_bits() -> Iterator[Variant]:
-    """The kernels in 8 bits, and the pass that quantises for them."""
+    """The kernels in 8 bits, and the pass that quantises for them; ragged extremes have hidden
+    keys."""
     for precision in ("fp8", "int8"):
         for ragged in (False, True):
             yield Variant(precision, 90, 128, ragged)
         yield Variant(precision, 90, 128, ragged=True, box=True)
         yield Variant(f"quantise {precision}", 90, 128, ragged=True)
-    yield Variant("extremes", 90, 128, ragged=True)
+    for hidden in (False, True):
+        yield Variant("extremes", 90, 128, ragged=hidden)
     yield Variant("centres", 90, 128, ragged=True)
 
 
@@ -176,7 +178,7 @@ def eight_bits(variant: Variant) -> Report:
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": K_BLOCK}
     constants |= {"SIZE": K_BLOCK, "ROWS": 32, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
     constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
-    constants |= {"SMOOTH": True, "INTEGERS": integers, "V_8BIT": not integers}
+    constants |= {"INTEGERS": integers, "V_8BIT": not integers, "HAS_HIDDEN": variant.ragged}
     constants |= {"FRESH": not integers and not variant.box}
     element = "i8" if integers else "fp8e4nv"
     descriptors = {"k_desc": f"tensordesc<{element}[{K_BLOCK}, {dim}]>"}

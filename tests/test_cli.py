@@ -76,6 +76,10 @@ class TestSample:
         assert report["model"] == "tiny:wan"
         assert result["dense"] is None
 
+    def test_a_precision_runs(self) -> None:
+        (result,) = sample("--density", "0.2", "--precision", "int8")["results"]
+        assert result["attention"]["backends"] == ["reference int8"]
+
     def test_counts_and_times_are_those_of_the_run(self) -> None:
         (result,) = sample("--density", "0.2")["results"]
         attention = result["attention"]
@@ -251,6 +255,8 @@ BAD = {
     "offload": (["--offload", "modle"], "Did you mean 'model'?"),
     "offload on CPU": (["--offload", "model"], "a GPU to offload from"),
     "backend": (["--backend", "refrence"], "Did you mean 'reference'?"),
+    "precision": (["--precision", "fp9"], "Did you mean 'fp8'?"),
+    "backend of a precision": (["--backend", "flex", "--precision", "fp8"], "reference in fp8"),
     "backend refuses": (["--backend", "flex"], "flex"),
     "height": (["--height", "65"], "--height to be a multiple of 16 for WanPipeline, got 65"),
     "width": (["--width", "8"], "Use 16."),

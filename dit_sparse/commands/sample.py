@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from dit_sparse import attention, media
+from dit_sparse.backend import Precision
 from dit_sparse.commands.call import call_arguments, check_counts
 from dit_sparse.commands.models import Model, compile_blocks, open_model
 from dit_sparse.commands.report import Comparison, Report, Result
@@ -39,6 +40,7 @@ class Request:
         steps, height, width, frames, guidance, negative_prompt: arguments of the pipeline.
         seed: of the initial noise, the same for every prompt.
         backend: name of the only sparse backend to use.
+        precision: what sparse calls multiply in; see `dit_sparse.apply`.
         compare: run dense attention too, with the same noise.
         compile: compile the transformers' repeated blocks.
         warmup: steps to run untimed before the first result.
@@ -60,6 +62,7 @@ class Request:
     guidance: float | None = None
     offload: str = "none"
     backend: str | None = None
+    precision: Precision = "bf16"
     fps: float = 16.0
     compare: bool = False
     compile: bool = False
@@ -75,8 +78,8 @@ class Request:
             raise ValueError(f"Expected a finite --guidance, got {self.guidance}.")
         if not (math.isfinite(self.fps) and self.fps > 0):
             raise ValueError(f"Expected a positive --fps, got {self.fps}.")
-        if self.backend is not None:
-            among(self.backend, [b.name for b in attention.backends()], "--backend")
+        among(self.precision, get_args(Precision), "--precision")
+        attention.check_backend(self.backend, self.precision)
         if self.output is not None:
             media.check_output(self.output)
 
@@ -144,14 +147,14 @@ def _warm_up(model: Model, request: Request, call: Mapping[str, Any]) -> None:
     if scheduled or request.compare:
         methods.append(create("dense"))
     for method in methods:
-        apply(model.pipeline, method, backend=request.backend)
+        apply(model.pipeline, method, backend=request.backend, precision=request.precision)
         model.pipeline(**short, generator=_noise(request), output_type="latent")
 
 
 def _result(
     model: Model, request: Request, prompt: str, call: Mapping[str, Any], path: Path
 ) -> Result:
-    apply(model.pipeline, request.method, backend=request.backend)
+    apply(model.pipeline, request.method, backend=request.backend, precision=request.precision)
     run = _run(model, request, call)
     ran = summary(model.pipeline)
     media.write(path, run.frames, fps=request.fps)

@@ -78,7 +78,7 @@ def install(model: Model, variant: Variant) -> None:
     """Makes the pipeline run a variant's processors, whatever it ran before."""
     remove(model.pipeline)
     if variant.method is not None:
-        apply(model.pipeline, variant.method)
+        apply(model.pipeline, variant.method, precision=variant.precision)
 
 
 def generate(model: Model, variant: Variant, call: Mapping[str, Any], seed: int) -> Generation:

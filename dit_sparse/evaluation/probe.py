@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend, dense_attention
 from dit_sparse.attention_map import block_statistics
+from dit_sparse.backend import Precision
 from dit_sparse.bench import time_interleaved
 from dit_sparse.commands.models import Model
 from dit_sparse.evaluation.variants import Variant
@@ -43,11 +44,13 @@ class CallProbe:
     Args:
         methods: what to look at, by label.
         steps: numbers of the denoising steps.
+        precisions: what methods multiply in, by label, where it is not the dtype of the model.
         lines: what was found: one for each method, layer and step, and one with times.
     """
 
     methods: Mapping[str, SparseMethod]
     steps: frozenset[int]
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     seen: set[tuple[int, int]] = field(default_factory=set)
 
@@ -82,7 +85,8 @@ class CallProbe:
         place = {"variant": label, "layer": ctx.layer, "step": ctx.step, "steps": ctx.steps}
         try:
             plan = method.plan(*qkv[:2], ctx)
-            out, lse = attend(*qkv, plan)
+            precision = self.precisions.get(label, "bf16")
+            out, lse = attend(*qkv, plan, precision=precision)
             if plan.tail != "none" or plan.pools is not None or plan.scale != 1.0:
                 exact = replace(plan, tail="none", hidden=None, pools=None, scale=1.0)
                 lse = attend(*qkv, exact).lse
@@ -111,6 +115,7 @@ class TimeProbe:
         methods: what to time, by label.
         step: number of the denoising step.
         layer: number of the layer.
+        precisions: as for `CallProbe`.
         lines: what was found.
         maps: `block_maps` of the same call, by label.
     """
@@ -118,6 +123,7 @@ class TimeProbe:
     methods: Mapping[str, SparseMethod]
     step: int
     layer: int
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     maps: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -140,13 +146,14 @@ class TimeProbe:
                 plan = inner.plan(q, k, ctx)
                 density = plan.density  # waits for the device
                 first = 1e3 * (time.perf_counter() - begin)
-                attend(q, k, v, plan)
+                precision = self.precisions.get(label, "bf16")
+                attend(q, k, v, plan, precision=precision)
             except (ValueError, RuntimeError) as error:
                 self.lines.append(_failed(label, error))
                 continue
             self.maps[label] = block_maps(q, k, plan)
             found[label] = {"density": density, "first_plan_ms": first}
-            runs[f"kernel {label}"] = _attending(q, k, v, plan)
+            runs[f"kernel {label}"] = _attending(q, k, v, plan, precision)
             runs[f"plan {label}"] = _planning(inner, q, k, ctx)
         times = time_interleaved(runs, q.device, rounds=_ROUNDS, warmup=1)
         shape = [q.shape[0], q.shape[1], q.shape[2], q.shape[3]]
@@ -182,12 +189,13 @@ def probe(
         of kind "time", in milliseconds; and the `block_maps` of the call that was timed.
     """
     methods = {v.label: v.method for v in variants if v.method is not None and not v.is_baseline}
+    precisions = {v.label: v.precision for v in variants}
     at = sorted({round(share * (steps - 1)) for share in shares})
     if not methods or not at:
         return [], {}
-    calls = CallProbe(methods, frozenset(at))
+    calls = CallProbe(methods, frozenset(at), precisions)
     layers = len(_run(model, calls, call, seed))
-    times = TimeProbe(methods, at[len(at) // 2], layers // 2)
+    times = TimeProbe(methods, at[len(at) // 2], layers // 2, precisions)
     _run(model, times, call, seed)
     return [*calls.lines, *times.lines], times.maps
 
@@ -233,8 +241,8 @@ def _run(
     return tuple(row for row in rows if row.transformer == rows[0].transformer)
 
 
-def _attending(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Any:
-    return lambda: attend(q, k, v, plan)
+def _attending(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: Precision) -> Any:
+    return lambda: attend(q, k, v, plan, precision=precision)
 
 
 def _planning(method: SparseMethod, q: Tensor, k: Tensor, ctx: CallContext) -> Any:

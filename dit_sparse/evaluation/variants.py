@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, cast, get_args
 
+from dit_sparse.backend import Precision
 from dit_sparse.commands.methods import method_of
 from dit_sparse.commands.words import among
 from dit_sparse.method import SparseMethod
@@ -29,12 +30,14 @@ class Variant:
         label: its name in every table; no two are alike.
         method: of the self-attention; `None` keeps the stock processors.
         kernel: for stock processors, an attention backend of diffusers; `None` is its default.
+        precision: what sparse calls multiply in; see `dit_sparse.apply`.
         words: the options of `dit-sparse sample` that run the same.
     """
 
     label: str
     method: SparseMethod | None = None
     kernel: str | None = None
+    precision: Precision = "bf16"
     words: tuple[str, ...] = ()
 
     @property
@@ -144,7 +147,9 @@ def _combinations(wish: Wish, schedule: Mapping[str, str]) -> list[Variant]:
 
 
 def _variant(name: str, chosen: Mapping[str, str]) -> Variant:
-    options = {key: value for key, value in chosen.items() if key not in SCHEDULE}
+    apart = (*SCHEDULE, "precision")
+    options = {key: value for key, value in chosen.items() if key not in apart}
+    precision = among(chosen.get("precision", "bf16"), get_args(Precision), "a precision")
     dense = {key: value for key, value in chosen.items() if key in SCHEDULE and value != "0"}
     layers = dense.get("dense_layers", "").replace("+", ",")
     tokens = dense.get("min_tokens", "0")
@@ -163,5 +168,9 @@ def _variant(name: str, chosen: Mapping[str, str]) -> Variant:
         words += ["--option", f"{key}={value}"]
     for key, value in dense.items():
         words += [f"--{key.replace('_', '-')}", layers if key == "dense_layers" else value]
+    if precision != "bf16":
+        words += ["--precision", precision]
+        dense = {**dense, "precision": precision}
     shown = [f"{key}={value}" for key, value in (*options.items(), *dense.items())]
-    return Variant(" ".join([name, *shown]), method, words=tuple(words))
+    label = " ".join([name, *shown])
+    return Variant(label, method, precision=cast(Precision, precision), words=tuple(words))

@@ -78,8 +78,8 @@ def test_a_method_that_fails_does_not_stop_the_others() -> None:
 
 
 def test_what_is_not_a_number_is_no_small_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: Any) -> Any:
-        result = attend(*given)
+    def broken(*given: Any, **precision: Any) -> Any:
+        result = attend(*given, **precision)
         result.out[0, 1, 3] = torch.nan
         return result
 

@@ -43,6 +43,16 @@ def test_what_stays_dense_is_an_option_too_and_overrides_the_common_one() -> Non
     )
 
 
+def test_a_precision_is_no_option_of_the_method() -> None:
+    found = variants_of(["window:precision=bf16|fp8"])
+    assert [v.label for v in found] == ["window", "window precision=fp8"]
+    assert [v.precision for v in found] == ["bf16", "fp8"]
+    assert found[0].method == found[1].method
+    assert found[1].words == ("--method", "window", "--precision", "fp8")
+    with pytest.raises(ValueError, match=r"a precision among bf16, fp8, int8, got 'fp9'.*'fp8'"):
+        variants_of(["window:precision=fp9"])
+
+
 def test_mappings_say_the_same_as_text() -> None:
     text = variants_of(["window:density=0.2|0.3:stride=2", "pisa"])
     mapping = variants_of([{"window": {"density": [0.2, 0.3], "stride": 2}}, {"pisa": None}])

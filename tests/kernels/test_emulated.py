@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,9 +114,31 @@ def test_e4m3_has_three_bits_of_fraction():
 def test_refusals():
     with pytest.raises(ValueError, match="Expected a precision among fp8, int8, int4, got 'fp4'"):
         EmulatedBackend("fp4")
-    blocks = Blocks.uniform(64, 32)
-    mask = torch.eye(2).bool()[None, None]
-    plan = BlockPlan.from_mask(mask, blocks, blocks, tail="zeroth")
-    q, k, v = like_a_layer(64, 32)
-    with pytest.raises(ValueError, match="expected a plan of exact entries in int8, got BlockPlan"):
-        attend(q, k, v, plan, backend=EmulatedBackend("int8"))
+
+
+@pytest.mark.parametrize("tail", ["zeroth", "first"])
+def test_tails_are_added_without_rounding(tail: str):
+    q, k, v = like_a_layer(256, 64)
+    blocks = Blocks.uniform(256, 32)
+    mask = torch.eye(8).bool()[None, None]
+    plan = BlockPlan.from_mask(mask, blocks, blocks, tail=tail)
+    got = attend(q, k, v, plan, backend=EmulatedBackend("int8"))
+    exact = attend(q, k, v, plan)
+    assert cosine(got.out, exact.out) > 0.9995
+    assert (got.lse - exact.lse).abs().mean() < 0.02
+    alone = attend(q, k, v, BlockPlan.from_mask(mask, blocks, blocks))
+    assert cosine(alone.out, exact.out) < 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_hidden_keys_have_no_part_in_means_and_steps(precision: str):
+    q, k, v = like_a_layer(256, 64)
+    hidden = torch.tensor([[False] * 6 + [True] * 2])
+    mask = ~hidden[:, None, None].expand(1, 1, 8, 8)
+    blocks = Blocks.uniform(256, 32)
+    plan = replace(BlockPlan.from_mask(mask, blocks, blocks), hidden=hidden)
+    expected = attend(q, k, v, plan, backend=EmulatedBackend(precision))
+    k[:, :, 192:], v[:, :, 192:] = 1e4, torch.nan
+    got = attend(q, k, v, plan, backend=EmulatedBackend(precision))
+    assert torch.equal(got.out, expected.out)
+    assert torch.equal(got.lse, expected.lse)

@@ -27,6 +27,8 @@ norms = pytest.importorskip("dit_sparse.kernels.norms")
 permute = pytest.importorskip("dit_sparse.kernels.permute")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 launch = pytest.importorskip("dit_sparse.kernels.launch")
+quantise = pytest.importorskip("dit_sparse.kernels.quantise")
+quantised = pytest.importorskip("dit_sparse.kernels.quantised")
 
 Descriptor = launch.TensorDescriptor
 pytestmark = pytest.mark.skipif(Descriptor is None, reason="needs tensor descriptors")
@@ -222,6 +224,41 @@ def test_a_specialised_kernel_and_what_it_leaves(
     firsts, seconds = jit.seen[: len(repeats)], jit.seen[len(repeats) :]
     for one, other in zip(firsts, seconds, strict=True):
         same_arguments(one, other, addresses)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_launches_in_8_bits(jit: Jit, ordered: bool, precision: str, monkeypatch: Any) -> None:
+    """The passes before, and full and partial entries; everything between them is new."""
+    homes = {
+        permute: ["_permute_rows"],
+        quantise: ["_extremes_fwd", "_centres_fwd", "_quantise_fwd"],
+        quantised.hopper_quantised: ["_quantised_fwd_hopper"],
+    }
+    for home, names in homes.items():
+        for name in names:
+            monkeypatch.setattr(home, name, Jit(getattr(home, name), jit.seen, jit.examined))
+    rooms = []
+    make = quantised.QuantisedBackend._room
+    monkeypatch.setattr(
+        quantised.QuantisedBackend,
+        "_room",
+        lambda *given: rooms.append(make(*given)) or rooms[-1],
+    )
+    backend = quantised.QuantisedBackend(precision)
+    assert isinstance(backend, PreparingBackend)
+    q, k, v = (t.contiguous() for t in tensors(0))
+    _, again = backend.prepare(q, k, v, plan(ordered=ordered), 0.125)
+    assert again is not None
+    count = len(jit.seen)
+    assert count == 5 + (ordered and precision == "int8")
+    again(*(t.contiguous() for t in tensors(1)))
+    assert len(jit.examined) == count
+    pairs = zip(rooms[0].tensors, rooms[1].tensors, strict=True)
+    moved = {a.data_ptr(): b for a, b in pairs}
+    assert not {x.data_ptr() for x in rooms[0].tensors} & {x.data_ptr() for x in rooms[1].tensors}
+    for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
+        same_arguments(before, after, moved)
 
 
 def test_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> None:

@@ -105,15 +105,34 @@ def test_padding():
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_rough():
-    """Without the mean key, and without values."""
+@pytest.mark.parametrize("order", ["none", "shared", "head"])
+def test_hidden_keys_have_no_part_in_means_and_steps(order: str):
+    q, k, v, plan = problem(order=order, runs=(140, 71, 40))
+    last = plan.k_blocks.n - 1
+    hidden = torch.zeros(2, plan.k_blocks.n, dtype=torch.bool, device=DEVICE)
+    hidden[1, last - 1 :] = True
+    mask = ~hidden[:, None, None].expand(2, 1, plan.k_blocks.n, plan.k_blocks.n)
+    blocks = plan.k_blocks
+    plan = replace(BlockPlan.from_mask(mask, blocks, blocks, order=plan.order), hidden=hidden)
+    unseen = torch.zeros(2, 1, sum((140, 71, 40)), 1, dtype=torch.bool, device=DEVICE)
+    unseen[1, 0, 211:] = True
+    unseen = unseen.expand(-1, 3, -1, -1)
+    if plan.order is not None:
+        unseen = plan.order.undo(unseen)
+    shown = (~unseen).float()
+    got = quantise(q, k.masked_fill(unseen, torch.nan), v.masked_fill(unseen, torch.inf), plan)
+    k_mean, v_mean = ((x * shown).sum(2) / shown.sum(2) for x in (k, v))
+    torch.testing.assert_close(got.centres[:, :, 0], k_mean)
+    torch.testing.assert_close(got.centres[:, :, 1], v_mean)
+    reach = ((v - v_mean[:, :, None]) * shown).abs().amax(2)
+    torch.testing.assert_close(got.centres[:, :, 2], reach / 448)
+
+
+def test_keys_alone():
     q, k, v, plan = problem()
-    got = quantise(q, k, v, plan, integers=True, smooth=False, values=False)
-    assert got.shift is None
+    got, both = (quantise(q, k, v, plan, integers=True, values=x) for x in (False, True))
     assert got.v is None
-    expected = round_blocks(k, plan.k_blocks, "int8")
-    same = torch.isclose(rows_of(got.k, got.k_step, plan.k_blocks, 32), expected, atol=1e-5)
-    assert same.float().mean() > 0.999
+    assert torch.equal(got.k, both.k)
 
 
 def test_queries_and_keys_of_other_numbers():
