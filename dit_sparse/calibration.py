@@ -116,6 +116,15 @@ class Calibration:
         Raises:
             ValueError: no step of this segment was calibrated.
         """
+        self.check_segment(segment)
+        return unpack(self.masks[segment][layer], self.blocks)
+
+    def check_segment(self, segment: int) -> None:
+        """Refuses a segment without masks.
+
+        Raises:
+            ValueError: no step of it was calibrated.
+        """
         if segment not in self.masks:
             steps = [i for i, s in enumerate(self.segments) if s == segment]
             raise ValueError(
@@ -123,7 +132,6 @@ class Calibration:
                 f"its segment {segment}. Keep those steps dense, or calibrate the transformer that "
                 "runs them."
             )
-        return unpack(self.masks[segment][layer], self.blocks)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes both files into a folder, which is made where there is none; returns it.
@@ -260,7 +268,7 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n: int) -> Tensor:
     """bool `[..., n]` of what `pack` gave."""
-    places = torch.arange(7, -1, -1, dtype=torch.uint8)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return (packed[..., None] >> places & 1).flatten(-2)[..., :n].bool()
 
 

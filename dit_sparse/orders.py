@@ -42,6 +42,15 @@ def axes(grid: TokenGrid, order: str, *, device: torch.device | str | None = Non
     return Permutation(index.permute(*map("FHW".index, order)).flatten())
 
 
+def plain_axes(grid: TokenGrid, order: str) -> str:
+    """The first of `AXES` that is the same order on this grid: an axis of one token moves nothing.
+
+    Six orders of a video differ, two of an image.
+    """
+    wide = {axis for axis, extent in zip("FHW", grid.shape, strict=True) if extent > 1}
+    return next(n for n in AXES if [a for a in n if a in wide] == [a for a in order if a in wide])
+
+
 def tile(
     grid: TokenGrid, shape: tuple[int, int, int], *, device: torch.device | str | None = None
 ) -> Permutation:

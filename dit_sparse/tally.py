@@ -73,11 +73,7 @@ class Tally:
 
     def candidates(self, grid: TokenGrid) -> tuple[str, ...]:
         """Axis orders that differ on a grid: six of a video, two of an image."""
-        found: dict[str, str] = {}
-        for name in orders.AXES:
-            axes = "".join(a for a in name if grid.shape["FHW".index(a)] > 1)
-            found.setdefault(axes, name)
-        return tuple(found.values())
+        return tuple(dict.fromkeys(orders.plain_axes(grid, name) for name in orders.AXES))
 
     def compare_orders(self, q: Tensor, k: Tensor, ctx: CallContext) -> None:
         """Adds the metrics of a call's maps in every order.

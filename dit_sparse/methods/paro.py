@@ -20,6 +20,7 @@ from dit_sparse import options, orders, selection
 from dit_sparse.calibration import Calibration
 from dit_sparse.frame import frame_of
 from dit_sparse.grid import Permutation, TokenLayout
+from dit_sparse.mask_feed import MaskFeed
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.model_identity import ModelIdentity
 from dit_sparse.plan import BlockPlan
@@ -51,6 +52,10 @@ class ParoMethod:
     @cached_property
     def calibration(self) -> Calibration:
         return Calibration.from_pretrained(self.path)
+
+    @cached_property
+    def _feeds(self) -> dict[torch.device, MaskFeed]:
+        return {}
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
@@ -94,25 +99,29 @@ class ParoMethod:
             ValueError: another grid, number of layers, heads or steps than at calibration.
         """
         self._check_call(q, ctx)
-        mask = self.calibration.mask(self.segment(ctx), ctx.layer)
+        if q.device not in self._feeds:
+            self._feeds[q.device] = MaskFeed(self.calibration, q.device)
+        mask = self._feeds[q.device].take(self.segment(ctx), ctx.layer)
         frame = frame_of(ctx.layout, self.calibration.block, device=q.device)
         frame = replace(frame, order=self._order(ctx.layout, ctx.layer, q.device))
-        n = frame.blocks.n
-        picture = (~frame.context).nonzero().flatten()
+        n, picture = frame.blocks.n, frame.blocks.picture
+        assert picture is not None  # a frame's blocks say where it is
         level = torch.zeros(1, len(mask), n, n, dtype=torch.uint8, device=q.device)
-        level[:, :, picture[:, None], picture] = mask.to(q.device, torch.uint8)
+        within = slice(picture.start, picture.stop)
+        level[:, :, within, within] = mask
         return selection.plan_of_selection(level, frame, tail=self.tail)
 
     def _order(self, layout: TokenLayout, layer: int, device: torch.device) -> Permutation | None:
         """Orders of the heads, one for all where they agree; `None` for raster order."""
-        names = self.calibration.order_names(layer)
-        found = {name: orders.axes(layout.grid, name, device=device).index for name in {*names}}
-        first = found[names[0]]
-        if all(torch.equal(index, first) for index in found.values()):
-            raster = torch.arange(layout.grid.length, device=device)
-            same = Permutation(first)
-            return None if torch.equal(first, raster) else orders.lift(same, layout)
-        return orders.lift(Permutation(torch.stack([found[name] for name in names])), layout)
+        given = self.calibration.order_names(layer)
+        names = [orders.plain_axes(layout.grid, name) for name in given]
+        if {*names} == {orders.AXES[0]}:
+            return None
+        found = {name: orders.axes(layout.grid, name, device=device) for name in {*names}}
+        if len(found) == 1:
+            return orders.lift(found[names[0]], layout)
+        index = torch.stack([found[name].index for name in names])
+        return orders.lift(Permutation(index), layout)
 
     def _check_call(self, q: Tensor, ctx: CallContext) -> None:
         known = self.calibration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from dit_sparse import methods
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
+from tests.paro_cases import GRID, blocks_of, calibration, context, method, random_masks
 
 LAYOUTS = [
     TokenLayout.of(TokenGrid(5, 9, 8)),
@@ -22,6 +24,16 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("psa", {"allocation": "mass", "similarity": (0.7, 0.6, 0.5), "skipped": "mean"}),
     ("psa", {"importance": "means", "forced": ("neighbours", "first_frame")}),
 ]
+
+
+def test_static_masks_are_put_into_place_without_values(tmp_path: Path):
+    masks = {0: random_masks(1, (0.2, 0.5), blocks_of())}
+    for names in (("FHW", "WHF"), ("HWF", "HWF"), ("FHW", "FHW")):
+        found = calibration(masks, [names])
+        q = torch.empty(1, 2, GRID.length + 30, 8, device="meta")
+        plan = method(found, tmp_path).plan(q, q, context(found, TokenLayout.of(GRID, 10, 20)))
+        assert plan.device.type == "meta"
+        assert (plan.order is None) == (names == ("FHW", "FHW"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
