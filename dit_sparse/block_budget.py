@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_sparse.attention_map import MapMetrics
 
-Criterion: TypeAlias = Literal["paper", "concentration"]
+Criterion: TypeAlias = Literal["paper", "concentration", "raster"]
 
 
 def choose_orders(
@@ -29,10 +29,13 @@ def choose_orders(
 
     Args:
         metrics: of every candidate, `[orders, H]` each, means over what was sampled.
-        criterion: `"paper"`, or `"concentration"` for the order whose mass lies in fewest blocks.
+        criterion: `"paper"`; `"concentration"` for the order whose mass lies in fewest blocks; or
+            `"raster"` for the first candidate, the model's own order.
         alpha: weight of the paper's sparsity, 0 to 1.
     """
-    if criterion == "concentration":
+    if criterion == "raster":
+        cost = torch.zeros_like(metrics.sparse)
+    elif criterion == "concentration":
         cost = 1 - metrics.concentration
     else:
         dense = 1 - metrics.sparse

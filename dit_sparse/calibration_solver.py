@@ -54,7 +54,7 @@ class Settings:
         split: `"uniform"`, or `"halves"` with one segment for the second half of the steps.
         block: tokens of a block: 64 as in the paper, or 128, which is faster on Hopper.
         criterion: what orders are chosen by: the paper's cost, or the concentration of the mass in
-            few blocks.
+            few blocks; `"raster"` leaves all heads in the model's order, to measure against.
         order_steps: steps of the first generation that orders are compared at, spread evenly.
         every: maps are added up at every so many steps, and at the first of each segment.
         budget: what shares a density: the heads of a `"layer"`, or each `"head"` for itself.

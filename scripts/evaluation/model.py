@@ -59,7 +59,7 @@ class Model:
             seeds = range(self.seed + begin, self.seed + begin + len(some))
             result = self.pipe(
                 some,
-                **self._call(),
+                **self.call,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 output_type="np",
             )
@@ -80,7 +80,9 @@ class Model:
     def _makes_video(self) -> bool:
         return "num_frames" in inspect.signature(type(self.pipe).__call__).parameters
 
-    def _call(self) -> dict[str, Any]:
+    @property
+    def call(self) -> dict[str, Any]:
+        """The pipeline's arguments beside the prompt and the noise."""
         frames, height, width = self.size
         call = {
             "height": height,

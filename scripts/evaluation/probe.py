@@ -1,4 +1,4 @@
-"""Queries and keys of chosen attention calls of a real run."""
+"""Queries, keys and values of chosen attention calls of a real run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Capture:
     Attributes:
         layer, step: numbers of the attention module and of the denoising step, from 0.
         layout: the sequence.
-        q, k: `[H, N, D]` of the first batch entry, after norms and position embedding.
+        q, k, v: `[H, N, D]` of the first batch entry, after norms and position embedding.
     """
 
     layer: int
@@ -31,11 +31,12 @@ class Capture:
     layout: TokenLayout
     q: Tensor
     k: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionProbe:
-    """A method that keeps q and k of chosen calls and changes nothing.
+    """A method that keeps q, k and v of chosen calls and changes nothing.
 
     A chosen call runs a plan that reads every key; all others are dense. Of the forwards of a step
     the first is kept, which is the prompt's where guidance takes two.
@@ -59,7 +60,8 @@ class AttentionProbe:
 
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         assert ctx.step is not None  # dense_reason let the call through
-        kept = (tensor[0].clone() for tensor in (q, k))
+        assert ctx.values is not None  # a session always gives them
+        kept = (tensor[0].clone() for tensor in (q, k, ctx.values))
         self.captures[ctx.layer, ctx.step] = Capture(ctx.layer, ctx.step, ctx.layout, *kept)
         return WindowMethod(density=1.0).plan(q, k, ctx)
 
