@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -41,6 +42,9 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times variants in turn, round by round, so that heat and clocks treat them alike.
 
+    Every round has an order of its own, always the same ones: a long variant at full power leaves
+    lower clocks to whatever runs after it.
+
     Args:
         variants: what to time, by name; each call must do the whole work.
         device: where the work runs; on CUDA, device events stand around every call.
@@ -54,9 +58,11 @@ def time_interleaved(
             run()
     clock = _cuda_clock if torch.device(device).type == "cuda" else _host_clock
     pending: dict[str, list[Callable[[], float]]] = {name: [] for name in variants}
+    names, draw = list(variants), random.Random(0)
     for _ in range(rounds):
-        for name, run in variants.items():
-            pending[name].append(clock(run))
+        for name in names:
+            pending[name].append(clock(variants[name]))
+        draw.shuffle(names)
     if clock is _cuda_clock:
         torch.cuda.synchronize(device)
     return {name: Timing(tuple(read() for read in reads)) for name, reads in pending.items()}

@@ -1,9 +1,10 @@
-"""Times methods that plan from q and k against dense attention: JSON lines.
+"""Times methods that choose blocks, and PARO's static masks, against dense attention: JSON lines.
 
     python scripts/bench_methods.py >> benchmarks/methods.jsonl
 
-Selection and summaries are inside the times. q, k and v are random: the speed of the methods does
-not depend on them where the number of blocks is fixed, their error does and is not reported here.
+Selection, summaries, orders and the pass that quantises are inside the times. q, k and v are
+random: the speed of the methods does not depend on them where the number of blocks is fixed, their
+error does and is not reported here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse import methods
-from dit_sparse.attention import attend, select_backend
+from dit_sparse.attention import attend, prepare, select_backend
 from dit_sparse.bench import environment, time_interleaved
+from dit_sparse.calibration import Calibration, pack
+from dit_sparse.frame import frame_of
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
+from dit_sparse.model_identity import ModelIdentity
 
 GRIDS = (  # tokens, heads
     ("11x32x48", 24),  # 16,896
@@ -47,6 +52,11 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("psa", PYRAMID | {"skipped": "mean"}),
     ("psa", PYRAMID | {"importance": "means"}),
 )
+STATIC = (  # grid, text tokens, heads, head dim, precisions
+    ("13x30x45", 226, 48, 64, ("bf16",)),  # CogVideoX-5B at 480 x 720, 49 frames
+    ("21x45x80", 0, 40, 128, ("bf16", "int8", "fp8")),  # Wan 14B at 720p, 81 frames
+)
+STATIC_DENSITY = 0.2
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,11 @@ class Problem:
     grid: str
     heads: int
     head_dim: int
+    text: int = 0
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout.of(TokenGrid.parse(self.grid))
+        return TokenLayout.of(TokenGrid.parse(self.grid), self.text)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(0)
@@ -103,6 +114,51 @@ def measure(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def made_up(problem: Problem, density: float) -> Calibration:
+    """Random masks of a density and random orders: the kernels' time depends on neither."""
+    draw = torch.Generator().manual_seed(0)
+    grid = problem.layout.grid
+    n = frame_of(TokenLayout.of(grid), 128).candidates
+    masks = torch.rand(1, problem.heads, n, n, generator=draw) < density
+    return Calibration(
+        model=ModelIdentity("none", "0"),
+        grid=grid,
+        block=128,
+        orders=torch.randint(6, (1, problem.heads), dtype=torch.uint8, generator=draw),
+        segments=(0,),
+        masks={0: pack(masks)},
+        density=masks.float().mean((2, 3))[None],
+        kept_mass=torch.ones(1, 1, problem.heads),
+    )
+
+
+def measure_static(problem: Problem, precisions: Sequence[str], rounds: int) -> dict[str, Any]:
+    """PARO with orders per head, as in a pipeline: the plan is there, launches are repeated."""
+    q, k, v = problem.tensors()
+    with tempfile.TemporaryDirectory() as folder:
+        made_up(problem, STATIC_DENSITY).save_pretrained(folder)
+        method = methods.create("paro", {"path": folder})
+    plan = method.plan(q, k, CallContext(problem.layout, layers=1, step=0, steps=1))
+    variants: dict[str, Callable[[], Any]] = {"dense": lambda: dense(q, k, v)}
+    for precision in precisions:
+        _, prepared = prepare(q, k, v, plan, precision=precision)  # type: ignore[arg-type]
+        variants[precision] = lambda again=prepared.again: again(q, k, v)
+    timings = time_interleaved(variants, "cuda", rounds=rounds)
+    return {
+        "method": "paro",
+        "options": {"density": STATIC_DENSITY},
+        "grid": problem.grid,
+        "tokens": problem.layout.length,
+        "text": problem.text,
+        "heads": problem.heads,
+        "head_dim": problem.head_dim,
+        "density": plan.density,
+        **{f"{name}_ms": timing.median for name, timing in timings.items()},
+        "spread": max(timing.spread for timing in timings.values()),
+        "speedups": {p: timings["dense"].median / timings[p].median for p in precisions},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
@@ -111,6 +167,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("Expected an NVIDIA GPU, got none.")
     where = environment("cuda")
+    for grid, text, heads, head_dim, precisions in STATIC:
+        row = measure_static(Problem(grid, heads, head_dim, text), precisions, arguments.rounds)
+        print(json.dumps(row | {"environment": where}), flush=True)
     for grid, heads in GRIDS:
         for head_dim in arguments.head_dim:
             for row in measure(Problem(grid, heads, head_dim), arguments.rounds):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -45,12 +47,22 @@ def test_rounds_take_turns_and_warmup_is_not_timed(clock: Clock):
         "b": Work("b", clock, log, 70.0, 80.0, 0.010, 0.030, 0.020),
     }
     times = time_interleaved(work, "cpu", rounds=3, warmup=2)
-    assert "".join(log) == "aabb" + "ab" * 3
+    assert "".join(log[:6]) == "aabbab"
+    assert all({*log[at : at + 2]} == {"a", "b"} for at in (6, 8))
     assert times["a"].rounds == pytest.approx((1.0, 5.0, 2.0), abs=1e-6)
     assert times["b"].rounds == pytest.approx((10.0, 30.0, 20.0), abs=1e-6)
     assert times["a"].median == pytest.approx(2.0)
     assert times["b"].median == pytest.approx(20.0)
     assert list(times) == ["a", "b"]
+
+
+def test_nobody_always_runs_behind_the_same_one(clock: Clock):
+    log: list[str] = []
+    work = {name: Work(name, clock, log, *[1.0] * 20) for name in "abcd"}
+    time_interleaved(work, "cpu", rounds=20, warmup=0)
+    assert all({*log[at : at + 4]} == {*"abcd"} for at in range(0, 80, 4))
+    before = {(one, other) for one, other in pairwise(log) if one != other}
+    assert len(before) == 12
 
 
 def test_without_warmup(clock: Clock):
