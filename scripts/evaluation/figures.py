@@ -33,30 +33,30 @@ def draw_grid(maps: Sequence[HeadMap], path: Path, title: str, *, zoom: bool) ->
     columns = [(la, st) for la in layers for st in sorted({m.step for m in maps})]
     shown = {(m.head, m.layer, m.step): m for m in maps}
     heads = sorted({m.head for m in maps})
-    figure, axes = make_figure(len(heads), len(columns), 1.55, title)
+    figure, axes = _figure(len(heads), len(columns), 1.55, title)
     for row, head in enumerate(heads):
         for column, (layer, step) in enumerate(columns):
             found = shown.get((head, layer, step))
             if found is not None:
                 name = f"layer {layer} head {head} step {step}"
-                show_map(
+                _show(
                     axes[row, column],
                     found.zoom if zoom else found.picture,
                     f"{name}\n{found.kind}",
                 )
-    save_figure(figure, path)
+    _save(figure, path)
 
 
 def draw_examples(maps: Sequence[HeadMap], path: Path) -> None:
     """For each kind that occurs its clearest head: the whole map and the middle of it."""
     found = examples(maps)
-    figure, axes = make_figure(2, len(found), 3.4, "")
+    figure, axes = _figure(2, len(found), 3.4, "")
     for column, example in enumerate(found):
         where = f"layer {example.layer}, head {example.head}, step {example.step}"
         kept = f"best 10 % of keys keep {example.numbers['best 10 %']:.0%}"
-        show_map(axes[0, column], example.picture, f"{example.kind}: {where}\n{kept}")
-        show_map(axes[1, column], example.zoom, "the middle of it")
-    save_figure(figure, path)
+        _show(axes[0, column], example.picture, f"{example.kind}: {where}\n{kept}")
+        _show(axes[1, column], example.zoom, "the middle of it")
+    _save(figure, path)
 
 
 def examples(maps: Sequence[HeadMap]) -> list[HeadMap]:
@@ -97,8 +97,7 @@ def _row(found: Sequence[HeadMap], steps: Sequence[int], names: Sequence[str]) -
     return f"| {' | '.join(map(str, cells))} | {' | '.join(f'{mean:.2f}' for mean in means)} |"
 
 
-def make_figure(rows: int, columns: int, side: float, title: str) -> tuple[Any, Any]:
-    """A figure of maps, and its panels `[rows, columns]`; sides in inches."""
+def _figure(rows: int, columns: int, side: float, title: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(side * columns, (side + _TITLE) * rows), layout="constrained")
@@ -109,8 +108,7 @@ def make_figure(rows: int, columns: int, side: float, title: str) -> tuple[Any, 
     return figure, axes
 
 
-def show_map(axes: Any, picture: Tensor, title: str) -> None:
-    """Draws a map `[S, S]` into a panel."""
+def _show(axes: Any, picture: Tensor, title: str) -> None:
     from matplotlib.colors import PowerNorm
 
     values = picture.float()
@@ -119,8 +117,7 @@ def show_map(axes: Any, picture: Tensor, title: str) -> None:
     axes.set_title(title, fontsize=6 if axes.figure.get_figwidth() > 12 else 8)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure; folders are made."""
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, pil_kwargs={"quality": 85} if path.suffix == ".webp" else {})
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from dit_sparse import orders
 from dit_sparse.calibration import Calibration
 from dit_sparse.grid import Permutation
-from scripts.evaluation.figures import make_figure, save_figure, show_map
 from scripts.evaluation.maps import SIDE, attention_rows, pool
 from scripts.evaluation.probe import Capture
 
 _ROWS = 1024  # queries at a time
+_GAMMA = 0.35  # of the colour scale: a few large entries would leave the rest black
+_BRIGHTEST = 0.999  # quantile of a map that gets the brightest colour
 
 
 def map_in_order(capture: Capture, head: int, order: Permutation | None) -> Tensor:
@@ -62,21 +63,40 @@ def draw_reordered(
     picks = torch.linspace(0, len(places) - 1, min(count, len(places))).round().long().tolist()
     if not picks:
         return 0
+    from matplotlib.figure import Figure
+
     title = f"{calibration.model.name}: {grid} tokens, before and after reordering"
-    figure, axes = make_figure(3, len(picks), 2.6, title)
+    figure = Figure(figsize=(2.6 * len(picks), 8.6), layout="constrained")
+    axes = figure.subplots(3, len(picks), squeeze=False)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    figure.suptitle(title, fontsize=9)
     for column, number in enumerate(picks):
         capture, head, name = places[number]
         where = f"layer {capture.layer} head {head} step {capture.step}"
-        show_map(axes[0, column], map_in_order(capture, head, None), f"{where}\nFHW")
+        _show(axes[0, column], map_in_order(capture, head, None), f"{where}\nFHW")
         order = orders.axes(grid, name)
-        show_map(axes[1, column], map_in_order(capture, head, order), name)
+        _show(axes[1, column], map_in_order(capture, head, order), name)
         segment = calibration.segments[capture.step]
         read = calibration.mask(segment, capture.layer)[head]
         share = float(read.float().mean())
         axes[2, column].imshow(read.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes[2, column].set_title(f"blocks read: {share:.0%}", fontsize=8)
-    save_figure(figure, path)
+    _save(figure, path)
     return len(picks)
+
+
+def _show(panel: Any, picture: Tensor, title: str) -> None:
+    from matplotlib.colors import PowerNorm
+
+    top = float(picture.quantile(_BRIGHTEST)) or float(picture.max())
+    panel.imshow(picture.numpy(), cmap="magma", norm=PowerNorm(_GAMMA, 0, top, clip=True))
+    panel.set_title(title, fontsize=8)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, pil_kwargs={"quality": 85} if path.suffix == ".webp" else {})
 
 
 def draw_orders(calibration: Calibration, path: Path) -> None:
@@ -99,4 +119,4 @@ def draw_orders(calibration: Calibration, path: Path) -> None:
     axes.set_yticks(range(layers))
     criterion = calibration.provenance.get("settings", {}).get("criterion", "")
     axes.set_title(f"{calibration.model.name}: order of each head ({criterion})", fontsize=8)
-    save_figure(figure, path)
+    _save(figure, path)

@@ -23,7 +23,8 @@ class Capture:
     Attributes:
         layer, step: numbers of the attention module and of the denoising step, from 0.
         layout: the sequence.
-        q, k, v: `[H, N, D]` of the first batch entry, after norms and position embedding.
+        q, k: `[H, N, D]` of the first batch entry, after norms and position embedding.
+        v: its values, if they were kept.
     """
 
     layer: int
@@ -31,7 +32,7 @@ class Capture:
     layout: TokenLayout
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

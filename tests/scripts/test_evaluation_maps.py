@@ -107,7 +107,7 @@ def test_little_text_does_not_change_the_kind():
 def capture_of(layout: TokenLayout, heads: int = 1, dim: int = 8) -> Capture:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(heads, layout.length, dim, generator=generator) for _ in range(2))
-    return Capture(layer=3, step=5, layout=layout, q=q, k=k, v=k)
+    return Capture(layer=3, step=5, layout=layout, q=q, k=k)
 
 
 def test_rows_are_the_softmax_whatever_the_block():
