@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_sparse import options, orders, selection
 from dit_sparse.calibration import Calibration
-from dit_sparse.frame import frame_of
+from dit_sparse.frame import Frame, frame_of
 from dit_sparse.grid import Permutation, TokenLayout
 from dit_sparse.mask_feed import MaskFeed
 from dit_sparse.method import CallContext, PlanScope
@@ -98,18 +98,26 @@ class ParoMethod:
         Raises:
             ValueError: another grid, number of layers, heads or steps than at calibration.
         """
+        frame = self.frame(q, ctx)
+        return selection.plan_of_selection(self.levels(frame, q, ctx), frame, tail=self.tail)
+
+    def frame(self, q: Tensor, ctx: CallContext) -> Frame:
+        """Blocks of a call, in the order of each head; raises what `plan` does."""
         self._check_call(q, ctx)
+        frame = frame_of(ctx.layout, self.calibration.block, device=q.device)
+        return replace(frame, order=self._order(ctx.layout, ctx.layer, q.device))
+
+    def levels(self, frame: Frame, q: Tensor, ctx: CallContext) -> Tensor:
+        """uint8 `[1, H, n, n]`: 1 for the picture's blocks that the mask of the call reads."""
         if q.device not in self._feeds:
             self._feeds[q.device] = MaskFeed(self.calibration, q.device)
         mask = self._feeds[q.device].take(self.segment(ctx), ctx.layer)
-        frame = frame_of(ctx.layout, self.calibration.block, device=q.device)
-        frame = replace(frame, order=self._order(ctx.layout, ctx.layer, q.device))
         n, picture = frame.blocks.n, frame.blocks.picture
         assert picture is not None  # a frame's blocks say where it is
         level = torch.zeros(1, len(mask), n, n, dtype=torch.uint8, device=q.device)
         within = slice(picture.start, picture.stop)
         level[:, :, within, within] = mask
-        return selection.plan_of_selection(level, frame, tail=self.tail)
+        return level
 
     def _order(self, layout: TokenLayout, layer: int, device: torch.device) -> Permutation | None:
         """Orders of the heads, one for all where they agree; `None` for raster order."""
