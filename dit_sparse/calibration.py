@@ -32,6 +32,7 @@ from dit_sparse.plan_io import replace_file
 TENSORS = "calibration.safetensors"
 HEADER = "calibration.json"
 _VERSION = 1
+_ONES = torch.tensor([byte.bit_count() for byte in range(256)])
 _AGAIN = "Calibrate again, or copy the folder whole."
 
 
@@ -118,6 +119,10 @@ class Calibration:
         """
         self.check_segment(segment)
         return unpack(self.masks[segment][layer], self.blocks)
+
+    def entries(self, segment: int, layer: int) -> int:
+        """Pairs of picture blocks that all heads of a layer read."""
+        return int(_ONES[self.masks[segment][layer].int()].sum())
 
     def check_segment(self, segment: int) -> None:
         """Refuses a segment without masks.

@@ -18,6 +18,7 @@ def plan_of_levels(
     *,
     factors: tuple[int, ...] = (),
     room: int | None = None,
+    total: int | None = None,
     tail: Tail = "none",
     hidden: Tensor | None = None,
     order: Permutation | None = None,
@@ -30,6 +31,8 @@ def plan_of_levels(
         factors: the pool factors that occur, ascending.
         room: places in `indices` for each row, at least as many as the longest row lists; with it
             the device is not waited for. `None` makes rows as long as their entries.
+        total: entries of all rows, where the host knows: then rows are as long as their entries,
+            and the device is not waited for either.
         tail, hidden, order: the plan's fields of these names.
 
     Raises:
@@ -44,12 +47,15 @@ def plan_of_levels(
     classes = (1, *factors)
     counts = torch.stack([(level == factor).sum(-1, dtype=torch.int32) for factor in classes])
     count = counts.sum(0, dtype=torch.int32)
-    if room is None:
+    if room is None or total is not None:
         offsets = count.flatten().cumsum(0, dtype=torch.int64).view(count.shape) - count
     else:
         rows = torch.arange(count.numel(), device=level.device).view(count.shape)
         offsets = rows * min(room, k_blocks.n)
-    indices = _entries(level, classes, room)
+    if total is None:
+        indices = _entries(level, classes, room)
+    else:
+        indices = _known_entries(level, classes, count, offsets, total)
     if indices.numel() > torch.iinfo(torch.int32).max:
         raise ValueError(
             f"Expected at most 2**31 - 1 entries in a plan, got {indices.numel()}. Use larger "
@@ -79,6 +85,24 @@ def _rank(level: Tensor, classes: tuple[int, ...]) -> Tensor:
     for number, factor in enumerate(classes):
         rank.masked_fill_(level == factor, number)
     return rank
+
+
+def _known_entries(
+    level: Tensor, classes: tuple[int, ...], count: Tensor, offsets: Tensor, total: int
+) -> Tensor:
+    """`_entries` without room, of rows whose lengths add up to `total`."""
+    n_k = level.shape[-1]
+    column = torch.arange(n_k, device=level.device)
+    # What a row does not list goes to one place behind all others.
+    indices = torch.empty(total + 1, dtype=torch.int32, device=level.device)
+    rows = (
+        x.reshape(-1, *x.shape[3:]).split(max(1, _SORTED // n_k)) for x in (level, count, offsets)
+    )
+    for part, length, first in zip(*rows, strict=True):
+        key = (_rank(part, classes).int() * n_k + column.int()).sort(-1).values
+        place = torch.where(column < length[:, None], first[:, None] + column, total)
+        indices.scatter_(0, place.flatten(), (key % n_k).flatten())
+    return indices[:total]
 
 
 def _entries(level: Tensor, classes: tuple[int, ...], room: int | None) -> Tensor:

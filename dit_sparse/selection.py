@@ -156,6 +156,7 @@ def plan_of_selection(
     *,
     factors: tuple[int, ...] = (),
     room: int | None = None,
+    total: int | None = None,
     tail: Tail = "none",
 ) -> BlockPlan:
     """The plan of a choice among the picture's blocks, with text added.
@@ -167,6 +168,7 @@ def plan_of_selection(
         level: uint8 `[B, H, n, n]`, see `plan_of_levels`.
         factors: the pool factors that occur.
         room: the most picture blocks that a row may list; `None`: all of them.
+        total: instead: entries of the whole plan, text's too, where the host knows.
         tail: the plan's field of this name.
     """
     room = frame.blocks.n if room is None else room
@@ -181,6 +183,7 @@ def plan_of_selection(
         frame.blocks,
         factors=factors,
         room=room,
+        total=total,
         tail=tail,
         hidden=frame.hidden,
         order=frame.order,

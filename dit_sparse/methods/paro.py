@@ -99,7 +99,18 @@ class ParoMethod:
             ValueError: another grid, number of layers, heads or steps than at calibration.
         """
         frame = self.frame(q, ctx)
-        return selection.plan_of_selection(self.levels(frame, q, ctx), frame, tail=self.tail)
+        levels = self.levels(frame, q, ctx)
+        total = self._entries(frame, ctx)
+        return selection.plan_of_selection(levels, frame, total=total, tail=self.tail)
+
+    def _entries(self, frame: Frame, ctx: CallContext) -> int:
+        """How many entries the lists of a call have: those of the mask, and text's."""
+        known, n, picture = self.calibration, frame.blocks.n, frame.candidates
+        of_masks = known.entries(self.segment(ctx), ctx.layer)
+        hidden = frame_of(ctx.layout, known.block).hidden  # on the host
+        counts = [0] if hidden is None else hidden.sum(1).tolist()
+        text = sum((n - picture) * (n - out) + picture * (n - picture - out) for out in counts)
+        return of_masks * len(counts) + text * known.heads
 
     def frame(self, q: Tensor, ctx: CallContext) -> Frame:
         """Blocks of a call, in the order of each head; raises what `plan` does."""

@@ -272,3 +272,25 @@ def test_it_is_a_frozen_record(tmp_path: Path):
     assert paro == ParoMethod(str(tmp_path))
     assert hash(paro) == hash(ParoMethod(str(tmp_path)))
     assert copy.deepcopy(paro).calibration is paro.calibration
+
+
+@pytest.mark.parametrize("tail", ["none", "zeroth"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TokenLayout.of(GRID),
+        TEXT,
+        TokenLayout((TextSpan(40, (12, 40)), GRID, TextSpan(33, (20, 1)))),
+    ],
+    ids=str,
+)
+def test_lists_are_as_long_as_what_is_read(layout: TokenLayout, tail: str, tmp_path: Path):
+    found = calibration({0: random_masks(1, HEADS, 7)}, [MIXED])
+    q, k, _ = qkv(layout)
+    plan = method(found, tmp_path, tail).plan(q, k, context(found, layout))
+    check(plan)
+    assert plan.indices.numel() == int((plan.full + plan.partial).sum())
+    frame = method(found, tmp_path).frame(q, context(found, layout))
+    picture = ~frame.context
+    read = plan.listed("full")[:, :, picture][..., picture]
+    assert torch.equal(read, found.mask(0, 0).expand_as(read))
