@@ -120,40 +120,39 @@ def sample(
         from dit_sparse.commands.words import device_of, dtype_of, prompts_of
 
         target = device_of(device)
-        report = sampling.sample(
-            sampling.Request(
-                model=model,
-                prompts=prompts_of(prompt or [], prompt_file, DEFAULT_PROMPT),
-                method=method_of(
-                    method,
-                    option or [],
-                    density=density,
-                    plan=plan,
-                    dense_first=dense_first,
-                    dense_last=dense_last,
-                    dense_layers=dense_layers,
-                    min_tokens=min_tokens,
-                ),
-                output=output,
-                device=target,
-                dtype=dtype_of(dtype, target),
-                negative_prompt=negative_prompt,
-                steps=steps,
-                seed=seed,
-                height=height,
-                width=width,
-                frames=frames,
-                guidance=guidance,
-                offload=offload,
-                backend=backend,
-                precision=precision,  # type: ignore[arg-type]  # it refuses other words
-                fps=fps,
-                compare=compare,
-                compile=compile,
-                warmup=warmup,
-                quiet=quiet,
-            )
+        request = sampling.Request(
+            model=model,
+            prompts=prompts_of(prompt or [], prompt_file, DEFAULT_PROMPT),
+            method=method_of(
+                method,
+                option or [],
+                density=density,
+                plan=plan,
+                dense_first=dense_first,
+                dense_last=dense_last,
+                dense_layers=dense_layers,
+                min_tokens=min_tokens,
+            ),
+            output=output,
+            device=target,
+            dtype=dtype_of(dtype, target),
+            negative_prompt=negative_prompt,
+            steps=steps,
+            seed=seed,
+            height=height,
+            width=width,
+            frames=frames,
+            guidance=guidance,
+            offload=offload,
+            backend=backend,
+            precision=precision,  # type: ignore[arg-type]  # it refuses other words
+            fps=fps,
+            compare=compare,
+            compile=compile,
+            warmup=warmup,
+            quiet=quiet,
         )
+        report = sampling.sample(request)
         show(report.to_dict(), str(report), output_format)
 
 
