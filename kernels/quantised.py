@@ -159,7 +159,7 @@ def _attend(room: _Room, plan: BlockPlan, scale: float) -> tuple[_Room, list[Lau
 
 def _add_rest(room: _Room, plan: BlockPlan, scale: float) -> None:
     """Adds pooled entries and the tail, whose few rows are not worth 8 bits, to the result."""
-    if not approximate.needed(plan):
+    if plan.pools is None and plan.tail == "none":
         return
     k, v = room.k, room.v
     if plan.order is not None:
