@@ -14,16 +14,13 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
-from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor
-from dit_sparse.kernels.launch import launch as launch_kernel
+from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor, launch_specialised
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.kernels.variants import Kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
 
 T = TypeVar("T")
-
-# Read in SASS to be specialised and free of spills with 3.6 and 3.9, not tried with older ones.
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -87,13 +84,21 @@ class Matrix:
 def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     """Whether the kernel was built for this problem: Hopper, 16 bit, blocks of 128."""
     return (
-        _TRITON >= (3, 6)
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-        and q.element_size() == 2
-        and 64 <= padded(q.shape[-1]) <= 128
+        chosen(q, plan) != "portable"
         and q.shape[-1] == v.shape[-1]
         and plan.q_blocks.size == 128
         and plan.k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
+    )
+
+
+def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
+    """What the table says of the kernel for entries that need no mask."""
+    return whole_kernel(
+        torch.cuda.get_device_capability(q.device),
+        triton.__version__,
+        str(q.dtype).removeprefix("torch."),
+        padded(q.shape[-1]),
+        plan.k_blocks.ragged,
     )
 
 
@@ -210,7 +215,7 @@ def _launch(
     mask: MaskProduct | None,
     lengths: tuple[Tensor, Tensor] | None,
     tail: Tail | None = None,
-) -> Launch:
+) -> Launch | None:
     qm, km, vm = matrices
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
@@ -247,8 +252,8 @@ def _launch(
         "BOUND": lengths is not None,
         "TAIL": tail is not None,
     }
-    grid = (batch * heads * n_blocks, 1, 1)
-    return launch_kernel(_block_sparse_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
+    kernel, grid = _block_sparse_fwd_hopper, (batch * heads * n_blocks, 1, 1)
+    return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)
 
 
 def describe(mask: MaskProduct) -> Any:

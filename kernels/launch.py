@@ -8,12 +8,16 @@ and all numbers are the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import triton
 from torch import Tensor
+from triton import JITFunction
+from triton.runtime.errors import OutOfResources
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -22,6 +26,9 @@ except ImportError:  # Triton before 3.4
 
 # A compiled kernel is called with all arguments, constants included; read in 3.6 and 3.9.
 _REPEATS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+# As many as the kernel for masked entries has under Triton 3.9, which are outside its products.
+_SPILLS = 16
+_LOG = logging.getLogger("dit_sparse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +107,65 @@ def launch(
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
     return Launch(kernel if _REPEATS else None, grid, whole)
+
+
+def launch_specialised(
+    jit: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    *,
+    warps: int,
+    stages: int,
+) -> Launch | None:
+    """`launch` of a kernel that has to be warp-specialised; `None`, and nothing launched, if Triton
+    did not make it so, or made it spill registers or take more shared memory than there is."""
+    known = _verdicts(jit)
+    key = (arguments[0].dtype, arguments[0].device, *constants.values())
+    if key not in known:
+        # Looked at once: what alignment and sizes make of the same kernel differs in little.
+        known[key] = _sound(jit, grid, arguments, constants, warps, stages)
+    if not known[key]:
+        return None
+    return launch(jit, grid, arguments, constants, warps=warps, stages=stages)
+
+
+@cache
+def _verdicts(jit: Any) -> dict[tuple[Any, ...], bool]:
+    """What is known of a function's kernels."""
+    return {}
+
+
+def _sound(
+    jit: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    warps: int,
+    stages: int,
+) -> bool:
+    """Whether a kernel is compiled as it was meant to be; says so in the log if not."""
+    if not isinstance(jit, JITFunction):
+        return True  # Triton's interpreter, which compiles nothing
+    try:
+        kernel = jit.warmup(*arguments, grid=grid, **constants, num_warps=warps, num_stages=stages)
+        kernel._init_handles()
+    except OutOfResources as error:
+        reason = str(error)
+    else:
+        if "setmaxnreg" not in kernel.asm["ptx"]:
+            reason = "its warps are not specialised"
+        elif kernel.n_spills > _SPILLS:
+            reason = f"it spills {kernel.n_spills} registers"
+        else:
+            return True
+    _LOG.warning(
+        "Triton %s compiles %s badly: %s. Another kernel runs in its place.",
+        triton.__version__,
+        jit.__name__,
+        reason,
+    )
+    return False
 
 
 def _without_base(descriptor: Any) -> dict[str, Any]:

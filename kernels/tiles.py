@@ -1,12 +1,10 @@
-"""Which tile a portable launch uses: a table made offline, never tuned at run time.
-
-Hopper's entries were measured on an H200; those of older GPUs are the ones that compile without
-spills (`scripts/compile_kernels.py`).
-"""
+"""Which tile a portable launch uses, see `variants`: never tuned at run time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from dit_sparse.kernels.variants import tile_row
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,10 @@ def choose_tile(
         q_block, k_block: block sizes of the plan.
         boxed: whether entries are masked by coordinates, which takes registers.
     """
-    hopper = capability[0] >= 9
-    keys = 64 if head_dim <= 128 else 32
-    if itemsize == 4:
-        keys = 32
-    elif hopper and head_dim <= 64 and not boxed:
-        keys = 128
+    row = tile_row(capability, itemsize, head_dim, boxed)
     # 128 rows in four warps spill registers where masks, or loads without descriptors, take some.
-    wide = head_dim > 128 or (head_dim > 64 and (boxed or not hopper))
-    return Tile(min(keys, k_block), 8 if wide and q_block >= 128 else 4, 2, tma=hopper)
+    warps = row.warps if q_block >= 128 else 4
+    return Tile(min(row.keys, k_block), warps, row.stages, row.tma)
 
 
 def shared_memory(tile: Tile, head_dim: int, itemsize: int, q_block: int) -> int:

@@ -62,6 +62,11 @@ def test_the_wheel_holds_the_defaults_of_families(wheel):
         assert "dit_sparse/pipelines/defaults.json" in archive.namelist()
 
 
+def test_the_wheel_holds_the_table_of_kernel_variants(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "dit_sparse/kernels/variants.json" in archive.namelist()
+
+
 def test_the_wheel_holds_every_module(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.endswith(".py")}

@@ -47,7 +47,7 @@ class Compiled:
         return lambda *arguments: self.seen.append(((x, y, z), *arguments))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Jit:
     """Stands for a Triton function: binds as Triton does and launches."""
 
@@ -349,3 +349,55 @@ def test_repeated_on_the_device(window: tuple[int, int, int], ordered: bool) -> 
         tensor.copy_(other)
     graph.replay()
     assert all(map(torch.equal, captured, backend.run(*draw(4), one, 0.125)))
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """Stands for what Triton compiled."""
+
+    asm: dict[str, str]
+    n_spills: int
+
+    def _init_handles(self) -> None:
+        if self.n_spills < 0:
+            raise launch.OutOfResources(300_000, 232_448, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("ptx", "spills", "reason"),
+    [
+        ("setmaxnreg.inc", 0, None),
+        ("wgmma", 0, "its warps are not specialised"),
+        ("setmaxnreg.inc", 200, "it spills 200 registers"),
+        ("setmaxnreg.inc", -1, "shared memory"),
+    ],
+)
+def test_badly_compiled_kernels_are_refused(
+    ptx: str,
+    spills: int,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """Looked at once, and never launched."""
+    compiled, launched = [], []
+
+    class Function:
+        __name__ = "kernel"
+
+        def warmup(self, *arguments: Any, **options: Any) -> Kernel:
+            compiled.append(arguments)
+            return Kernel({"ptx": ptx}, spills)
+
+    monkeypatch.setattr(launch, "JITFunction", Function)
+    monkeypatch.setattr(launch, "launch", lambda *arguments, **_: launched.append(arguments))
+    jit, x = Function(), torch.empty(1)
+    for _ in range(2):
+        done = launch.launch_specialised(jit, (1, 1, 1), (x,), {"D": 64}, warps=4, stages=2)
+        assert done is None  # as the stand-in for `launch` returns
+    assert len(compiled) == 1
+    assert len(launched) == (0 if reason else 2)
+    assert bool(reason) == bool(caplog.messages)
+    assert reason is None or reason in caplog.messages[0]
+    launch.launch_specialised(jit, (1, 1, 1), (x,), {"D": 128}, warps=4, stages=2)
+    assert len(compiled) == 2

@@ -1,0 +1,168 @@
+"""The table of kernel variants: what runs for a GPU, a dtype, a head dim and a Triton version.
+
+It is made offline by `scripts/tune_kernels.py`, never at run time, and shipped as `variants.json`.
+A variant that Triton compiles badly here is refused by `launch.launch_specialised`, whatever the
+table says.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, get_args
+
+#: What computes whole entries: `hopper` has a program for every query block, `hopper_persistent`
+#: programs for several, `portable` runs anywhere.
+Kernel = Literal["hopper", "hopper_persistent", "portable"]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Which kernel computes the entries that need no mask, for blocks of 128 tokens.
+
+    Args:
+        architecture: such as `"sm_90"`; other GPUs have other rows or run the portable kernel.
+        triton: version that it was compiled and tried with, such as `"3.6"`.
+        dtype: name of a dtype of torch.
+        head_dim: padded to a power of two.
+        ragged: whether some key blocks are short.
+        kernel: the choice.
+        source: `"measured"` by the tuner, see `trials`, or only `"compiled"`.
+        trials: what the tuner saw of every variant: milliseconds, or why it was refused.
+    """
+
+    architecture: str
+    triton: str
+    dtype: str
+    head_dim: int
+    ragged: bool
+    kernel: Kernel
+    source: Literal["measured", "compiled"]
+    trials: dict[str, float | str]
+
+    def __post_init__(self) -> None:
+        if self.kernel not in get_args(Kernel):
+            raise ValueError(
+                f"Expected a kernel among {', '.join(get_args(Kernel))}, got {self.kernel!r}. "
+                "Mend the row in variants.json."
+            )
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """How the portable kernel is cut.
+
+    Args:
+        architecture: the oldest that the row is for; newer ones take it unless they have their own.
+        itemsize: bytes of an element.
+        head_dim: the largest that the row is for.
+        boxed: whether entries are masked by coordinates, which takes registers.
+        keys, warps, stages, tma: see `tiles.Tile`; warps for 128 queries or more.
+    """
+
+    architecture: str
+    itemsize: int
+    head_dim: int
+    boxed: bool
+    keys: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, and where they come from."""
+
+    provenance: dict[str, Any]
+    whole: tuple[Whole, ...]
+    tiles: tuple[TileRow, ...]
+
+    @staticmethod
+    def of(record: dict[str, Any]) -> Table:
+        """Reads what `record` made.
+
+        Raises:
+            ValueError: a row with other fields than expected.
+        """
+        return Table(
+            record["provenance"],
+            tuple(_row(Whole, row) for row in record["whole"]),
+            tuple(_row(TileRow, row) for row in record["tiles"]),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The table as JSON holds it."""
+        return {
+            "provenance": self.provenance,
+            "whole": [vars(row) for row in self.whole],
+            "tiles": [vars(row) for row in self.tiles],
+        }
+
+
+@cache
+def table() -> Table:
+    """The shipped table."""
+    text = files("dit_sparse.kernels").joinpath("variants.json").read_text(encoding="utf-8")
+    return Table.of(json.loads(text))
+
+
+@cache
+def whole_kernel(
+    capability: tuple[int, int], triton: str, dtype: str, head_dim: int, ragged: bool
+) -> Kernel:
+    """The kernel for entries that need no mask.
+
+    A Triton version without rows takes those of the last one before it, and the portable kernel
+    where there is none.
+
+    Args:
+        capability: CUDA compute capability.
+        triton: version, of which the first two parts count.
+        dtype, head_dim, ragged: see `Whole`.
+    """
+    wanted = _version(triton)
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    rows = [
+        row
+        for row in table().whole
+        if (row.architecture, row.dtype, row.head_dim, row.ragged)
+        == (architecture, dtype, head_dim, ragged)
+        and _version(row.triton) <= wanted
+    ]
+    return max(rows, key=lambda row: _version(row.triton)).kernel if rows else "portable"
+
+
+@cache
+def tile_row(capability: tuple[int, int], itemsize: int, head_dim: int, boxed: bool) -> TileRow:
+    """How the portable kernel is cut; what is older than all rows takes the oldest."""
+    rows = [
+        row
+        for row in table().tiles
+        if (row.itemsize, row.boxed) == (itemsize, boxed) and head_dim <= row.head_dim
+    ]
+    known = sorted({_capability(row) for row in rows})
+    newest = max((one for one in known if one <= capability), default=known[0])
+    fitting = (row for row in rows if _capability(row) == newest)
+    return min(fitting, key=lambda row: row.head_dim)
+
+
+def _capability(row: TileRow) -> tuple[int, int]:
+    major, minor = divmod(int(row.architecture.removeprefix("sm_")), 10)
+    return major, minor
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _row(kind: type[Any], values: dict[str, Any]) -> Any:
+    expected = {field.name for field in fields(kind)}
+    if set(values) != expected:
+        raise ValueError(
+            f"Expected rows with {', '.join(sorted(expected))} in variants.json, "
+            f"got {', '.join(sorted(values))}. Make the table again with scripts/tune_kernels.py."
+        )
+    return kind(**values)

@@ -1,0 +1,110 @@
+"""The shipped table of kernel variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dit_sparse.kernels import variants
+from dit_sparse.kernels.variants import Table, Whole, tile_row, whole_kernel
+
+BF16 = ("bfloat16", 64, False)
+
+
+def test_the_table_survives_its_record():
+    table = variants.table()
+    again = Table.of(table.record())
+    assert again == table
+    assert len(table.whole) > 0
+    assert len(
+        {(r.architecture, r.triton, r.dtype, r.head_dim, r.ragged) for r in table.whole}
+    ) == (len(table.whole))
+
+
+def test_measured_rows_choose_the_fastest_of_their_trials():
+    """And never a variant that was refused."""
+    for row in variants.table().whole:
+        times = {name: ms for name, ms in row.trials.items() if not isinstance(ms, str)}
+        assert row.kernel not in row.trials or row.kernel in times, row
+        if row.source == "measured":
+            assert row.kernel == min(times, key=lambda name: times[name]), row
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A table with rows for two Triton versions."""
+    made = [
+        Whole("sm_90", version, *BF16, kernel, "compiled", {})
+        for version, kernel in (("3.6", "hopper_persistent"), ("3.10", "hopper"))
+    ]
+    table = replace(variants.table(), whole=tuple(made))
+    monkeypatch.setattr(variants, "table", lambda: table)
+    whole_kernel.cache_clear()
+    yield
+    whole_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    ("version", "kernel"),
+    [
+        ("3.5.1", "portable"),
+        ("3.6.0", "hopper_persistent"),
+        ("3.9.1+cu130", "hopper_persistent"),  # nobody has tried: the version before
+        ("3.10.0", "hopper"),
+        ("4.0", "hopper"),
+    ],
+)
+def test_versions_without_rows_take_those_before(version: str, kernel: str):
+    assert whole_kernel((9, 0), version, *BF16) == kernel
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    "key",
+    [
+        ((10, 0), "3.6.0", *BF16),
+        ((8, 0), "3.6.0", *BF16),
+        ((9, 0), "3.6.0", "float32", 64, False),
+        ((9, 0), "3.6.0", "bfloat16", 256, False),
+        ((9, 0), "3.6.0", "bfloat16", 64, True),
+    ],
+)
+def test_what_has_no_row_is_portable(key: tuple[Any, ...]):
+    assert whole_kernel(*key) == "portable"
+
+
+def test_rows_of_other_fields_are_refused():
+    record = variants.table().record()
+    record["whole"] = [{"architecture": "sm_90"}]
+    with pytest.raises(ValueError, match=r"Expected rows with .*, got architecture\. Make"):
+        Table.of(record)
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match=r"Expected a kernel among hopper, .*, got 'fast'"):
+        Whole("sm_90", "3.6", *BF16, "fast", "compiled", {})
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        ((0, 0), "sm_80"),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((12, 0), "sm_90"),
+    ],
+)
+def test_tiles_of_the_newest_architecture_that_is_not_newer(
+    capability: tuple[int, int], architecture: str
+):
+    assert tile_row(capability, 2, 128, False).architecture == architecture
+
+
+@pytest.mark.parametrize(("head_dim", "row"), [(16, 64), (64, 64), (128, 128), (256, 256)])
+def test_tiles_of_the_least_head_dim_that_is_not_less(head_dim: int, row: int):
+    assert tile_row((9, 0), 2, head_dim, True).head_dim == row
