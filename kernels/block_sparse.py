@@ -13,10 +13,11 @@ from torch import Tensor
 from triton.runtime import driver
 
 from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
-from dit_sparse.kernels import approximate, hopper, norms, portable, tail
+from dit_sparse.kernels import approximate, hopper, hopper_persistent, norms, portable, tail
 from dit_sparse.kernels.launch import Launch, Repeat
 from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
+from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -94,12 +95,14 @@ class TritonBackend:
         tile: run the portable kernel with this tile, for measurements and tests.
         bound: whether the Hopper kernel subtracts a bound of the scores instead of their maximum,
             where it may; `None` for where it pays.
+        each: query blocks that a program of the Hopper kernel takes; `None` for as many as pay.
         interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
             before Triton was imported. For tests: it is slow, and wrong in bfloat16.
     """
 
     tile: Tile | None = None
     bound: bool | None = None
+    each: int | None = None
     interpreted: bool = False
 
     @property
@@ -189,9 +192,9 @@ class TritonBackend:
 
     def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
-        q, (ordered, k, v), result = room.q, room.ordered, room.result
+        q, (_, k, v), result = room.q, room.ordered, room.result
         mask = hopper.mask_of(plan, scale)
-        main = hopper.launch(ordered, k, v, plan, scale, result, mask=mask, lengths=room.lengths)
+        main = self._main(room, plan, scale, mask)
         if main is None:
             return []
         parts: list[portable.Part] = []
@@ -205,6 +208,22 @@ class TritonBackend:
             main,
             *(portable.launch(q, k, v, plan, scale, tile, result, part=part) for part in parts),
         ]
+
+    def _main(
+        self, room: _Room, plan: BlockPlan, scale: float, mask: MaskProduct | None
+    ) -> Launch | None:
+        """Runs the Hopper kernel, on masked entries too if there is a mask."""
+        q, lengths = room.ordered[0], room.lengths
+        each = self.each
+        if each is None and q.is_cuda and hopper.chosen(q, plan) == "hopper_persistent":
+            each = hopper_persistent.blocks_each(q, plan)
+        if each is not None and each > 1 and mask is None:
+            done = hopper_persistent.launch(
+                *room.ordered, plan, scale, room.result, each=each, lengths=lengths
+            )
+            if done is not None:
+                return done
+        return hopper.launch(*room.ordered, plan, scale, room.result, mask=mask, lengths=lengths)
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
         return self.tile or choose_tile(

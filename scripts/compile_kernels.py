@@ -33,6 +33,7 @@ from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
@@ -41,6 +42,7 @@ from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.tiles import choose_tile
+from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
 
 Q_BLOCK = K_BLOCK = 128
@@ -84,11 +86,16 @@ class Report:
 
 
 def variants() -> Iterator[Variant]:
-    """Every combination that a launch can ask for in bf16, for Ampere and Hopper."""
+    """Every combination that a launch can ask for in bf16, for Ampere and Hopper; of kernels that
+    the table chooses for some Triton versions only, those for this one."""
     for head_dim in (64, 128):
         for ragged in (False, True):
             yield Variant("hopper", 90, head_dim, ragged)
             yield Variant("hopper", 90, head_dim, ragged, bound=True)
+            chosen = whole_kernel((9, 0), triton.__version__, "bfloat16", head_dim, ragged)
+            if chosen == "hopper_persistent":
+                yield Variant(chosen, 90, head_dim, ragged)
+                yield Variant(chosen, 90, head_dim, ragged, bound=True)
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("hopper", 90, head_dim, ragged=False, tail=1)
@@ -221,8 +228,8 @@ def statistics(variant: Variant) -> Report:
 def compiled(variant: Variant) -> Report:
     """Compiles a variant as its launcher would."""
     masked = variant.box or variant.disk
-    if variant.kernel == "hopper":
-        function, warps, stages, tma = _block_sparse_fwd_hopper, 4, 2, True
+    if variant.kernel in _HOPPER:
+        function, warps, stages, tma = _HOPPER[variant.kernel], 4, 2, True
         keys = K_BLOCK
         tile = [keys, variant.head_dim]
     else:
@@ -261,6 +268,10 @@ def compiled(variant: Variant) -> Report:
     return _read(variant, kernel)
 
 
+_HOPPER = {
+    "hopper": _block_sparse_fwd_hopper,
+    "hopper_persistent": _block_sparse_fwd_hopper_persistent,
+}
 _POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr"), "*bf16"),
     **dict.fromkeys(("pooled_ptr", "tiled_ptr", "slope_ptr", "each_ptr"), "*bf16"),

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from dit_sparse.kernels.tiles import choose_tile, shared_memory
+from dit_sparse.kernels.variants import table
 
 triton = pytest.importorskip("triton")
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+VERSION = triton.__version__.split(".")[:2]
+if tuple(int(part) for part in VERSION) < (3, 6):
     pytest.skip("the Hopper kernel is for Triton 3.6 and later", allow_module_level=True)
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_kernels.py"
 
@@ -58,6 +60,22 @@ def test_the_hopper_kernel_is_specialised_asynchronous_and_free_of_spills(report
         # Of 64, or half as many, in the softmax of each of two warpgroups.
         assert counts["overlapped"] >= 80, report
         assert report["shared"] <= 232_448, report
+
+
+def test_the_kernel_for_several_query_blocks_is_specialised_where_the_table_chooses_it(reports):
+    found = [r for r in reports if r["variant"]["kernel"] == "hopper_persistent"]
+    rows = [row for row in table().whole if row.triton == ".".join(VERSION)]
+    chosen_rows = [row for row in rows if row.kernel == "hopper_persistent"]
+    assert len(found) == len(chosen_rows)  # in one dtype instead of two, twice: with a bound too
+    for report in found:
+        counts = report["counts"]
+        assert counts["spills"] == 0, report
+        assert counts["setmaxreg"] > 0, report  # warp specialisation
+        assert counts["hgmma"] >= 6 * counts["waits"] > 0, report
+        assert counts["overlapped"] >= 80, report
+        # Two share a multiprocessor's 228 KiB, of which each takes another for the system.
+        fitting = 115_712 if report["variant"]["head_dim"] == 64 else 232_448
+        assert report["shared"] <= fitting, report
 
 
 def test_the_portable_kernel_uses_the_matrix_units_and_descriptors_of_hopper(reports):

@@ -1,0 +1,114 @@
+"""Launches the Hopper kernel whose programs take several query blocks each."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
+from dit_sparse.kernels.hopper import Matrix, with_scratch
+from dit_sparse.kernels.launch import Launch, launch_specialised
+from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.plan import BlockPlan
+
+_MOST = 8  # query blocks to a program: what is left to hide then is an eighth of a block's
+_ROUNDS = 4  # of programs at least, so that short lists make up for long ones
+_START_AND_END = 2.0  # of a program, in the time of one key block [H200]
+
+
+def blocks_each(q: Tensor, plan: BlockPlan) -> int:
+    """How many query blocks a program should take: those with which all end soonest.
+
+    Waits for nothing: lists count with the mean of their lengths.
+    """
+    tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
+    entries = max(plan.indices.numel() / plan.offsets.numel(), 1.0)
+    slots = _slots(q.device, padded(q.shape[-1]))
+    return _soonest(tiles, entries, slots)
+
+
+def _soonest(tiles: int, entries: float, slots: int) -> int:
+    """The number of tiles to a program, of which `slots` run at the same time."""
+
+    def rounds(each: int) -> int:
+        return -(-tiles // (each * slots))
+
+    def cost(each: int) -> float:
+        return rounds(each) * (each * entries + _START_AND_END)
+
+    fitting = [each for each in range(1, _MOST + 1) if each == 1 or rounds(each) >= _ROUNDS]
+    return min(fitting, key=cost)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    *,
+    each: int,
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> Launch | None:
+    """`hopper.launch` of the full entries.
+
+    Args:
+        each: query blocks that a program takes.
+        q, k, v, plan, scale, result, lengths: as there.
+    """
+    matrices = tuple(Matrix.of(t) for t in (q, k, v))
+    qm, km, vm = matrices
+    if qm is None or km is None or vm is None:
+        return None
+    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
+        return None
+    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, each, lengths)
+    return with_scratch(run)
+
+
+def _launch(
+    q: Tensor,
+    matrices: tuple[Matrix, Matrix, Matrix],
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    each: int,
+    lengths: tuple[Tensor, Tensor] | None,
+) -> Launch | None:
+    qm, km, vm = matrices
+    out, lse = result
+    batch, heads, n_queries, head_dim = q.shape
+    dim, keys, blocks = padded(head_dim), plan.k_blocks.size, plan.q_blocks.n
+    picture = plan.q_blocks.picture or range(blocks)
+    starts, counts = plan.spans
+    order = starts if plan.order is None else plan.order.index
+    tiles = batch * heads * blocks
+    arguments = (
+        q, km.describe([keys, dim]), vm.describe([keys, dim]), out, lse, *(lengths or (lse, lse)),
+        plan.offsets, plan.full, starts, counts, plan.q_blocks.starts, order,
+        *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        tiles, each, heads, blocks, blocks - len(picture), picture.start, n_queries, scale * LOG2_E,
+    )  # fmt: skip
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": dim,
+        "BLOCK_M": plan.q_blocks.size,
+        "BLOCK_N": keys,
+        "RAGGED": plan.k_blocks.ragged,
+        "HAS_ORDER": plan.order is not None,
+        "BOUND": lengths is not None,
+    }
+    kernel, grid = _block_sparse_fwd_hopper_persistent, (-(-tiles // each), 1, 1)
+    return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)
+
+
+@functools.cache
+def _slots(device: torch.device, head_dim: int) -> int:
+    """Programs that run at the same time: two share a multiprocessor where they fit."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors * (2 if head_dim <= 64 else 1)
