@@ -12,6 +12,15 @@ import triton.language as tl
 from dit_sparse.kernels._hopper import _placed
 
 
+@triton.jit
+def _bias(length, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of a block's columns: 0, and what no score outweighs for those behind its end."""
+    within = tl.arange(0, BLOCK_N)
+    if BLOCK_D > 64:  # where a select would take registers that are not there
+        return tl.minimum((length - 1 - within).to(tl.float32), 0.0) * 1e30
+    return tl.where(within < length, 0.0, float("-inf"))
+
+
 @triton.jit(do_not_specialize=["n_tiles", "n_each", "n_outer", "first_inner"])
 def _block_sparse_fwd_hopper_persistent(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr,
@@ -46,7 +55,6 @@ def _block_sparse_fwd_hopper_persistent(
         v_row = batch * v_row_b + head * v_row_h
         k_col = head * k_col_h
         v_col = head * v_col_h
-        within = tl.arange(0, BLOCK_N)
 
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -70,15 +78,16 @@ def _block_sparse_fwd_hopper_persistent(
             if not BOUND:
                 acc = acc * alpha[:, None]
             acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
+            if RAGGED:
+                bias = _bias(length, BLOCK_N, BLOCK_D)
             if BOUND:
                 shift = -m_i[:, None]
                 if RAGGED:
-                    shift += tl.where(within < length, 0.0, float("-inf"))[None, :]
+                    shift += bias[None, :]
                 p = tl.math.exp2(scores * scale_log2 + shift)
                 l_i += tl.sum(p, 1)
             else:
                 if RAGGED:  # a column bias rides on the scaling, a select would not
-                    bias = tl.where(within < length, 0.0, float("-inf"))
                     scores = scores * scale_log2 + bias[None, :]
                     m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
                     p = tl.math.exp2(scores - m_new[:, None])
