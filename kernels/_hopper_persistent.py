@@ -39,8 +39,11 @@ def _block_sparse_fwd_hopper_persistent(
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
-    begin = tl.program_id(0) * n_each
-    end = tl.minimum(begin + n_each, n_tiles)
+    # The blocks around the picture, which read everything, have a program each, the first ones.
+    outer = n_tiles // n_q_blocks * n_outer
+    pid = tl.program_id(0)
+    begin = tl.where(pid < outer, pid, outer + (pid - outer) * n_each)
+    end = tl.minimum(begin + tl.where(pid < outer, 1, n_each), n_tiles)
     for tile in tl.range(begin, end, num_stages=1, warp_specialize=True):
         block, head, batch = _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads)
         q_start = tl.load(q_starts_ptr + block)

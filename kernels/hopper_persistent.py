@@ -103,7 +103,8 @@ def _launch(
         "HAS_ORDER": plan.order is not None,
         "BOUND": lengths is not None,
     }
-    kernel, grid = _block_sparse_fwd_hopper_persistent, (-(-tiles // each), 1, 1)
+    outer = batch * heads * (blocks - len(picture))  # blocks around it have a program each
+    kernel, grid = _block_sparse_fwd_hopper_persistent, (outer + -(-(tiles - outer) // each), 1, 1)
     return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)
 
 
