@@ -128,7 +128,11 @@ class BlockPlan:
         indices: int32 `[E]`, key-block numbers.
         offsets: int32 `[1 or B, 1 or H, n_q]`.
         full, partial: int32, shape of `offsets`.
-        box, disk: element mask of partial entries, one or the other; `None` when there are none.
+        box, disk: element mask of partial entries, one or the other; `None` where there are none,
+            or `words` mask them.
+        bias: float32 `[E]`, added to the scaled scores of every exact entry; `None`: nothing is.
+        words: int32 `[E, ceil(k_blocks.size / 32)]`, in the place of a box or a disk: bit j % 32 of
+            word j // 32 says whether the queries of its row read key j of a partial entry.
         pools: entries that are read as means; `None`: every entry is exact.
         tail: what stands for the key blocks that a row does not list: nothing; their mean key and
             value with bias ln(count) (`"zeroth"`); or that and a first-order term of Taylor's
@@ -149,6 +153,8 @@ class BlockPlan:
     partial: Tensor
     box: BoxPredicate | None = None
     disk: DiskPredicate | None = None
+    bias: Tensor | None = None
+    words: Tensor | None = None
     pools: Pools | None = None
     tail: Tail = "none"
     hidden: Tensor | None = None
@@ -157,8 +163,9 @@ class BlockPlan:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        lists = ("indices", "offsets", "full", "partial")
-        make_contiguous(self, lists if self.hidden is None else (*lists, "hidden"))
+        others = ("bias", "words", "hidden")
+        given = [name for name in others if getattr(self, name) is not None]
+        make_contiguous(self, ("indices", "offsets", "full", "partial", *given))
 
     @classmethod
     def from_mask(
@@ -225,6 +232,11 @@ class BlockPlan:
     def predicate(self) -> Predicate | None:
         """What masks the elements of partial entries: the box or the disk."""
         return self.disk if self.box is None else self.box
+
+    @property
+    def masked(self) -> bool:
+        """Whether anything masks the elements of partial entries."""
+        return self.predicate is not None or self.words is not None
 
     @property
     def batch(self) -> int:
@@ -319,6 +331,13 @@ class BlockPlan:
         hidden = 0 if self.hidden is None else self.hidden.sum(-1)[:, None, None]
         return total + self.k_blocks.n - hidden - self.count
 
+    def bits(self, entries: Tensor) -> Tensor:
+        """bool `[entries, k_blocks.size]`: the words of these entries, bit by bit."""
+        if self.words is None:
+            raise ValueError("Expected a plan with words, got one without. Ask for `words` first.")
+        key = torch.arange(self.k_blocks.size, device=self.device)
+        return (self.words[entries][:, key // 32] >> (key % 32)) & 1 != 0
+
     def element_mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor | None:
         """bool mask of a partial entry between the given plan positions; `None`: all visible."""
         return None if self.predicate is None else self.predicate.mask(head, q, k)
@@ -337,6 +356,8 @@ class BlockPlan:
         q_of, k_of = self.q_blocks.of_token, self.k_blocks.of_token
         full = self.listed("full").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
         part = self.listed("partial").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
+        if self.words is not None:
+            part = self._read_by_words.expand(-1, heads, -1, -1)[..., q_of, :]
         if (predicate := self.predicate) is not None:
             every = slice(None)
             part = part & torch.stack([predicate.mask(h, every, every) for h in range(heads)])
@@ -347,6 +368,23 @@ class BlockPlan:
         inverse = self.order.inverse.expand(heads, -1)
         heads_index = torch.arange(heads, device=self.device)[:, None, None]
         return mask[:, heads_index, inverse[:, :, None], inverse[:, None, :]]
+
+    @property
+    def _read_by_words(self) -> Tensor:
+        """bool `[1 or B, 1 or H, n_q, N_k]`: the keys of partial entries that words show."""
+        first, none = self.offsets + self.full, torch.zeros_like(self.partial)
+        part = replace(self, offsets=first, full=self.partial, partial=none, pools=None)
+        entries = part.entries
+        rows = torch.arange(none.numel(), device=self.device)
+        rows = rows.repeat_interleave(self.partial.reshape(-1))
+        block = self.indices[entries].long()
+        key = torch.arange(self.k_blocks.size, device=self.device)
+        real = key < self.k_blocks.lengths[block, None]
+        token = torch.where(real, self.k_blocks.starts[block, None] + key, self.k_blocks.total)
+        shape = (none.numel(), self.k_blocks.total + 1)
+        read = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        read[rows[:, None], token] = self.bits(entries) & real
+        return read[:, :-1].unflatten(0, none.shape)
 
     def listed(self, part: Literal["full", "partial", "pooled"]) -> Tensor:
         """`visited`, for one part of the lists only."""
@@ -371,7 +409,7 @@ class BlockPlan:
     def __str__(self) -> str:
         batch, heads, _ = self.offsets.shape
         extras = [f"tail {self.tail}"] if self.tail != "none" else []
-        parts = ("box", "disk", "pools", "coarse", "order")
+        parts = ("box", "disk", "bias", "words", "pools", "coarse", "order")
         extras += [name for name in parts if getattr(self, name) is not None]
         extras += [f"scale x {self.scale:.4g}"] if self.scale != 1.0 else []
         return (

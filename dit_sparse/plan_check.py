@@ -40,6 +40,7 @@ def check(plan: BlockPlan) -> BlockPlan:
         _check_box(plan, plan.box)
     if plan.disk is not None:
         _check_disk(plan, plan.disk)
+    _check_marks(plan)
     _check_heads(plan)
     _check_order(plan)
     if plan.coarse is not None:
@@ -104,17 +105,22 @@ def tensors(plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
     if plan.disk is not None:
         for name in ("centre", "limit", "key"):
             yield f"disk.{name}", getattr(plan.disk, name)
+    if plan.bias is not None:
+        yield "bias", plan.bias
+    if plan.words is not None:
+        yield "words", plan.words
     if plan.order is not None:
         yield "order.index", plan.order.index
 
 
-_SPECIAL = {"hidden": torch.bool, "order.index": torch.int64}
+_SPECIAL = {"hidden": torch.bool, "bias": torch.float32, "order.index": torch.int64}
 _DIMENSIONS = {
     "offsets": 3,
     "full": 3,
     "partial": 3,
     "pools.counts": 4,
     "hidden": 2,
+    "words": 2,
     "box.lower": 2,
     "box.upper": 2,
     "disk.centre": 2,
@@ -214,7 +220,7 @@ def _check_entries(plan: BlockPlan) -> None:
             "Expected every key block at most once in a row, got block "
             f"{int(listed[_first(repeated)]) % plan.k_blocks.n} in two parts."
         )
-    if plan.predicate is None and bool(plan.partial.any()):
+    if not plan.masked and bool(plan.partial.any()):
         raise ValueError(
             "Expected a box that masks the partial entries, got none. Give one, or list the "
             "blocks as full."
@@ -307,6 +313,28 @@ def _check_disk(plan: BlockPlan, disk: DiskPredicate) -> None:
     _check_shapes("disk", disk, {"centre": queries, "limit": queries, "key": keys})
     if bool((disk.limit < 1).any()):
         raise ValueError(f"Expected disk.limit above 0, got {int(disk.limit.min())}.")
+
+
+def _check_marks(plan: BlockPlan) -> None:
+    """Bias and words, which stand beside the entries."""
+    entries, words = plan.indices.numel(), -(-plan.k_blocks.size // 32)
+    if plan.bias is not None:
+        if plan.bias.shape != (entries,):
+            raise ValueError(f"Expected bias of shape [{entries}], got {list(plan.bias.shape)}.")
+        if not bool(plan.bias.isfinite().all()):
+            raise ValueError(
+                "Expected a finite bias for every entry, got one that is not. Leave out entries "
+                "that nothing should read."
+            )
+    if plan.words is not None:
+        if plan.words.shape != (entries, words):
+            raise ValueError(
+                f"Expected words of shape [{entries}, {words}], got {list(plan.words.shape)}."
+            )
+        if plan.predicate is not None:
+            raise ValueError(
+                "Expected words, a box or a disk, got words and another. Give the one that masks."
+            )
 
 
 def _check_shapes(name: str, predicate: object, shapes: dict[str, list[int]]) -> None:

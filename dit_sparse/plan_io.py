@@ -196,6 +196,8 @@ def _plan(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> BlockPlan:
         full=found["full"],
         partial=found["partial"],
         box=box,
+        bias=found.get("bias"),
+        words=found.get("words"),
         disk=DiskPredicate(*(found[name] for name in _DISK)) if _DISK[0] in found else None,
         pools=pools,
         tail=header["tail"],
@@ -214,7 +216,7 @@ def _named_tensors(header: Mapping[str, Any], stored: Mapping[str, Tensor]) -> d
         required.update(_DISK)
     for name in sorted(required - set(names)):
         raise ValueError(f"Expected a tensor {name!r}, got none.")
-    known = required | {"hidden", "order.index"}
+    known = required | {"hidden", "order.index", "bias", "words"}
     for name in sorted(set(names) - known):
         raise ValueError(f"Expected tensors {', '.join(sorted(known))}, got {name!r}.")
     for name, key in names.items():

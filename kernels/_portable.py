@@ -36,7 +36,7 @@ def _accumulate(acc, l_i, alpha, p, v):
 def _portable_fwd(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
-    lower_ptr, upper_ptr, above_ptr, below_ptr,
+    lower_ptr, upper_ptr, above_ptr, below_ptr, words_ptr, bias_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
@@ -46,6 +46,7 @@ def _portable_fwd(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
+    HAS_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ORDER: tl.constexpr, TMA: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
@@ -86,6 +87,7 @@ def _portable_fwd(
     n_full = tl.load(full_ptr + row)
     starts_ptr += first
     lengths_ptr += first
+    bias_ptr += first
     within = tl.arange(0, BLOCK_N)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -107,9 +109,15 @@ def _portable_fwd(
                 # the maximum is finite from the first step on.
                 length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
                 bias = tl.where(within < length, 0.0, float("-inf"))
+                if HAS_BIAS:
+                    bias += tl.load(bias_ptr + it // SUB) * 1.4426950408889634
                 scores = scores * scale_log2 + bias[None, :]
                 m_new = tl.maximum(m_i, tl.max(scores, 1))
                 p = tl.math.exp2(scores - m_new[:, None])
+            elif HAS_BIAS:
+                bias = tl.load(bias_ptr + it // SUB) * 1.4426950408889634
+                m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2 + bias)
+                p = tl.math.exp2(scores * scale_log2 - (m_new - bias)[:, None])
             else:
                 m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
                 p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
@@ -125,9 +133,14 @@ def _portable_fwd(
     if HAS_BOX:
         starts_ptr += n_full
         lengths_ptr += n_full
-        box_rows = head.to(tl.int64) * box_stride_h + rows
-        lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
-        upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
+        bias_ptr += n_full
+        if HAS_WORDS:
+            WORDS: tl.constexpr = (SUB * BLOCK_N + 31) // 32
+            words_ptr += (first + n_full).to(tl.int64) * WORDS
+        else:
+            box_rows = head.to(tl.int64) * box_stride_h + rows
+            lower = tl.load(lower_ptr + box_rows, mask=row_inside, other=0)
+            upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
         for it in tl.range(0, n_partial * SUB):
             start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
             k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
@@ -136,10 +149,17 @@ def _portable_fwd(
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
             length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
             bias = tl.where(within < length, 0.0, float("-inf"))
-            above = tl.load(above_ptr + start + within, mask=within < length, other=0) | guard
-            below = tl.load(below_ptr + start + within, mask=within < length, other=0)
+            if HAS_BIAS:
+                bias += tl.load(bias_ptr + it // SUB) * 1.4426950408889634
+            if not HAS_WORDS:
+                above = tl.load(above_ptr + start + within, mask=within < length, other=0) | guard
+                below = tl.load(below_ptr + start + within, mask=within < length, other=0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
-            if DISK:
+            if HAS_WORDS:
+                key = (it % SUB) * BLOCK_N + within
+                word = tl.load(words_ptr + it // SUB * WORDS + key // 32)
+                inside = (((word >> (key % 32)) & 1) != 0)[None, :]
+            elif DISK:
                 dy = (above >> 16)[None, :] - (lower >> 16)[:, None]
                 dx = (above & 0xFFFF)[None, :] - (lower & 0xFFFF)[:, None]
                 inside = (dy * dy + dx * dx < upper[:, None]) | (above < 0)[None, :]

@@ -232,7 +232,7 @@ class TritonBackend:
             q.element_size(),
             plan.q_blocks.size,
             plan.k_blocks.size,
-            boxed=plan.predicate is not None,
+            boxed=plan.masked,
         )
 
 

@@ -86,6 +86,8 @@ class EmulatedBackend:
                         continue
                     at = (batch, heads, rows)
                     scores = scale * q[at] @ k[batch, heads][..., picked.keys, :].mT
+                    if picked.bias is not None:
+                        scores = scores + picked.bias
                     if picked.mask is not None:
                         scores = scores.masked_fill(~picked.mask, -torch.inf)
                     weights, mass = self._weights(scores)

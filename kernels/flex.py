@@ -44,6 +44,8 @@ class FlexBackend:
             return f"expected head dims that are powers of two with torch {torch.__version__}."
         if plan.pools is not None or plan.tail != "none":
             return "expected exact entries only, got pooled entries or a tail."
+        if plan.bias is not None or plan.words is not None:
+            return "expected entries without bias and words, got some with."
         return refuses_beyond_basics(q, v)
 
     def run(

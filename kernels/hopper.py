@@ -86,6 +86,8 @@ def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     return (
         chosen(q, plan) != "portable"
         and q.shape[-1] == v.shape[-1]
+        and plan.bias is None
+        and plan.words is None
         and plan.q_blocks.size == 128
         and plan.k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
     )

@@ -194,6 +194,11 @@ def refuses_plan(plan: BlockPlan) -> str | None:
     """Why the 8-bit kernel does not run a plan."""
     if plan.coarse is not None:
         return f"expected a plan without coarse keys in 8 bits, got {plan}. Use precision='bf16'."
+    if plan.bias is not None or plan.words is not None:
+        return (
+            "expected entries without bias and words in 8 bits, got some with. "
+            "Use precision='bf16'."
+        )
     if plan.disk is not None:
         return "expected entries masked by boxes in 8 bits, got a disk. Use precision='bf16'."
     if plan.q_blocks.size != 128 or plan.k_blocks.size != 128:

@@ -57,6 +57,7 @@ class _Picked:
 
     keys: Tensor  # int64 positions of exact keys
     mask: Tensor | None  # bool [rows, keys]
+    bias: Tensor | None  # [keys], added to scores
     pools: list[tuple[Tensor, int]]  # positions of a pooled block, pool factor
     unlisted: Tensor  # int64 numbers of the blocks that are not listed
 
@@ -89,18 +90,32 @@ class Lists:
         exact = [self._keys[j] for j in self._indices[first:stop]]
         n_unmasked = sum(map(len, exact[:n_full]))
         keys = torch.cat([*exact, self._keys[0][:0]])
-        inside = self.plan.element_mask(head, self.rows[block], keys[n_unmasked:])
+        inside = self._inside(head, block, keys[n_unmasked:], range(first + n_full, stop))
         mask = None
         if inside is not None:
             whole = inside.new_ones(inside.shape[0], n_unmasked)
             mask = torch.cat([whole, inside], dim=1)
+        bias = None
+        if self.plan.bias is not None:
+            lengths = torch.tensor([len(of_block) for of_block in exact], dtype=torch.int64)
+            bias = self.plan.bias[first:stop].repeat_interleave(lengths.to(keys.device))
         pools = []
         for factor, count in self._pooled(row):
             pools += [(self._keys[j], factor) for j in self._indices[stop : stop + count]]
             stop += count
         rest = self._open[batch % len(self._open)].clone()
         rest[self._indices[first:stop]] = False
-        return _Picked(keys, mask, pools, rest.nonzero().flatten().to(self.plan.device))
+        return _Picked(keys, mask, bias, pools, rest.nonzero().flatten().to(self.plan.device))
+
+    def _inside(self, head: int, block: int, keys: Tensor, entries: range) -> Tensor | None:
+        """bool [rows, keys] of the partial entries; `None`: nothing masks them."""
+        rows = self.rows[block]
+        if self.plan.words is None:
+            return self.plan.element_mask(head, rows, keys)
+        real = [self._keys[self._indices[entry]] for entry in entries]
+        bits = self.plan.bits(torch.tensor(entries, dtype=torch.int64, device=keys.device))
+        seen = [row[: len(of_block)] for row, of_block in zip(bits, real, strict=True)]
+        return torch.cat([*seen, bits.new_ones(0)]).expand(rows.stop - rows.start, -1)
 
     def _pooled(self, row: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
         """Pool factors and how many entries of each a row has."""
@@ -151,7 +166,7 @@ def _row(
 ) -> tuple[Tensor, Tensor]:
     """Softmax over everything that one (already scaled) query block reads."""
     keys, values = [k[..., picked.keys, :]], [v[..., picked.keys, :]]
-    biases = [q.new_zeros(len(picked.keys))]
+    biases = [q.new_zeros(len(picked.keys)) if picked.bias is None else picked.bias.to(q.dtype)]
     for positions, level in picked.pools:
         keys.append(_group_means(k[..., positions, :], level))
         values.append(_group_means(v[..., positions, :], level))

@@ -250,6 +250,8 @@ def compiled(variant: Variant) -> Report:
         "RAGGED": variant.ragged,
         "HAS_BOX": masked,
         "DISK": variant.disk,
+        "HAS_WORDS": False,
+        "HAS_BIAS": False,
         "HAS_ORDER": variant.order,
         "TMA": tma,
         "COLUMNS": COLUMNS if variant.box else 0,

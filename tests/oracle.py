@@ -79,11 +79,19 @@ def _items(
         for start in range(block.start, block.stop, level):
             group = slice(start, min(start + level, block.stop))
             if n_full <= nth < n_full + n_partial:
-                box = plan.box
-                assert box is not None
-                if not box.mask(h, slice(position, position + 1), group).item():
+                if plan.words is not None:
+                    word, bit = divmod(start - block.start, 32)
+                    seen = bool(int(plan.words[first + nth, word]) >> bit & 1)
+                else:
+                    box = plan.box
+                    assert box is not None
+                    seen = bool(box.mask(h, slice(position, position + 1), group))
+                if not seen:
                     continue
-            exact.append(_mean(keys, values, group))
+            key, value, count = _mean(keys, values, group)
+            if plan.bias is not None and nth < n_full + n_partial:
+                count *= math.exp(plan.bias[first + nth])
+            exact.append((key, value, count))
     tail = []
     if plan.tail != "none":
         rest = [block for block in _open(plan, b, blocks) if block not in listed]
