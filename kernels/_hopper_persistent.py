@@ -1,6 +1,6 @@
 """Block-sparse attention forward for Hopper with several query blocks to a program.
 
-The loop of `_hopper.py`, for entries that need no mask, inside one over query blocks: the producer
+The loop of `_hopper.py`, for listed entries, inside one over query blocks: the producer
 fetches the next block's queries and first keys while the consumers still write the result of the
 last one. Queries have room for one block (`num_stages=1`), since a second one would not fit beside
 two of keys and values. A kernel of its own, because either loop alone may be specialised.
@@ -23,22 +23,28 @@ def _bias(length, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tiles", "n_each", "n_outer", "first_inner"])
 def _block_sparse_fwd_hopper_persistent(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr,
+    q_ptr, k_desc, v_desc, classes_ptr, hidden_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
-    offsets_ptr, full_ptr, starts_ptr, lengths_ptr,
+    offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
     q_starts_ptr, order_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
     k_row_b, k_row_h, k_col_h,
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, order_stride_h,
-    n_tiles, n_each, n_heads, n_q_blocks, n_outer, first_inner, n_queries, scale_log2,
+    list_stride_b, list_stride_h, order_stride_h, class_stride_h,
+    n_tiles, n_each, n_heads, n_q_blocks, n_outer, first_inner, n_queries,
+    n_classes, scale_log2, floor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, BOUND: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, COLUMNS: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
+    if COLUMNS:
+        classes_desc = tl.make_tensor_descriptor(
+            classes_ptr, shape=[n_classes, COLUMNS], strides=[COLUMNS, 1],
+            block_shape=[BLOCK_M, COLUMNS],
+        )  # fmt: skip
     # The blocks around the picture, which read everything, have a program each, the first ones.
     outer = n_tiles // n_q_blocks * n_outer
     pid = tl.program_id(0)
@@ -49,9 +55,16 @@ def _block_sparse_fwd_hopper_persistent(
         q_start = tl.load(q_starts_ptr + block)
         q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
 
+        if COLUMNS:
+            number = tl.load(class_ptr + head * class_stride_h + block)
+            classes = classes_desc.load([number * BLOCK_M, 0])
+
         row = batch * list_stride_b + head * list_stride_h + block
         first = tl.load(offsets_ptr + row)
         steps = tl.load(full_ptr + row)
+        if COLUMNS:  # masked or not, all entries stand in one list
+            steps += tl.load(partial_ptr + row)
+        patterns = pattern_ptr + first
         starts = starts_ptr + first
         lengths = lengths_ptr + first
         k_row = batch * k_row_b + head * k_row_h
@@ -59,7 +72,7 @@ def _block_sparse_fwd_hopper_persistent(
         k_col = head * k_col_h
         v_col = head * v_col_h
 
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        m_i = tl.full([BLOCK_M], floor, tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         alpha = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -76,7 +89,11 @@ def _block_sparse_fwd_hopper_persistent(
             k = k_desc.load([k_row + tl.load(starts + it), k_col])
             if RAGGED:
                 length = tl.load(lengths + it)
-            scores = tl.dot(q, tl.trans(k))
+            if COLUMNS:
+                hidden = hidden_desc.load([tl.load(patterns + it) * BLOCK_N, 0])
+                scores = tl.dot(q, tl.trans(k), tl.dot(classes, tl.trans(hidden)))
+            else:
+                scores = tl.dot(q, tl.trans(k))
             v = v_desc.load([v_row + tl.load(starts + tl.maximum(it - 1, 0)), v_col])
             if not BOUND:
                 acc = acc * alpha[:, None]

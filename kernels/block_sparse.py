@@ -214,16 +214,16 @@ class TritonBackend:
     ) -> Launch | None:
         """Runs the Hopper kernel, on masked entries too if there is a mask."""
         q, lengths = room.ordered[0], room.lengths
+        given = (*room.ordered, plan, scale, room.result)
         each = self.each
         if each is None and q.is_cuda and hopper.chosen(q, plan) == "hopper_persistent":
-            each = hopper_persistent.blocks_each(q, plan)
-        if each is not None and each > 1 and mask is None:
-            done = hopper_persistent.launch(
-                *room.ordered, plan, scale, room.result, each=each, lengths=lengths
-            )
+            each = hopper_persistent.blocks_each(q, plan, masked=mask is not None)
+        # Masks and running maxima in one loop leave no exponentials under its products.
+        if each is not None and each > 1 and (mask is None or lengths is not None):
+            done = hopper_persistent.launch(*given, each=each, mask=mask, lengths=lengths)
             if done is not None:
                 return done
-        return hopper.launch(*room.ordered, plan, scale, room.result, mask=mask, lengths=lengths)
+        return hopper.launch(*given, mask=mask, lengths=lengths)
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
         return self.tile or choose_tile(

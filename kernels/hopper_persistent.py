@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
-from dit_sparse.kernels.hopper import Matrix, with_scratch
+from dit_sparse.kernels.hopper import Matrix, describe, with_scratch
 from dit_sparse.kernels.launch import Launch, launch_specialised
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
 
 _MOST = 8  # query blocks to a program: what is left to hide then is an eighth of a block's
@@ -19,14 +20,17 @@ _ROUNDS = 4  # of programs at least, so that short lists make up for long ones
 _START_AND_END = 2.0  # of a program, in the time of one key block [H200]
 
 
-def blocks_each(q: Tensor, plan: BlockPlan) -> int:
+def blocks_each(q: Tensor, plan: BlockPlan, *, masked: bool) -> int:
     """How many query blocks a program should take: those with which all end soonest.
 
     Waits for nothing: lists count with the mean of their lengths.
+
+    Args:
+        masked: whether a mask takes part, which takes shared memory.
     """
     tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
     entries = max(plan.indices.numel() / plan.offsets.numel(), 1.0)
-    slots = _slots(q.device, padded(q.shape[-1]))
+    slots = _slots(q.device, padded(q.shape[-1]), masked)
     return _soonest(tiles, entries, slots)
 
 
@@ -52,13 +56,14 @@ def launch(
     result: AttentionOutput,
     *,
     each: int,
+    mask: MaskProduct | None = None,
     lengths: tuple[Tensor, Tensor] | None = None,
 ) -> Launch | None:
-    """`hopper.launch` of the full entries.
+    """`hopper.launch` with several query blocks to a program.
 
     Args:
-        each: query blocks that a program takes.
-        q, k, v, plan, scale, result, lengths: as there.
+        each: how many.
+        q, k, v, plan, scale, result, mask, lengths: as there.
     """
     matrices = tuple(Matrix.of(t) for t in (q, k, v))
     qm, km, vm = matrices
@@ -66,7 +71,7 @@ def launch(
         return None
     if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
         return None
-    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, each, lengths)
+    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, each, mask, lengths)
     return with_scratch(run)
 
 
@@ -77,6 +82,7 @@ def _launch(
     scale: float,
     result: AttentionOutput,
     each: int,
+    mask: MaskProduct | None,
     lengths: tuple[Tensor, Tensor] | None,
 ) -> Launch | None:
     qm, km, vm = matrices
@@ -88,19 +94,27 @@ def _launch(
     order = starts if plan.order is None else plan.order.index
     tiles = batch * heads * blocks
     arguments = (
-        q, km.describe([keys, dim]), vm.describe([keys, dim]), out, lse, *(lengths or (lse, lse)),
-        plan.offsets, plan.full, starts, counts, plan.q_blocks.starts, order,
+        q, km.describe([keys, dim]), vm.describe([keys, dim]),
+        mask.queries if mask else starts, describe(mask) if mask else None,
+        out, lse, *(lengths or (lse, lse)),
+        plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
+        mask.query if mask else starts, mask.entry if mask else starts,
+        plan.q_blocks.starts, order,
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-        tiles, each, heads, blocks, blocks - len(picture), picture.start, n_queries, scale * LOG2_E,
+        mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
+        tiles, each, heads, blocks, blocks - len(picture), picture.start, n_queries,
+        mask.queries.shape[:2].numel() if mask else 0,
+        scale * LOG2_E, FLOOR * scale * LOG2_E if mask else float("-inf"),
     )  # fmt: skip
     constants = {
         "D": head_dim,
         "BLOCK_D": dim,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged,
+        "RAGGED": plan.k_blocks.ragged and mask is None,
         "HAS_ORDER": plan.order is not None,
+        "COLUMNS": COLUMNS if mask else 0,
         "BOUND": lengths is not None,
     }
     outer = batch * heads * (blocks - len(picture))  # blocks around it have a program each
@@ -109,7 +123,7 @@ def _launch(
 
 
 @functools.cache
-def _slots(device: torch.device, head_dim: int) -> int:
+def _slots(device: torch.device, head_dim: int, masked: bool) -> int:
     """Programs that run at the same time: two share a multiprocessor where they fit."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return multiprocessors * (2 if head_dim <= 64 else 1)
+    return multiprocessors * (2 if head_dim <= 64 and not masked else 1)

@@ -26,7 +26,7 @@ except ImportError:  # Triton before 3.4
 
 # A compiled kernel is called with all arguments, constants included; read in 3.6 and 3.9.
 _REPEATS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-# As many as the kernel for masked entries has under Triton 3.9, which are outside its products.
+# So few stand outside the loops, where they cost nothing.
 _SPILLS = 16
 _LOG = logging.getLogger("dit_sparse")
 

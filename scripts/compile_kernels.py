@@ -96,6 +96,8 @@ def variants() -> Iterator[Variant]:
             if chosen == "hopper_persistent":
                 yield Variant(chosen, 90, head_dim, ragged)
                 yield Variant(chosen, 90, head_dim, ragged, bound=True)
+            if chosen == "hopper_persistent" and not ragged:
+                yield Variant(chosen, 90, head_dim, ragged, box=True, bound=True)
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("hopper", 90, head_dim, ragged=False, tail=1)

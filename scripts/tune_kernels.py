@@ -83,7 +83,7 @@ def runner(
         return lambda: portable.launch(q, k, v, plan, scale, tile, result)
     if trial.kernel == "hopper":
         return lambda: hopper.launch(q, k, v, plan, scale, result, lengths=lengths)
-    each = max(2, hopper_persistent.blocks_each(q, plan))
+    each = max(2, hopper_persistent.blocks_each(q, plan, masked=False))
     return lambda: hopper_persistent.launch(
         q, k, v, plan, scale, result, each=each, lengths=lengths
     )

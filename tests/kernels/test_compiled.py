@@ -48,34 +48,36 @@ def chosen(reports: list[dict[str, Any]], kernel: str, capability: int) -> list[
 
 def test_the_hopper_kernel_is_specialised_asynchronous_and_free_of_spills(reports):
     for report in chosen(reports, "hopper", 90):
-        counts = report["counts"]
-        assert counts["spills"] == 0, report
-        assert counts["tma"] > 0, report
-        assert counts["setmaxreg"] > 0, report  # warp specialisation
-        # Products are not serialised.
-        masked = report["variant"]["box"]
-        assert counts["qgmma"] == (2 if masked else 0), report  # one for each warpgroup
-        # The mask's product is waited for by itself.
-        assert counts["hgmma"] >= 6 * (counts["waits"] - 2 * masked) > 0, report
-        # Of 64, or half as many, in the softmax of each of two warpgroups.
-        assert counts["overlapped"] >= 80, report
-        assert report["shared"] <= 232_448, report
+        check_hopper(report)
 
 
-def test_the_kernel_for_several_query_blocks_is_specialised_where_the_table_chooses_it(reports):
+def test_the_kernel_for_several_query_blocks_is_so_too_where_the_table_chooses_it(reports):
     found = [r for r in reports if r["variant"]["kernel"] == "hopper_persistent"]
     rows = [row for row in table().whole if row.triton == ".".join(VERSION)]
-    chosen_rows = [row for row in rows if row.kernel == "hopper_persistent"]
-    assert len(found) == len(chosen_rows)  # in one dtype instead of two, twice: with a bound too
+    without_mask = [r for r in found if not r["variant"]["box"]]
+    # In one dtype instead of two, but twice: with a bound too.
+    assert len(without_mask) == sum(row.kernel == "hopper_persistent" for row in rows)
     for report in found:
-        counts = report["counts"]
-        assert counts["spills"] == 0, report
-        assert counts["setmaxreg"] > 0, report  # warp specialisation
-        assert counts["hgmma"] >= 6 * counts["waits"] > 0, report
-        assert counts["overlapped"] >= 80, report
-        # Two share a multiprocessor's 228 KiB, of which each takes another for the system.
-        fitting = 115_712 if report["variant"]["head_dim"] == 64 else 232_448
-        assert report["shared"] <= fitting, report
+        check_hopper(report)
+    for report in without_mask:
+        if report["variant"]["head_dim"] == 64:
+            # Two share a multiprocessor's 228 KiB, of which each takes another for the system.
+            assert report["shared"] <= 115_712, report
+
+
+def check_hopper(report: dict[str, Any]) -> None:
+    counts = report["counts"]
+    assert counts["spills"] == 0, report
+    assert counts["tma"] > 0, report
+    assert counts["setmaxreg"] > 0, report  # warp specialisation
+    # Products are not serialised.
+    masked = report["variant"]["box"]
+    assert counts["qgmma"] == (2 if masked else 0), report  # one for each warpgroup
+    # The mask's product is waited for by itself.
+    assert counts["hgmma"] >= 6 * (counts["waits"] - 2 * masked) > 0, report
+    # Of 64, or half as many, in the softmax of each of two warpgroups.
+    assert counts["overlapped"] >= 80, report
+    assert report["shared"] <= 232_448, report
 
 
 def test_the_portable_kernel_uses_the_matrix_units_and_descriptors_of_hopper(reports):
