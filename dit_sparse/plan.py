@@ -7,15 +7,16 @@ straddles a tile, a text span or the end of the sequence, and nothing has to div
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse import words
+from dit_sparse.density import keys_read
 from dit_sparse.grid import Permutation
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.pools import Pools as Pools
@@ -306,37 +307,10 @@ class BlockPlan:
     def density_tensor(self) -> Tensor:
         """`density` as a float64 scalar on the plan's device, without waiting for it."""
         rows = self.offsets[..., 0].numel() * self.q_blocks.starts[-1].double()
-        share = (self.q_blocks.lengths * self._read).sum() / (rows * self.k_blocks.starts[-1])
+        share = (self.q_blocks.lengths * keys_read(self)).sum() / (rows * self.k_blocks.starts[-1])
         if (coarse := self.coarse) is None:
             return share
         return share + coarse.plan.density_tensor * (coarse.size / self.k_blocks.starts[-1])
-
-    @property
-    def _read(self) -> Tensor:
-        """int64 `[1 or B, 1 or H, n_q]`: how many rows of keys, pooled ones too, a row reads."""
-        lengths = self.k_blocks.lengths.long()
-        blocks, start = self.indices.long(), self.offsets.long()
-
-        def read(keys: Tensor, first: Tensor, count: Tensor) -> Tensor:
-            before = F.pad(keys[blocks].cumsum(0), (1, 0))  # keys in all entries before this one
-            return before[first + count] - before[first]
-
-        total = read(lengths, start, self.full + self.partial)
-        start = start + self.full + self.partial
-        for factor, count in _by_factor(self.pools):
-            total = total + read((lengths + factor - 1) // factor, start, count)
-            start = start + count
-        if self.tail == "none":
-            return total
-        hidden = 0 if self.hidden is None else self.hidden.sum(-1)[:, None, None]
-        return total + self.k_blocks.n - hidden - self.count
-
-    def bits(self, entries: Tensor) -> Tensor:
-        """bool `[entries, k_blocks.size]`: the words of these entries, bit by bit."""
-        if self.words is None:
-            raise ValueError("Expected a plan with words, got one without. Ask for `words` first.")
-        key = torch.arange(self.k_blocks.size, device=self.device)
-        return (self.words[entries][:, key // 32] >> (key % 32)) & 1 != 0
 
     def element_mask(self, head: int, q: slice | Tensor, k: slice | Tensor) -> Tensor | None:
         """bool mask of a partial entry between the given plan positions; `None`: all visible."""
@@ -357,7 +331,7 @@ class BlockPlan:
         full = self.listed("full").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
         part = self.listed("partial").expand(-1, heads, -1, -1)[..., q_of[:, None], k_of]
         if self.words is not None:
-            part = self._read_by_words.expand(-1, heads, -1, -1)[..., q_of, :]
+            part = words.read_keys(self).expand(-1, heads, -1, -1)[..., q_of, :]
         if (predicate := self.predicate) is not None:
             every = slice(None)
             part = part & torch.stack([predicate.mask(h, every, every) for h in range(heads)])
@@ -368,23 +342,6 @@ class BlockPlan:
         inverse = self.order.inverse.expand(heads, -1)
         heads_index = torch.arange(heads, device=self.device)[:, None, None]
         return mask[:, heads_index, inverse[:, :, None], inverse[:, None, :]]
-
-    @property
-    def _read_by_words(self) -> Tensor:
-        """bool `[1 or B, 1 or H, n_q, N_k]`: the keys of partial entries that words show."""
-        first, none = self.offsets + self.full, torch.zeros_like(self.partial)
-        part = replace(self, offsets=first, full=self.partial, partial=none, pools=None)
-        entries = part.entries
-        rows = torch.arange(none.numel(), device=self.device)
-        rows = rows.repeat_interleave(self.partial.reshape(-1))
-        block = self.indices[entries].long()
-        key = torch.arange(self.k_blocks.size, device=self.device)
-        real = key < self.k_blocks.lengths[block, None]
-        token = torch.where(real, self.k_blocks.starts[block, None] + key, self.k_blocks.total)
-        shape = (none.numel(), self.k_blocks.total + 1)
-        read = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        read[rows[:, None], token] = self.bits(entries) & real
-        return read[:, :-1].unflatten(0, none.shape)
 
     def listed(self, part: Literal["full", "partial", "pooled"]) -> Tensor:
         """`visited`, for one part of the lists only."""
@@ -416,12 +373,6 @@ class BlockPlan:
             f"BlockPlan({self.q_blocks} x {self.k_blocks}, {batch} batch x {heads} heads, "
             f"density {self.density:.3f}{', ' if extras else ''}{', '.join(extras)})"
         )
-
-
-def _by_factor(pools: Pools | None) -> Iterator[tuple[int, Tensor]]:
-    """Every pool factor with how many entries of it each row has."""
-    if pools is not None:
-        yield from zip(pools.factors, pools.counts.unbind(-1), strict=True)
 
 
 def _check_masks(visited: Tensor, full: Tensor | None, expected: tuple[int, int]) -> None:

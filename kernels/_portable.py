@@ -24,6 +24,33 @@ def _load_tile(ptr, desc, batch, head, start, stride_b, stride_h, stride_n, n_ke
 
 
 @triton.jit
+def _column_bias(within, length, bias_ptr, HAS_BIAS: tl.constexpr):
+    """Of each column: the bias of its entry, as a power of 2, and -inf behind the block's end."""
+    bias = tl.where(within < length, 0.0, float("-inf"))
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr) * 1.4426950408889634
+    return bias
+
+
+@triton.jit
+def _shown(words_ptr, key):
+    """Which keys of a block the bits of its words show."""
+    word = tl.load(words_ptr + key // 32)
+    return (((word >> (key % 32)) & 1) != 0)[None, :]
+
+
+@triton.jit
+def _inside(above, below, lower, upper, guard, DISK: tl.constexpr):
+    """Which keys are inside the disks or boxes of the queries."""
+    if DISK:
+        dy = (above >> 16)[None, :] - (lower >> 16)[:, None]
+        dx = (above & 0xFFFF)[None, :] - (lower & 0xFFFF)[:, None]
+        return (dy * dy + dx * dx < upper[:, None]) | (above < 0)[None, :]
+    inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
+    return (inside & guard) == guard
+
+
+@triton.jit
 def _accumulate(acc, l_i, alpha, p, v):
     """One step of the online softmax: rescale by alpha, add the values that p weighs."""
     l_i = l_i * alpha + tl.sum(p, 1)
@@ -103,21 +130,15 @@ def _portable_fwd(
             v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if RAGGED:
+            if RAGGED or HAS_BIAS:
                 # A column bias rides on the scaling, a select would not. `start` has no part in it,
                 # so that the load pipeline may run ahead. The first tile of a block is never empty:
                 # the maximum is finite from the first step on.
                 length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
-                bias = tl.where(within < length, 0.0, float("-inf"))
-                if HAS_BIAS:
-                    bias += tl.load(bias_ptr + it // SUB) * 1.4426950408889634
+                bias = _column_bias(within, length, bias_ptr + it // SUB, HAS_BIAS)
                 scores = scores * scale_log2 + bias[None, :]
                 m_new = tl.maximum(m_i, tl.max(scores, 1))
                 p = tl.math.exp2(scores - m_new[:, None])
-            elif HAS_BIAS:
-                bias = tl.load(bias_ptr + it // SUB) * 1.4426950408889634
-                m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2 + bias)
-                p = tl.math.exp2(scores * scale_log2 - (m_new - bias)[:, None])
             else:
                 m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
                 p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
@@ -148,24 +169,15 @@ def _portable_fwd(
             v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
             length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
-            bias = tl.where(within < length, 0.0, float("-inf"))
-            if HAS_BIAS:
-                bias += tl.load(bias_ptr + it // SUB) * 1.4426950408889634
+            bias = _column_bias(within, length, bias_ptr + it // SUB, HAS_BIAS)
             if not HAS_WORDS:
                 above = tl.load(above_ptr + start + within, mask=within < length, other=0) | guard
                 below = tl.load(below_ptr + start + within, mask=within < length, other=0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
             if HAS_WORDS:
-                key = (it % SUB) * BLOCK_N + within
-                word = tl.load(words_ptr + it // SUB * WORDS + key // 32)
-                inside = (((word >> (key % 32)) & 1) != 0)[None, :]
-            elif DISK:
-                dy = (above >> 16)[None, :] - (lower >> 16)[:, None]
-                dx = (above & 0xFFFF)[None, :] - (lower & 0xFFFF)[:, None]
-                inside = (dy * dy + dx * dx < upper[:, None]) | (above < 0)[None, :]
+                inside = _shown(words_ptr + it // SUB * WORDS, (it % SUB) * BLOCK_N + within)
             else:
-                inside = (above[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
-                inside = (inside & guard) == guard
+                inside = _inside(above, below, lower, upper, guard, DISK)
             scores = tl.where(inside, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             # A row that has seen no key yet keeps -inf; 0 stands in for it so that no NaN arises.

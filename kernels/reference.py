@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dit_sparse import words
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.correction import BlockMeans, block_means, covariance_sum, covariances
 from dit_sparse.plan import BlockPlan
@@ -113,7 +114,7 @@ class Lists:
         if self.plan.words is None:
             return self.plan.element_mask(head, rows, keys)
         real = [self._keys[self._indices[entry]] for entry in entries]
-        bits = self.plan.bits(torch.tensor(entries, dtype=torch.int64, device=keys.device))
+        bits = words.bits(self.plan, torch.tensor(entries, dtype=torch.int64, device=keys.device))
         seen = [row[: len(of_block)] for row, of_block in zip(bits, real, strict=True)]
         return torch.cat([*seen, bits.new_ones(0)]).expand(rows.stop - rows.start, -1)
 

@@ -252,13 +252,11 @@ def compiled(variant: Variant) -> Report:
         "RAGGED": variant.ragged,
         "HAS_BOX": masked,
         "DISK": variant.disk,
-        "HAS_WORDS": False,
-        "HAS_BIAS": False,
         "HAS_ORDER": variant.order,
         "TMA": tma,
         "COLUMNS": COLUMNS if variant.box else 0,
         "BOUND": variant.bound,
-        "REPAIR": False,
+        **dict.fromkeys(("HAS_WORDS", "HAS_BIAS", "REPAIR"), False),
         "TAIL": variant.tail > 0,
     }
     absent = [("hidden_desc", not variant.box), ("bias_desc", not variant.tail)]

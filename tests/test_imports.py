@@ -20,7 +20,7 @@ LAYERS = (
         "predicate",
         "pools",
     ),
-    ("plan", "mask_product"),
+    ("plan", "mask_product", "density", "words"),
     (
         "orders",
         "attention_map",
