@@ -4,12 +4,14 @@
     python scripts/evaluate_models.py distance   --model FOLDER --data data --output distance.jsonl
     python scripts/evaluate_models.py neighbours --model FOLDER --data data --to docs/tiny-video
     python scripts/evaluate_models.py maps       --model FOLDER --to docs/tiny-video
+    python scripts/evaluate_models.py compare    --model FOLDER --to docs/tiny-video
 
 sheets: contact sheets of fixed held-out prompts and of captions of held-out scenes. distance:
 Frechet distance of samples to held-out real clips, beside that of real to real. neighbours: nearest
 training frames of samples, beside those of held-out real clips. maps: attention maps as pictures,
-and what kind every head is of. For pictures pass --size 1xHEIGHTxWIDTH; `--data shapes` needs no
-files.
+and what kind every head is of. compare: error of PISA's and PSA's forms against dense attention at
+equal measured time, by kind of head. For pictures pass --size 1xHEIGHTxWIDTH; `--data shapes` needs
+no files.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 from dit_sparse.bench import environment
 from dit_sparse.evaluation.features import load_extractor
 from dit_sparse.evaluation.prompts import fixed_prompts
-from scripts.evaluation import distance, figures, neighbours
+from scripts.evaluation import compare, distance, figures, neighbours
 from scripts.evaluation.clips import HELD_OUT, open_splits
 from scripts.evaluation.maps import map_heads
 from scripts.evaluation.model import Model, open_pipeline
-from scripts.evaluation.probe import capture, layers_of
+from scripts.evaluation.probe import Capture, capture, layers_of
 from scripts.evaluation.sheets import held_out_prompts, write_sheets
 from scripts.training.source import Source
 
@@ -45,12 +48,13 @@ def parser() -> argparse.ArgumentParser:
         "distance": "Frechet distance to held-out real clips",
         "neighbours": "nearest training frames",
         "maps": "attention maps",
+        "compare": "errors of piecewise methods at equal time",
     }
     add = {name: _command(commands.add_parser(name, help=text)) for name, text in summaries.items()}
     for name in ("sheets", "distance", "neighbours"):
         add[name]("--data", required=True, help="folder of built training data, or shapes")
         add[name]("--kind", choices=("clips", "images"), help="set of the folder")
-    for name in ("sheets", "neighbours", "maps"):
+    for name in ("sheets", "neighbours", "maps", "compare"):
         add[name]("--to", type=Path, required=True, help="folder to write into")
     add["sheets"]("--count", type=int, default=16, help="prompts of each held-out split")
     for name in ("distance", "neighbours"):
@@ -59,9 +63,13 @@ def parser() -> argparse.ArgumentParser:
     add["distance"]("--output", type=Path, required=True, help="JSON lines to write")
     add["neighbours"]("--training-clips", type=int, default=2048)
     add["neighbours"]("--shown", type=int, default=24, help="pairs in the picture")
-    add["maps"]("--prompt", help="what to sample; a fixed prompt by default")
-    add["maps"]("--layers", help="numbers of layers, such as 0,3,7; all by default")
-    add["maps"]("--at", default="0.1,0.5,0.9", help="shares of the schedule at which to look")
+    for name in ("maps", "compare"):
+        add[name]("--prompt", help="what to sample; a fixed prompt by default")
+        add[name]("--layers", help="numbers of layers, such as 0,3,7; all by default")
+        add[name]("--at", default="0.1,0.5,0.9", help="shares of the schedule at which to look")
+    times = "shares of dense attention's time at which to compare"
+    add["compare"]("--times", default="0.2,0.3,0.4,0.5,0.7", help=times)
+    add["compare"]("--rounds", type=int, default=20, help="timed calls of each method")
     return top
 
 
@@ -106,14 +114,22 @@ def show_neighbours(arguments: argparse.Namespace, model: Model) -> None:
     _write_lines(arguments.to / "neighbours.jsonl", [record], model)
 
 
-def draw_maps(arguments: argparse.Namespace, model: Model) -> None:
+def _captured(arguments: argparse.Namespace, model: Model) -> tuple[str, tuple[Capture, ...]]:
+    """The prompt, and the calls that were asked for."""
     layers = list(range(layers_of(model)))
     if arguments.layers is not None:
         layers = [int(number) for number in arguments.layers.split(",")]
-    shares = [float(share) for share in arguments.at.split(",")]
-    steps = sorted({round(share * (model.steps - 1)) for share in shares})
+    steps = sorted({round(share * (model.steps - 1)) for share in _numbers(arguments.at)})
     prompt = arguments.prompt or fixed_prompts(model.size[0])[-1]
-    captures = capture(model, prompt, layers, steps)
+    return prompt, capture(model, prompt, layers, steps)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def draw_maps(arguments: argparse.Namespace, model: Model) -> None:
+    prompt, captures = _captured(arguments, model)
     maps = list(map_heads(captures))
     title = f"{model.name}: {prompt}; {captures[0].layout} tokens, {model.steps} steps"
     figures.draw_grid(maps, arguments.to / "maps.webp", title, zoom=False)
@@ -125,11 +141,28 @@ def draw_maps(arguments: argparse.Namespace, model: Model) -> None:
     print(f"{title}: {figures.counts(maps)}")
 
 
+def compare_methods(arguments: argparse.Namespace, model: Model) -> None:
+    prompt, captures = _captured(arguments, model)
+    variants = compare.variants_for(captures[0])
+    dense, times = compare.measure_times(captures[0], variants, arguments.rounds)
+    points = list(compare.points_of(captures, times, dense))
+    rows = compare.compare(points, _numbers(arguments.times))
+    title = f"{model.name}: {prompt}; {captures[0].layout} tokens, dense {dense:.3f} ms"
+    figures.draw_curves(points, arguments.to / "piecewise.webp", title)
+    text = f"{title}\n\n{compare.table(rows)}\n"
+    (arguments.to / "piecewise.md").write_text(text, encoding="utf-8")
+    common = {"prompt": prompt, "dense_ms": dense, **model.record()}
+    lines = [{"record": "comparison", **asdict(row), **common} for row in rows]
+    lines += [{"record": "point", **asdict(point), **common} for point in points]
+    _write_lines(arguments.to / "piecewise.jsonl", lines, model)
+
+
 COMMANDS = {
     "sheets": sheets,
     "distance": measure_distance,
     "neighbours": show_neighbours,
     "maps": draw_maps,
+    "compare": compare_methods,
 }
 
 

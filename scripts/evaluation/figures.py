@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scripts.evaluation.compare import Point
 from scripts.evaluation.maps import HeadMap
 from scripts.evaluation.structure import HOLDS, KINDS
 
@@ -66,6 +68,30 @@ def examples(maps: Sequence[HeadMap]) -> list[HeadMap]:
         for kind in KINDS
         if (alike := [m for m in maps if m.kind == kind])
     ]
+
+
+def draw_curves(points: Sequence[Point], path: Path, title: str) -> None:
+    """Median error over the time of every method, a panel for each kind of heads."""
+    found: dict[str, dict[str, dict[float, list[Point]]]] = {}
+    for point in points:
+        for kind in ("all", point.kind):
+            curve = found.setdefault(kind, {}).setdefault(point.name, {})
+            curve.setdefault(point.density, []).append(point)
+    figure, axes = _figure(1, len(found), 3.4, title)
+    for panel, (kind, curves) in zip(axes.flat, sorted(found.items()), strict=True):
+        panel.set_axis_on()
+        for name, by_density in curves.items():
+            places = [
+                (median(p.time for p in group), median(p.error for p in group))
+                for group in by_density.values()
+            ]
+            panel.plot(*zip(*sorted(places), strict=True), marker="o", ms=3, lw=0.8, label=name)
+        heads = {(p.layer, p.head, p.step) for c in curves.values() for g in c.values() for p in g}
+        panel.set(xscale="log", yscale="log", xlabel="time / time of dense attention")
+        panel.set_title(f"{kind} ({len(heads)} heads)", fontsize=8)
+    axes[0, 0].set_ylabel("relative error, median")
+    axes[0, 0].legend(fontsize=6)
+    _save(figure, path)
 
 
 def table(maps: Sequence[HeadMap]) -> str:

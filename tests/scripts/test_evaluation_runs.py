@@ -23,6 +23,7 @@ from dit_sparse.evaluation.prompts import CLIPS
 from dit_sparse.grid import TokenGrid
 from dit_sparse.pipelines.tiny import tiny_pipeline
 from scripts import evaluate_models
+from scripts.evaluation import compare
 from scripts.evaluation.maps import map_heads
 from scripts.evaluation.model import Model, open_pipeline
 from scripts.evaluation.probe import capture, layers_of
@@ -244,3 +245,15 @@ def test_the_script_says_in_a_sentence_what_is_wrong(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Expected the folder of a diffusers")
+
+
+def test_methods_are_compared_at_equal_time(wan, tmp_path):
+    size = "17x128x128"  # 5 x 8 x 8 tokens: 3 blocks
+    run("compare", wan, size, "--to", tmp_path, "--at", "0.5", "--rounds", "2")
+    rows = lines_of(tmp_path / "piecewise.jsonl")
+    points = [row for row in rows if row["record"] == "point"]
+    assert {row["name"] for row in points} == set(compare.NAMES)
+    assert all(row["time"] > 0 and 0 < row["error"] < 2 for row in points)
+    assert {row["record"] for row in rows} == {"point", "comparison"}
+    assert (tmp_path / "piecewise.webp").stat().st_size > 1000
+    assert "| heads | of dense time |" in (tmp_path / "piecewise.md").read_text()
