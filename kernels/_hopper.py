@@ -81,14 +81,15 @@ def _block_sparse_fwd_hopper(
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
-    q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
-
     if COLUMNS:
+        # Made before anything is loaded: queries were garbage when it was made behind their load.
         classes_desc = tl.make_tensor_descriptor(
             classes_ptr, shape=[n_classes, COLUMNS], strides=[COLUMNS, 1],
             block_shape=[BLOCK_M, COLUMNS],
         )  # fmt: skip
         number = tl.load(class_ptr + head * class_stride_h + block)
+    q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
+    if COLUMNS:
         classes = classes_desc.load([number * BLOCK_M, 0])
 
     row = batch * list_stride_b + head * list_stride_h + block
