@@ -66,8 +66,6 @@ class RepeatedPadding:
         """This core: it serves any module."""
         return self
 
-    # PyTorch 2.11's compiler dies of an assertion if flash attention is in a compiled block.
-    @torch.compiler.disable
     def dispatch(
         self,
         query: Tensor,

@@ -34,7 +34,9 @@ class ImageRecipe:
         clip: of `CLIPTextConfig`, without the vocabulary.
         t5: of `T5Config`, without the vocabulary.
         vocabulary: tokens of the tokenizer.
-        stages, card, limit_bytes, compiles, smallest: see `recipe.Recipe`.
+        stages, card, limit_bytes, compiles, smallest: see `recipe.Recipe`. PyTorch 2.11's compiler
+            dies of an assertion in a training run of this model, also with attention left out of
+            compiled blocks; one block alone compiles.
     """
 
     name: str
@@ -46,7 +48,7 @@ class ImageRecipe:
     stages: Mapping[str, Stage]
     card: Card
     limit_bytes: int = 22_000_000
-    compiles: bool = True
+    compiles: bool = False
     smallest: Size = (1, 64, 64)
 
     @property
