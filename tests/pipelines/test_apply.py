@@ -433,7 +433,7 @@ def test_refusals_change_nothing(tiny: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             dit_sparse.apply(pipe, *bad)
-    with pytest.raises(ValueError, match=r"Expected a backend among .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"Expected an attention backend among .* got 'fast'"):
         dit_sparse.apply(pipe, ALL, backend="fast")
     with pytest.raises(ValueError, match="options"):
         dit_sparse.apply(pipe, ALL, options={"density": 0.5})
