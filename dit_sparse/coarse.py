@@ -11,12 +11,18 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.grid import TokenLayout
 from dit_sparse.plan import BlockPlan, Blocks, Coarse
 
+_CONVERTED = 1 << 24  # elements that are in fp32 at a time, which bounds the memory that it takes
+
 
 def means(coarse: Coarse, x: Tensor) -> Tensor:
     """`[B, H, N_k, D]` to `[B, H, M, D]`, sums in fp32 (float64 for float64)."""
     sums = torch.promote_types(x.dtype, torch.float32)
     shape = (*x.shape[:2], coarse.size + 1, x.shape[-1])
-    total = x.new_zeros(shape, dtype=sums).index_add_(2, coarse.cell, x.to(sums))
+    total = x.new_zeros(shape, dtype=sums)
+    # Sums of one dtype take addends of that dtype only: some tokens are converted at a time.
+    few = max(1, _CONVERTED // max(1, x[:, :, :1].numel()))
+    for cell, part in zip(coarse.cell.split(few), x.split(few, dim=2), strict=True):
+        total.index_add_(2, cell, part.to(sums))
     ones = torch.ones_like(coarse.cell, dtype=sums)
     count = ones.new_zeros(coarse.size + 1).index_add_(0, coarse.cell, ones)
     return (total[:, :, :-1] / count[:-1, None]).to(x.dtype)

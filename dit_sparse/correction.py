@@ -91,7 +91,8 @@ def _parts(k: Tensor, v: Tensor, blocks: Blocks) -> Iterator[Tensor]:
     centred = _centred(k, blocks)
     places = torch.arange(blocks.size, device=k.device)
     token = (blocks.starts[:-1, None] + places).clamp(max=blocks.total - 1)
-    inside = (places < blocks.lengths[:, None]).to(k.dtype)
-    for at, seen in zip(token.split(_TOGETHER), inside.split(_TOGETHER), strict=True):
-        keys = centred[..., at, :] * seen[..., None]
-        yield keys.transpose(-2, -1) @ v[..., at, :]
+    behind = (places >= blocks.lengths[:, None])[..., None]
+    for at, unseen in zip(token.split(_TOGETHER), behind.split(_TOGETHER), strict=True):
+        # Behind a short block stands another, maybe a hidden one: a factor of 0 hides no NaN of it.
+        keys, values = (x[..., at, :].masked_fill(unseen, 0.0) for x in (centred, v))
+        yield keys.transpose(-2, -1) @ values

@@ -109,11 +109,18 @@ def tensors(plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
         yield "bias", plan.bias
     if plan.words is not None:
         yield "words", plan.words
+    if plan.coarse is not None:
+        yield "coarse.cell", plan.coarse.cell
     if plan.order is not None:
         yield "order.index", plan.order.index
 
 
-_SPECIAL = {"hidden": torch.bool, "bias": torch.float32, "order.index": torch.int64}
+_SPECIAL = {
+    "hidden": torch.bool,
+    "bias": torch.float32,
+    "coarse.cell": torch.int64,
+    "order.index": torch.int64,
+}
 _DIMENSIONS = {
     "offsets": 3,
     "full": 3,
@@ -259,6 +266,11 @@ def _check_coarse(plan: BlockPlan, coarse: Coarse) -> None:
         raise ValueError(
             f"Expected coarse.cell of shape [{keys}] with numbers of 0 to {coarse.size}, got "
             f"{list(coarse.cell.shape)} with {int(low)} to {int(high)}."
+        )
+    if coarse.plan.device != plan.device:
+        raise ValueError(
+            f"Expected coarse.plan on {plan.device}, where the indices are, got "
+            f"{coarse.plan.device}. Move the whole plan with plan.to(device)."
         )
     if coarse.plan.order is not None or coarse.plan.coarse is not None:
         raise ValueError("Expected coarse.plan without an order and coarse keys, got one with.")

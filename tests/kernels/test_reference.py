@@ -252,6 +252,18 @@ class TestEdges:
         expected = planned_attention(q, k, v, plan, 1.0)
         assert_equal(AttentionOutput(out, lse), expected, tolerance)
 
+    @pytest.mark.parametrize("tail", ["none", "zeroth", "first", "block"])
+    def test_a_hidden_block_behind_a_short_one_is_not_looked_at(self, tail: str):
+        blocks = Blocks.of_runs([10, 3, 8, 8], 8)
+        hidden = torch.arange(blocks.n)[None] == 3
+        listed = torch.arange(blocks.n).expand(1, 1, blocks.n, -1) == 0
+        plan = replace(BlockPlan.from_mask(listed, blocks, blocks, tail=tail), hidden=hidden)
+        q, k, v = tensors(plan)
+        unseen = hidden[0, blocks.of_token][:, None]
+        clean = run(q, k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), plan)
+        for nan in ((k.masked_fill(unseen, torch.nan), v), (k, v.masked_fill(unseen, torch.nan))):
+            torch.testing.assert_close(run(q, *nan, plan).out, clean.out)
+
     def test_queries_and_keys_of_other_lengths(self):
         q_blocks, k_blocks = Blocks.of_runs([3, 8], 4), Blocks.of_runs([20, 1], 8)
         visited = torch.rand(1, HEADS, q_blocks.n, k_blocks.n) < 0.6

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dit_sparse.attention import attend, prepare
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.coarse import in_plan_order
+from dit_sparse.coarse import in_plan_order, means
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.methods.anchors import AnchorMethod
 from dit_sparse.methods.disk import DiskMethod
@@ -347,6 +347,19 @@ class TestDisk:
         read = int(picture.sum()) * len(squares) / layout.length**2
         assert plan.density == pytest.approx(base + read)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_means_take_some_tokens_at_a_time(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("dit_sparse.coarse._CONVERTED", 5 * 2 * 3 * 8)
+        layout = TokenLayout.of(TokenGrid(2, 7, 9), 3, 0)
+        cells = plan_on(DiskMethod(radius=2, down_factor=2), layout).coarse
+        x = torch.randn(2, 3, layout.length, 8).to(dtype)
+        got = means(cells, x)
+        assert got.dtype == dtype
+        exact = _square_means(layout, 2) @ x.double()
+        torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
@@ -369,6 +382,9 @@ class TestDisk:
         assert coarse is not None
         for wrong, sentence in (
             (replace(coarse, cell=coarse.cell[1:]), r"coarse.cell of shape \[48\]"),
+            (replace(coarse, cell=coarse.cell.int()), "coarse.cell of dtype torch.int64"),
+            (replace(coarse, cell=coarse.cell.to("meta")), "coarse.cell on cpu, .* got meta"),
+            (replace(coarse, plan=coarse.plan.to("meta")), "coarse.plan on cpu, .* got meta"),
             (replace(coarse, cell=coarse.cell + 12), "numbers of 0 to 12, got .* 12 to 23"),
             (replace(coarse, plan=plan), "without an order and coarse keys"),
             (replace(coarse, plan=in_plan_order(replace(plan, coarse=None))), "48 queries and 12"),
