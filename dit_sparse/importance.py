@@ -36,7 +36,14 @@ def sampled_tokens(frame: Frame, heads: int, count: int, seed: int) -> Tensor:
 
 
 def sampled_importance(
-    q: Tensor, k: Tensor, frame: Frame, *, share: int = 4, norm: Norm = "softmax", seed: int = 0
+    q: Tensor,
+    k: Tensor,
+    frame: Frame,
+    *,
+    share: int = 4,
+    norm: Norm = "softmax",
+    seed: int = 0,
+    causal: bool = False,
 ) -> Tensor:
     """Importance of every key block for every query block: fp32 `[B, H, n, n]`, rows sum to 1.
 
@@ -47,6 +54,7 @@ def sampled_importance(
             (section 3.2); `"max"`: the highest weight relative to the query's best block, as the
             public code has it, which ranks a query with a flat row as high as one with a peak.
         seed: of the places within blocks.
+        causal: no query sees a later key; the rows of blocks whose samples see none are 0.
     """
     batch, heads, _, dim = q.shape
     blocks = frame.blocks
@@ -56,7 +64,7 @@ def sampled_importance(
     if heads > k.shape[1]:  # even once, repeating would copy all keys for the sake of a few
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
     keys = _take(k, at_k.flatten(1))
-    if q.is_cuda and count <= 64 and (kernels := kernel_module("importance")):
+    if q.is_cuda and count <= 64 and not causal and (kernels := kernel_module("importance")):
         importance = kernels.sampled_maximum(
             _take(q, at_q.flatten(1)),
             keys,
@@ -66,12 +74,15 @@ def sampled_importance(
             hidden=frame.hidden,
         )
         return _normalised(importance)
-    hidden = None if frame.hidden is None else frame.hidden[:, None, None]
+    hidden = None if frame.hidden is None else frame.hidden[:, None, None, :, None]
     rows = max(1, _CHUNK // (batch * heads * count * count * blocks.n))
     parts = []
     for at in at_q.split(rows, dim=1):
         queries = _take(q, at.flatten(1)) * dim**-0.5
-        parts.append(_maximum(queries, keys, count, norm, hidden))
+        unseen = hidden
+        if causal:
+            unseen = (at_k[:, None] > at.flatten(1)[:, :, None, None])[None]
+        parts.append(_maximum(queries, keys, count, norm, unseen))
     return _normalised(torch.cat(parts, dim=2))
 
 
@@ -81,13 +92,14 @@ def _maximum(
     """What `kernels.importance.sampled_maximum` computes, all scores of some query blocks formed.
 
     Args:
-        hidden: bool `[1 or B, 1, 1, n]`.
+        hidden: bool, broadcast to `[B, H, queries, n, count]`: sampled keys that are not seen.
     """
     scores = (queries @ keys.transpose(-2, -1)).float().unflatten(-1, (-1, count))
     if hidden is not None:
-        scores = scores.masked_fill(hidden[..., None], -torch.inf)
+        scores = scores.masked_fill(hidden, -torch.inf)
     best = scores.amax(-1)  # [B, H, queries, n]
     base = best.amax(-1) if norm == "max" else scores.flatten(-2).logsumexp(-1)
+    base = base.masked_fill(base == -torch.inf, 0.0)  # a query that sees no key weighs none
     weight = (best - base[..., None]).exp()
     return weight.unflatten(2, (-1, count)).amax(3)
 

@@ -28,6 +28,7 @@ LAYERS = (
         "block_times",
         "calibration",
         "calibration_solver",
+        "causal",
         "mask_feed",
         "coarse",
         "correction",

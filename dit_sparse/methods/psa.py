@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from dit_sparse import options, pyramid, selection
+from dit_sparse.causal import past, plan_of_causal_levels
 from dit_sparse.frame import Frame, frame_of
 from dit_sparse.importance import Norm, sampled_importance
 from dit_sparse.method import CallContext, PlanScope
@@ -43,6 +45,8 @@ class PsaMethod:
         order: order of the picture's tokens, one of raster, FHW and the other axis orders, tile,
             morton, hilbert.
         block: tokens of a block: 64 or 128.
+        causal: no token reads a later one, in the raster order of a picture without text; a block's
+            own queries choose for it together, and ends are shares of all blocks, past or not.
         seed: of the sampled places in a block; they change from step to step and layer to layer.
         reuse_steps: denoising steps that a plan serves before a new one is made.
         share_branches: whether the further forwards of a step (guidance) use the plan of the first.
@@ -61,6 +65,7 @@ class PsaMethod:
     forced: tuple[str, ...] = ()
     order: str = "hilbert"
     block: int = 128
+    causal: bool = False
     seed: int = 0
     reuse_steps: int = 1
     share_branches: bool = False
@@ -84,6 +89,12 @@ class PsaMethod:
             forced=self.forced,
         )
         object.__setattr__(self, "forced", forced)
+        if self.causal and (self.order != "raster" or self.skipped == "mean"):
+            raise ValueError(
+                "Expected order='raster' and skipped='drop' for causal=True, got "
+                f"order={self.order!r} and skipped={self.skipped!r}. The model's order says what "
+                "is later, and one mean per skipped block would show what is."
+            )
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
@@ -92,13 +103,18 @@ class PsaMethod:
         """The plan of a call.
 
         Raises:
-            ValueError: ends that leave every block of this layout skipped.
+            ValueError: ends that leave every block of this layout skipped, or text where causal.
         """
         frame = frame_of(ctx.layout, self.block, self.order, device=q.device)
-        importance = selection.of_picture(self._importance(q, k, ctx, frame), frame)
+        if self.causal and frame.has_context:
+            raise ValueError(
+                f"Expected a picture alone for causal=True, got {ctx.layout}. Leave causal out."
+            )
+        importance = self._candidates(self._importance(q, k, ctx, frame), frame)
         ends = self._ends_on(frame)
         tail: Tail = "zeroth" if self.skipped == "mean" else "none"
-        if self.allocation == "quantile" and self.similarity is None and not self.forced:
+        ranked = self.allocation == "quantile" and self.similarity is None
+        if ranked and not self.forced and not self.causal:
             ranks = tuple(int(ends[g] * frame.candidates + 1e-9) for g in (1, *self._factors))
             return selection.plan_of_ranks(
                 importance, frame, ranks, factors=self._factors, tail=tail
@@ -113,6 +129,8 @@ class PsaMethod:
         forced = selection.forced_blocks(frame, self.forced)
         if forced is not None:
             level = level.masked_fill(forced, 1)
+        if self.causal:
+            return plan_of_causal_levels(level, frame.blocks, factors=self._factors)
         return selection.plan_of_selection(level, frame, factors=self._factors, tail=tail)
 
     @property
@@ -126,11 +144,17 @@ class PsaMethod:
 
     def _importance(self, q: Tensor, k: Tensor, ctx: CallContext, frame: Frame) -> Tensor:
         if self.importance == "means":
-            scores = selection.of_picture(selection.pooled_scores(q, k, frame), frame)
+            scores = self._candidates(selection.pooled_scores(q, k, frame), frame)
             return scores.softmax(-1).nan_to_num(0.0)
         moment = (ctx.step or 0) * ctx.layers + ctx.layer
         seed = self.seed * 1_000_003 + 2 * moment
-        return sampled_importance(q, k, frame, norm=self.norm, seed=seed)
+        return sampled_importance(q, k, frame, norm=self.norm, seed=seed, causal=self.causal)
+
+    def _candidates(self, scores: Tensor, frame: Frame) -> Tensor:
+        """The scores with -inf for all blocks that are no matter of choice."""
+        if self.causal:  # a block's own keys are read in any case
+            scores = scores.masked_fill(~past(frame.blocks), -torch.inf)
+        return selection.of_picture(scores, frame)
 
     def _ends_on(self, frame: Frame) -> dict[int, float]:
         """Ends by factor; the default ones read one block of a small picture, if no more."""

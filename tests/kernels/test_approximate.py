@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput, Backend
+from dit_sparse.causal import plan_of_causal_levels
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Blocks, Tail
 from dit_sparse.plan_check import check
@@ -147,6 +148,15 @@ def test_zeroth_order_is_the_pyramid_of_one_and_the_block(dtype: torch.dtype):
     a, b = (attend(q, k, v, plan, backend=interpreted()) for plan in (tail, lists))
     torch.testing.assert_close(a.out, b.out, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     torch.testing.assert_close(a.lse, b.lse, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_levels():
+    blocks = blocks_of(32, ragged=True)
+    level = torch.tensor([0, 1, 2, 8], dtype=torch.uint8)
+    level = level[torch.randint(4, (1, HEADS, blocks.n, blocks.n))]
+    plan = check(plan_of_causal_levels(level, blocks, factors=(2, 8)))
+    q, k, v = tensors_of(Case(32, 32, 32), plan)
+    compare(attend(q, k, v, plan, backend=interpreted(16)), q, k, v, plan)
 
 
 def test_a_plan_with_room_to_spare():
