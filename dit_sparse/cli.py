@@ -80,10 +80,17 @@ def sample(
     plan: Annotated[
         Path | None, typer.Option(help="A saved plan for this size, in place of a method.")
     ] = None,
-    dense_first: Annotated[str, typer.Option(help="First steps kept dense: 3, or 0.2.")] = "0",
+    dense_first: Annotated[
+        str | None,
+        typer.Option(help="First steps kept dense: 3, or 0.2. By default as the family has it."),
+    ] = None,
     dense_last: Annotated[str, typer.Option(help="Last steps kept dense: 3, or 0.2.")] = "0",
     dense_layers: Annotated[
-        str | None, typer.Option(help="Layers kept dense: 0,1,30-39; -1 is the last.")
+        str | None,
+        typer.Option(
+            help="Layers kept dense: 0,1,30-39; -1 is the last; none. By default as the family "
+            "has it."
+        ),
     ] = None,
     min_tokens: Annotated[int, typer.Option(help="Dense below this sequence length.")] = 0,
     steps: Steps = None,
@@ -116,23 +123,17 @@ def sample(
     """Make pictures with a sparse method and print what they cost."""
     with sentences(output_format):
         from dit_sparse.commands import sample as sampling
-        from dit_sparse.commands.methods import method_of
+        from dit_sparse.commands.methods import Wording
         from dit_sparse.commands.words import device_of, dtype_of, prompts_of
 
         target = device_of(device)
+        given = {"dense_first": dense_first, "dense_last": dense_last, "dense_layers": dense_layers}
+        schedule = {name: text for name, text in given.items() if text is not None}
+        schedule["min_tokens"] = str(min_tokens)
         request = sampling.Request(
             model=model,
             prompts=prompts_of(prompt or [], prompt_file, DEFAULT_PROMPT),
-            method=method_of(
-                method,
-                option or [],
-                density=density,
-                plan=plan,
-                dense_first=dense_first,
-                dense_last=dense_last,
-                dense_layers=dense_layers,
-                min_tokens=min_tokens,
-            ),
+            method=Wording(method, tuple(option or ()), density, plan, schedule),
             output=output,
             device=target,
             dtype=dtype_of(dtype, target),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -40,6 +40,20 @@ def defaults() -> Mapping[str, Mapping[str, Default]]:
     }
 
 
+def default_for(family: str, name: str, layers: int) -> Default | None:
+    """What `defaults.json` says of a method on a family; `None` if nothing.
+
+    Args:
+        layers: attention layers of the transformer; at most the first half of them are dense.
+    """
+    default = defaults().get(name, {}).get(family)
+    if default is None:
+        return None
+    # A model of few layers must keep sparse ones.
+    dense = tuple(layer for layer in default.dense_layers if layer < layers // 2)
+    return replace(default, dense_layers=dense)
+
+
 def method_for(
     family: str,
     spec: MethodSpec,
@@ -61,14 +75,12 @@ def method_for(
     Raises:
         ValueError: see `parse`.
     """
-    default = defaults().get(spec, {}).get(family) if isinstance(spec, str) else None
+    default = default_for(family, spec, layers) if isinstance(spec, str) else None
     if default is None or not isinstance(spec, str):
         return parse(spec, options)
     method = create(spec, options or default.options)
     first = default.dense_first if timed else 0
-    # A model of few layers must keep sparse ones.
-    dense = tuple(layer for layer in default.dense_layers if layer < layers // 2)
-    schedule = Schedule(method, dense_first=first, dense_layers=dense)
+    schedule = Schedule(method, dense_first=first, dense_layers=default.dense_layers)
     return method if schedule == Schedule(method) else schedule
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dit_sparse import methods
 from dit_sparse.cli import app
 from dit_sparse.commands import sample as sampling
-from dit_sparse.commands.methods import method_of
+from dit_sparse.commands.methods import Wording
 from dit_sparse.commands.report import describe
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
@@ -98,6 +98,19 @@ class TestSample:
         assert (attention["sparse"], attention["dense"]) == (2, 6)
         assert attention["reasons"] == {"dense_layers": 4, "dense_first=0.5": 2}
         assert result["overall_density"] == pytest.approx((2 * attention["density"] + 6) / 8)
+
+    def test_a_named_method_has_the_familys_defaults(self) -> None:
+        words = ["--method", "pisa", "--density", "0.5"]
+        report = sample(*words)
+        (result,) = report["results"]
+        # Wan: a fifth of the steps, which is one of two, and layer 0.
+        assert result["attention"]["reasons"] == {"dense_first=0.2": 2, "dense_layers": 4}
+        assert "density=0.5, block=64), dense_first=0.2, dense_layers=(0,)" in report["method"]
+        (result,) = sample(*words, "--dense-first", "0", "--dense-layers", "none")["results"]
+        assert (result["attention"]["sparse"], result["attention"]["dense"]) == (8, 0)
+        bare = [word for word in SMALL if word not in ("--option", "block=64")]
+        report = json.loads(run(*bare, "--method", "pisa", "--format", "json").stdout)
+        assert report["method"].startswith("schedule(pisa(density=0.125, least=1), dense_first")
 
     def test_min_tokens_makes_everything_dense(self) -> None:
         (result,) = sample("--min-tokens", "1000")["results"]
@@ -382,11 +395,12 @@ def test_families_lists_every_family() -> None:
 
 
 def test_method_words_become_a_method() -> None:
-    words = ["window=3x0.5x7", "stride=2", "block=64"]
-    assert method_of("window", words) == WindowMethod((3, 0.5, 7), stride=2, block=64)
-    assert method_of("window", ["stride=2,2,1"]) == WindowMethod(stride=(2, 2, 1))
-    assert method_of("window", ["density=none"]) == WindowMethod()
-    scheduled = method_of("dense", dense_first="0.25", dense_last="3", dense_layers="0,4-6,-1")
+    words = ("window=3x0.5x7", "stride=2", "block=64")
+    assert Wording("window", words).method() == WindowMethod((3, 0.5, 7), stride=2, block=64)
+    assert Wording("window", ("stride=2,2,1",)).method() == WindowMethod(stride=(2, 2, 1))
+    assert Wording("window", ("density=none",)).method() == WindowMethod()
+    schedule = {"dense_first": "0.25", "dense_last": "3", "dense_layers": "0,4-6,-1"}
+    scheduled = Wording("dense", schedule=schedule).method()
     assert isinstance(scheduled, Schedule)
     assert (scheduled.dense_first, scheduled.dense_last) == (0.25, 3)
     assert scheduled.dense_layers == (0, 4, 5, 6, -1)

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dit_sparse.cli import app
-from dit_sparse.commands.methods import method_of
+from dit_sparse.commands.methods import Wording
 from dit_sparse.grid import TokenGrid
 
 WAN = ("--grid", "21x45x80", "--window", "9x15x24")
@@ -33,7 +33,7 @@ def test_table_names_the_best_as_options_of_the_method() -> None:
     assert lines[2].split()[:4] == ["3x5x8", "3x5x8", "0.0429", "17010"]
     assert lines[5].split()[1] == "1x1x1"  # windows of one's own are always shown
     options = [word for word in lines[-1].split() if "=" in word]
-    shape = method_of("window", options).shape_on(TokenGrid(21, 45, 80))  # type: ignore[attr-defined]
+    shape = Wording("window", tuple(options)).method().shape_on(TokenGrid(21, 45, 80))
     assert (shape.window, shape.tile) == ((9, 15, 24), (3, 5, 8))
 
 

@@ -77,6 +77,7 @@ def evaluate(
     weights = (spec.lpips_weights, spec.clip_model, spec.inception_weights)
     metrics = Metrics.open(spec.metrics, device, *weights)
     model = open_model(spec.model, device=device, dtype=spec.dtype, offload=spec.offload)
+    spec = replace(spec, variants=tuple(variant.on(model) for variant in spec.variants))
     store = Store(spec.output, share.process)
     quiet = quiet or share.process > 0
     runner = Runner(spec, model, store, metrics, share, retry, quiet, minutes)

@@ -138,12 +138,18 @@ class Report:
     results: tuple[Result, ...]
 
     @staticmethod
-    def of(request: Request, model: Model, warmup: float, results: tuple[Result, ...]) -> Report:
+    def of(
+        request: Request,
+        method: SparseMethod,
+        model: Model,
+        warmup: float,
+        results: tuple[Result, ...],
+    ) -> Report:
         gpu = request.device.type == "cuda"
         return Report(
             model=request.model,
             pipeline=type(model.pipeline).__name__,
-            method=describe(request.method),
+            method=describe(method),
             device=torch.cuda.get_device_name(request.device) if gpu else platform.machine(),
             dtype=str(request.dtype).removeprefix("torch."),
             versions={"dit-sparse": dit_sparse.__version__, "torch": torch.__version__},

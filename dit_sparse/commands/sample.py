@@ -16,6 +16,7 @@ import torch
 from dit_sparse import attention, media
 from dit_sparse.backend import Precision
 from dit_sparse.commands.call import call_arguments, check_counts
+from dit_sparse.commands.methods import Wording, wording_on
 from dit_sparse.commands.models import Model, compile_blocks, open_model
 from dit_sparse.commands.report import Comparison, Report, Result
 from dit_sparse.commands.timing import DenoisingTimer
@@ -35,7 +36,7 @@ class Request:
     Args:
         model: see `dit_sparse.commands.models.open_model`.
         prompts: one result each.
-        method: of the transformers' self-attention.
+        method: of the transformers' self-attention, in words that the model's family completes.
         output: file of the result; several are numbered. Suffixes: `dit_sparse.media`.
         steps, height, width, frames, guidance, negative_prompt: arguments of the pipeline.
         seed: of the initial noise, the same for every prompt.
@@ -49,7 +50,7 @@ class Request:
 
     model: str
     prompts: tuple[str, ...]
-    method: SparseMethod
+    method: Wording
     output: Path | None
     device: torch.device
     dtype: torch.dtype
@@ -71,6 +72,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_counts(self)
+        self.method.method()  # refuses what no family could mend
         at_least(self.warmup, 0, "--warmup")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"Expected --seed from 0 to 2**63 - 1, got {self.seed}.")
@@ -105,6 +107,7 @@ def sample(request: Request) -> Report:
     model = open_model(
         request.model, device=request.device, dtype=request.dtype, offload=request.offload
     )
+    method = wording_on(request.method, model).method()
     output = _output(request.output, model)
     given = call_arguments(request)
     calls = [model.arguments(p, request.negative_prompt, given) for p in request.prompts]
@@ -118,13 +121,13 @@ def sample(request: Request) -> Report:
     if request.compile:
         compile_blocks(model)
     started = time.perf_counter()
-    _warm_up(model, request, calls[0])
+    _warm_up(model, request, method, calls[0])
     warm = time.perf_counter() - started
     results = tuple(
-        _result(model, request, prompt, call, path)
+        _result(model, request, method, prompt, call, path)
         for prompt, call, path in zip(request.prompts, calls, paths, strict=True)
     )
-    return Report.of(request, model, warm, results)
+    return Report.of(request, method, model, warm, results)
 
 
 def _output(path: Path | None, model: Model) -> Path:
@@ -137,24 +140,29 @@ def _output(path: Path | None, model: Model) -> Path:
     return path
 
 
-def _warm_up(model: Model, request: Request, call: Mapping[str, Any]) -> None:
+def _warm_up(model: Model, request: Request, method: SparseMethod, call: Mapping[str, Any]) -> None:
     """Compiles and tunes what the timed runs use, sparse kernels and dense ones."""
     if not request.warmup:
         return
     short = {**call, "num_inference_steps": request.warmup}
-    scheduled = isinstance(request.method, Schedule)
-    methods = [request.method.method if isinstance(request.method, Schedule) else request.method]
+    scheduled = isinstance(method, Schedule)
+    methods = [method.method if isinstance(method, Schedule) else method]
     if scheduled or request.compare:
         methods.append(create("dense"))
-    for method in methods:
-        apply(model.pipeline, method, backend=request.backend, precision=request.precision)
+    for each in methods:
+        apply(model.pipeline, each, backend=request.backend, precision=request.precision)
         model.pipeline(**short, generator=_noise(request), output_type="latent")
 
 
 def _result(
-    model: Model, request: Request, prompt: str, call: Mapping[str, Any], path: Path
+    model: Model,
+    request: Request,
+    method: SparseMethod,
+    prompt: str,
+    call: Mapping[str, Any],
+    path: Path,
 ) -> Result:
-    apply(model.pipeline, request.method, backend=request.backend, precision=request.precision)
+    apply(model.pipeline, method, backend=request.backend, precision=request.precision)
     run = _run(model, request, call)
     ran = summary(model.pipeline)
     media.write(path, run.frames, fps=request.fps)

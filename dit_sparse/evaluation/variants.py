@@ -9,12 +9,14 @@ from itertools import product
 from typing import Any, cast, get_args
 
 from dit_sparse.backend import Precision
-from dit_sparse.commands.methods import method_of
+from dit_sparse.commands.methods import NOTHING, Wording, wording_on
+from dit_sparse.commands.models import Model
 from dit_sparse.commands.words import among
 from dit_sparse.method import SparseMethod
+from dit_sparse.methods import create
 
 #: What stays dense, beside the options of a method.
-SCHEDULE = ("dense_first", "dense_last", "dense_layers", "min_tokens")
+SCHEDULE = tuple(NOTHING)
 
 #: Dense baselines: the model's own processors, with diffusers' default backend or another.
 STOCK = "stock"
@@ -32,6 +34,7 @@ class Variant:
         kernel: for stock processors, an attention backend of diffusers; `None` is its default.
         precision: what sparse calls multiply in; see `dit_sparse.apply`.
         words: the options of `dit-sparse sample` that run the same.
+        wording: what a method was given as, which the family of a model completes.
     """
 
     label: str
@@ -39,6 +42,13 @@ class Variant:
     kernel: str | None = None
     precision: Precision = "bf16"
     words: tuple[str, ...] = ()
+    wording: Wording | None = None
+
+    def on(self, model: Model) -> Variant:
+        """With what the family of a model has by default, said in the label and the words too."""
+        if self.wording is None:
+            return self
+        return _of_wording(wording_on(self.wording, model), self.precision)
 
     @property
     def is_baseline(self) -> bool:
@@ -63,7 +73,7 @@ def baselines_of(names: Sequence[str]) -> tuple[Variant, ...]:
     found = [Variant(STOCK, words=("--method", "dense"))]
     for name in dict.fromkeys(names):
         if among(name, BASELINES, "a dense baseline") == "dense":
-            found.append(Variant(name, method_of("dense"), words=("--method", "dense")))
+            found.append(Variant(name, create("dense"), words=("--method", "dense")))
         elif name in KERNELS:
             found.append(Variant(name, kernel=KERNELS[name]))
     return tuple(found)
@@ -148,29 +158,31 @@ def _combinations(wish: Wish, schedule: Mapping[str, str]) -> list[Variant]:
 
 def _variant(name: str, chosen: Mapping[str, str]) -> Variant:
     apart = (*SCHEDULE, "precision")
-    options = {key: value for key, value in chosen.items() if key not in apart}
+    options = tuple(f"{key}={value}" for key, value in chosen.items() if key not in apart)
     precision = among(chosen.get("precision", "bf16"), get_args(Precision), "a precision")
-    dense = {key: value for key, value in chosen.items() if key in SCHEDULE and value != "0"}
-    layers = dense.get("dense_layers", "").replace("+", ",")
-    tokens = dense.get("min_tokens", "0")
-    if not tokens.isdecimal():
-        raise ValueError(f"Expected min_tokens as a number of tokens, got {tokens!r}.")
-    method = method_of(
-        name,
-        [f"{key}={value}" for key, value in options.items()],
-        dense_first=dense.get("dense_first", "0"),
-        dense_last=dense.get("dense_last", "0"),
-        dense_layers=layers or None,
-        min_tokens=int(tokens),
-    )
-    words = ["--method", name]
-    for key, value in options.items():
-        words += ["--option", f"{key}={value}"]
-    for key, value in dense.items():
-        words += [f"--{key.replace('_', '-')}", layers if key == "dense_layers" else value]
+    schedule = {key: value for key, value in chosen.items() if key in SCHEDULE}
+    if "dense_layers" in schedule:  # commas stand between methods
+        schedule["dense_layers"] = schedule["dense_layers"].replace("+", ",")
+    wording = Wording(name, options, schedule=schedule)
+    return _of_wording(wording, cast(Precision, precision))
+
+
+def _of_wording(wording: Wording, precision: Precision) -> Variant:
+    dense = {key: value for key, value in wording.schedule.items() if value != NOTHING[key]}
+    words, shown = ["--method", wording.name], [wording.name, *wording.options]
+    for option in wording.options:
+        words += ["--option", option]
+    # Without a word for nothing, `sample` would take what the family has.
+    for key, value in wording.schedule.items():
+        words += [f"--{key.replace('_', '-')}", value]
+    shown += [f"{key}={value.replace(',', '+')}" for key, value in dense.items()]
     if precision != "bf16":
         words += ["--precision", precision]
-        dense = {**dense, "precision": precision}
-    shown = [f"{key}={value}" for key, value in (*options.items(), *dense.items())]
-    label = " ".join([name, *shown])
-    return Variant(label, method, precision=cast(Precision, precision), words=tuple(words))
+        shown.append(f"precision={precision}")
+    return Variant(
+        " ".join(shown),
+        wording.method(),
+        precision=precision,
+        words=tuple(words),
+        wording=wording,
+    )

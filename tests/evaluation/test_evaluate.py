@@ -24,6 +24,7 @@ SIZE = ["--steps", "2", "--frames", "9", "--height", "64", "--width", "96", "--d
 SWEEP = ["evaluate", "--model", "tiny:wan", *SIZE, "--metrics", "psnr,ssim,temporal", "-q"]
 SWEEP += ["--methods", "window:density=0.2|1.0:block=64", "--count", "2", "--rounds", "0"]
 SWEEP += ["--probe-at", "none", "--output", "out", "--format", "json"]
+LABEL = "pisa density={} block=64 dense_first=0.2 dense_layers=0"  # Wan's defaults
 LABELS = ["stock", "dense", "window density=0.2 block=64", "window density=1.0 block=64"]
 ROOT = Path(__file__).parents[2]
 
@@ -204,8 +205,8 @@ def test_a_failing_method_is_recorded_and_the_rest_goes_on(
     words = ["--methods", "pisa:density=0.01:block=64", "--rounds", "2"]
     report = sweep(*words)
     rows = rows_of(report)
-    assert "Expected a density" in rows["pisa density=0.01 block=64"]["failed"]
-    assert rows["pisa density=0.01 block=64"]["clips"] == 0
+    assert "Expected a density" in rows[LABEL.format("0.01")]["failed"]
+    assert rows[LABEL.format("0.01")]["clips"] == 0
     assert all(rows[label]["clips"] == 2 and rows[label]["times"] >= 2 for label in LABELS)
     page = Path("out/report.md").read_text()
     assert "## Failed" in page
@@ -213,7 +214,7 @@ def test_a_failing_method_is_recorded_and_the_rest_goes_on(
     sweep(*words)
     assert made == [], "a failure is not repeated unless asked for"
     sweep(*words, "--retry")
-    assert made == ["pisa density=0.01 block=64"]
+    assert made == [LABEL.format("0.01")]
 
 
 def test_a_failing_stock_pipeline_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,11 +346,11 @@ def test_folders_with_methods_of_their_own_are_merged(
         result = merged(f"{folder},part")
         assert result.exit_code == 0, result.stderr
     rows = rows_of(json.loads(result.stdout))
-    assert list(rows) == [*LABELS, "pisa density=0.5 block=64"]
+    assert list(rows) == [*LABELS, LABEL.format("0.5")]
     for label in LABELS[2:]:
         assert rows[label] == rows_of(one)[label]
-    theirs = rows_of(part)["pisa density=0.5 block=64"]
-    assert rows["pisa density=0.5 block=64"] == {**theirs, "part": 1}
+    theirs = rows_of(part)[LABEL.format("0.5")]
+    assert rows[LABEL.format("0.5")] == {**theirs, "part": 1}
     page = Path("all/report.md").read_text()
     assert "Merged from 2 folders" in page
     assert "dense clips of" not in page

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from dit_sparse.commands.models import Model
 from dit_sparse.evaluation.spec import read_config, spec_of
 from dit_sparse.evaluation.store import slug
 from dit_sparse.evaluation.variants import BASELINES, baselines_of, variants_of
 from dit_sparse.methods.pisa import PisaMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.pipelines.defaults import method_for
+from dit_sparse.pipelines.tiny import tiny_pipeline
 
 
 def test_values_are_combined() -> None:
@@ -43,6 +46,27 @@ def test_what_stays_dense_is_an_option_too_and_overrides_the_common_one() -> Non
     )
 
 
+def test_layer_0_is_a_layer_and_none_is_nothing() -> None:
+    one, nothing = variants_of(["window:dense_layers=0|none"])
+    assert one.method == Schedule(WindowMethod(), dense_layers=(0,))
+    assert (nothing.label, nothing.method) == ("window", WindowMethod())
+
+
+def test_the_family_of_the_model_completes_a_method() -> None:
+    model = Model("tiny:wan", tiny_pipeline("wan"), lambda *_: {})
+    words = "window:density=0.5,psa,pisa:density=0.5,pisa:dense_first=0:dense_layers=none"
+    window, psa, some, own = (variant.on(model) for variant in variants_of([words]))
+    assert window == variants_of(["window:density=0.5"])[0]
+    assert psa.label == "psa allocation=mass ends=0.4,0.5,0.6,0.8 least=1 dense_first=0.3"
+    assert psa.method == method_for("wan", "psa", layers=2)
+    assert psa.words[-4:] == ("--option", "least=1", "--dense-first", "0.3")
+    assert some.label == "pisa density=0.5 dense_first=0.2 dense_layers=0"
+    assert own.label == "pisa density=0.125 least=1"
+    assert own.words[-4:] == ("--dense-first", "0", "--dense-layers", "none")
+    assert own.method == PisaMethod(density=0.125, least=1)
+    assert variants_of(["psa"])[0].on(model).on(model) == psa
+
+
 def test_a_precision_is_no_option_of_the_method() -> None:
     found = variants_of(["window:precision=bf16|fp8"])
     assert [v.label for v in found] == ["window", "window precision=fp8"]
@@ -60,7 +84,7 @@ def test_mappings_say_the_same_as_text() -> None:
 
 
 def test_the_words_of_a_variant_are_those_of_sample() -> None:
-    from dit_sparse.commands.methods import method_of
+    from dit_sparse.commands.methods import Wording
 
     (variant,) = variants_of(["window:density=0.2:block=64:dense_first=0.2"])
     words = dict(zip(variant.words[::2], variant.words[1::2], strict=True))
@@ -68,8 +92,8 @@ def test_the_words_of_a_variant_are_those_of_sample() -> None:
         w for flag, w in zip(variant.words, variant.words[1:], strict=False) if flag == "--option"
     ]
     assert words["--method"] == "window"
-    again = method_of("window", options, dense_first=words["--dense-first"])
-    assert again == variant.method
+    schedule = {"dense_first": words["--dense-first"]}
+    assert Wording("window", tuple(options), schedule=schedule).method() == variant.method
 
 
 @pytest.mark.parametrize(

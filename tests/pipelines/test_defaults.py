@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_sparse.commands.methods import Wording
 from dit_sparse.methods.pisa import PisaMethod
 from dit_sparse.methods.psa import PsaMethod
 from dit_sparse.methods.schedule import Schedule
@@ -34,6 +35,17 @@ def test_every_family_has_sound_defaults_with_a_source(family: str, name: str):
     if isinstance(method, Schedule):
         assert method.dense_first == default.dense_first
         assert method.dense_layers == default.dense_layers
+
+
+@all_methods
+@all_families
+@pytest.mark.parametrize("layers", [2, 60])
+def test_words_of_a_command_mean_the_same(family: str, name: str, layers: int):
+    wording = Wording(name)
+    assert wording.on(family, layers).method() == method_for(family, name, layers=layers)
+    assert wording.on(family, layers).on(family, layers) == wording.on(family, layers)
+    some = Wording(name, ("block=64",)).on(family, layers).method()
+    assert some == method_for(family, name, {"block": 64}, layers=layers)
 
 
 def test_there_is_no_default_for_an_unknown_family():
