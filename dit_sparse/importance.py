@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,25 +15,29 @@ Norm = Literal["softmax", "max"]
 _CHUNK = 1 << 26  # scores formed at a time
 
 
-def sampled_tokens(frame: Frame, heads: int, count: int, seed: int) -> Tensor:
-    """Positions in the model's order of `count` tokens of every block: int64 `[H, n, count]`.
+def sampled_tokens(frame: Frame, heads: int, count: int, seeds: Sequence[int]) -> Tensor:
+    """Positions in the model's order of `count` tokens of every block: int64
+    `[len(seeds), H, n, count]`.
 
     Every head draws places within a block once, without repeating any; all blocks use the same. A
     place beyond the end of a short block stands for its last token.
 
     Args:
-        seed: equal seeds draw equal places, on any device.
+        seeds: each draws places of its own; equal seeds draw equal ones, on any device.
     """
     blocks = frame.blocks
-    generator = torch.Generator().manual_seed(seed)  # on the host, so that devices agree
-    places = torch.rand(heads, blocks.size, generator=generator).argsort(-1)[:, :count]
-    places = places.sort(-1).values.to(blocks.starts.device, non_blocking=True)
-    within = torch.minimum(places[:, None], blocks.lengths.long()[:, None] - 1)
-    tokens = within + blocks.starts[:-1].long()[:, None]
+    drawn = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)  # on the host, so that devices agree
+        drawn.append(torch.rand(heads, blocks.size, generator=generator).argsort(-1)[:, :count])
+    places = torch.stack(drawn).sort(-1).values.int()
+    places = places.to(blocks.starts.device, non_blocking=True)[:, :, None]
+    tokens = torch.minimum(places, blocks.lengths[:, None] - 1) + blocks.starts[:-1, None]
+    tokens = tokens.long()
     if frame.order is None:
         return tokens
-    index = frame.order.index.expand(heads, -1)
-    return index.gather(-1, tokens.flatten(1)).view_as(tokens)
+    index = frame.order.index.expand(len(seeds), heads, -1)
+    return index.gather(-1, tokens.flatten(2)).view_as(tokens)
 
 
 def sampled_importance(
@@ -59,8 +64,7 @@ def sampled_importance(
     batch, heads, _, dim = q.shape
     blocks = frame.blocks
     count = max(1, blocks.size // share)
-    at_q = sampled_tokens(frame, heads, count, seed)
-    at_k = sampled_tokens(frame, heads, count, seed + 1)
+    at_q, at_k = sampled_tokens(frame, heads, count, (seed, seed + 1))
     if heads > k.shape[1]:  # even once, repeating would copy all keys for the sake of a few
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
     keys = _take(k, at_k.flatten(1))

@@ -52,7 +52,8 @@ def pooled_scores(q: Tensor, k: Tensor, frame: Frame) -> Tensor:
         q, k: `[B, H, N, D]` in the model's order; k may have fewer heads, each for several of q.
     """
     queries, keys = _means_of_both(q, k, frame)
-    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    if (group := q.shape[1] // k.shape[1]) > 1:  # even once, repeating would copy
+        keys = keys.repeat_interleave(group, dim=1)
     return (queries * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
 
 

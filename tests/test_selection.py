@@ -265,7 +265,7 @@ class TestImportance:
         cut = frame(layout, block=16)
         q, k, _ = qkv(layout, heads=2, dim=4)
         got = sampled_importance(q, k, cut, share=share, norm=norm, seed=5)
-        at_q, at_k = (sampled_tokens(cut, 2, 16 // share, seed) for seed in (5, 6))
+        at_q, at_k = sampled_tokens(cut, 2, 16 // share, (5, 6))
         for b, h in itertools.product(range(2), range(2)):
             scores = q[b, h, at_q[h].flatten()].double() @ k[b, h, at_k[h].flatten()].double().T / 2
             if cut.hidden is not None:
@@ -298,7 +298,7 @@ class TestImportance:
     @all_layouts
     def test_places_lie_in_their_blocks(self, layout: str):
         cut = frame(layout, block=16)
-        tokens = sampled_tokens(cut, 2, 4, seed=0)
+        (tokens,) = sampled_tokens(cut, 2, 4, (0,))
         token = (
             torch.arange(cut.blocks.total).expand(2, -1)
             if cut.order is None

@@ -119,4 +119,6 @@ class PisaMethod:
                 "as CallContext.values, or choose prior='none'."
             )
         norms = selection.covariance_norms(k, ctx.values, frame, centred=self.prior == "deviation")
-        return (norms + 1e-5).log().repeat_interleave(heads // k.shape[1], dim=1)
+        prior = (norms + 1e-5).log()
+        group = heads // k.shape[1]
+        return prior if group == 1 else prior.repeat_interleave(group, dim=1)

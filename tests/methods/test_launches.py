@@ -1,0 +1,158 @@
+"""What a call of PISA and PSA launches on a Hopper GPU, counted without one.
+
+Tensors have no values, so that whatever would wait for the device raises, and say that they are on
+a GPU. `docs/piecewise.md` has the counts.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_sparse import methods
+from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.method import CallContext
+
+block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+kernels = {
+    name: pytest.importorskip(f"dit_sparse.kernels.{name}")
+    for name in (
+        "approximate",
+        "choose",
+        "hopper",
+        "importance",
+        "permute",
+        "pool",
+        "portable",
+        "tail",
+    )
+}
+# Operators that make room or another view of a tensor, and launch nothing.
+NOTHING = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias", "detach"),
+    *("view", "_unsafe_view", "expand", "slice", "select", "squeeze", "unsqueeze", "transpose"),
+}
+# A picture alone, with enough blocks for a bound of the scores: rows that it fails are run again.
+LAYOUT = TokenLayout.of(TokenGrid(8, 32, 64))
+
+
+class Operators(TorchDispatchMode):
+    """Notes what PyTorch launches."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        on_gpu = isinstance(out, torch.Tensor) and out.device.type == "meta"
+        if on_gpu and name not in NOTHING:
+            self.seen.append(name)
+        return out
+
+
+class Kernel:
+    """In the place of a Triton kernel."""
+
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *_, **__: self.seen.append(self.name)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the launches, as they come."""
+    found: list[str] = []
+    for module, name in (
+        *(("pool", "_means_fwd"), ("pool", "_covariance_fwd"), ("choose", "_choose_fwd")),
+        *(("importance", "_importance_fwd"), ("approximate", "_approximate_fwd")),
+        ("tail", "_tail_bias_fwd"),
+    ):
+        monkeypatch.setattr(kernels[module], name, Kernel(name, found))
+
+    def note(kernel: Any, grid: Any, arguments: Any, constants: Any, **_: int) -> str:
+        found.append(f"{kernel.__name__}{' tail' if constants.get('TAIL') else ''}")
+        return found[-1]
+
+    monkeypatch.setattr(kernels["hopper"], "launch_specialised", note)
+    monkeypatch.setattr(kernels["permute"], "launch", note)
+    monkeypatch.setattr(kernels["portable"], "launch_kernel", note)
+    monkeypatch.setattr(kernels["hopper"], "chosen", lambda *_: "hopper")
+    monkeypatch.setattr(block_sparse, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(block_sparse, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(kernels["importance"], "processors", lambda _: 132)
+    return found
+
+
+class OnGpu(TorchFunctionMode):
+    """All tensors say that they are on a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+MEANS = ["_means_fwd", "mul", "bmm"]
+NORMS = ["_means_fwd", "_covariance_fwd", "sum", "sqrt", "add", "log", "add"]
+PLACES = ["_to_copy", "sub", "minimum", "add", "_to_copy", "gather"]
+SAMPLED = [*PLACES, "gather", "gather", "_importance_fwd", "sum", "clamp", "div"]
+CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
+
+SPANS = ["index_select", "index_select"]
+EXACT = ["zeros", "_permute_rows", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
+ZEROTH = ["_means_fwd", "_tail_bias_fwd", "_block_sparse_fwd_hopper tail"]
+SLOPE = ["_means_fwd", "_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
+POOLED = ["_means_fwd", "_approximate_fwd"]
+
+CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
+    ("pisa", {"tail": "zeroth"}, [*MEANS, *CHOICE], [*EXACT, *ZEROTH]),
+    ("pisa", {}, [*MEANS, *CHOICE], [*EXACT, *SLOPE, "_approximate_fwd"]),
+    ("pisa", {"mass": 0.8, "tail": "none"}, [*MEANS, *CHOICE], EXACT),
+    (
+        "pisa",
+        {"prior": "norm", "tail": "zeroth"},
+        [*MEANS, *NORMS, *CHOICE],
+        [*EXACT, *ZEROTH],
+    ),
+    ("psa", {}, [*SAMPLED, *CHOICE], [*EXACT, *POOLED]),
+    (
+        "psa",
+        {"importance": "means"},
+        [*MEANS, "_softmax", "nan_to_num", *CHOICE],
+        [*EXACT, *POOLED],
+    ),
+    ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*EXACT, *ZEROTH, *POOLED]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "planning", "attending"), CALLS)
+def test_launches(
+    name: str,
+    options: dict[str, Any],
+    planning: list[str],
+    attending: list[str],
+    seen: list[str],
+):
+    method = methods.create(name, options)
+    q, k, v = torch.empty(3, 1, 24, LAYOUT.length, 128, dtype=torch.bfloat16, device="meta")
+    context = CallContext(LAYOUT, values=v)
+    with OnGpu():
+        # The first call makes what all calls on a layout share.
+        block_sparse.TritonBackend().run(q, k, v, method.plan(q, k, context), 0.1)
+        seen.clear()
+        with Operators(seen):
+            plan = method.plan(q, k, context)
+            first = list(seen)
+            seen.clear()
+            block_sparse.TritonBackend().run(q, k, v, plan, 0.1)
+    assert first == planning
+    assert seen == attending
