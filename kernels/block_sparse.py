@@ -193,7 +193,7 @@ class TritonBackend:
     def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (_, k, v), result = room.q, room.ordered, room.result
-        mask = hopper.mask_of(plan, scale)
+        mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
         main = self._main(room, plan, scale, mask)
         if main is None:
             return []

@@ -16,7 +16,7 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor, launch_specialised
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
-from dit_sparse.kernels.variants import Kernel, whole_kernel
+from dit_sparse.kernels.variants import Kernel, masked_kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
 
@@ -102,6 +102,12 @@ def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
         padded(q.shape[-1]),
         plan.k_blocks.ragged,
     )
+
+
+def masks(q: Tensor) -> bool:
+    """Whether the table has the kernel compute masked entries too."""
+    capability = torch.cuda.get_device_capability(q.device)
+    return masked_kernel(capability, triton.__version__) != "portable"
 
 
 def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:

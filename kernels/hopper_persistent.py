@@ -19,9 +19,16 @@ _MOST = 8  # query blocks to a program: what is left to hide then is an eighth o
 _ROUNDS = 4  # of programs at least, so that short lists make up for long ones
 _START_AND_END = 2.0  # of a program, in the time of one key block [H200]
 
+# Programs with several query blocks each spread over more of a head at a time: where its keys and
+# values fill most of L2, neighbours no longer find them there [H200, 50 MB].
+_SMALL_HEAD = 18e6
+#: Head dims above 64 have one program to a multiprocessor, which starts and ends alone. That is
+#: worth hiding for short lists; with longer ones the plain kernel is faster [H200].
+_SHORT_LIST = 40.0
+
 
 def blocks_each(q: Tensor, plan: BlockPlan, *, masked: bool) -> int:
-    """How many query blocks a program should take: those with which all end soonest.
+    """How many query blocks a program should take; 1 for the kernel with one to each.
 
     Waits for nothing: lists count with the mean of their lengths.
 
@@ -30,11 +37,14 @@ def blocks_each(q: Tensor, plan: BlockPlan, *, masked: bool) -> int:
     """
     tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
     entries = max(plan.indices.numel() / plan.offsets.numel(), 1.0)
-    slots = _slots(q.device, padded(q.shape[-1]), masked)
-    return _soonest(tiles, entries, slots)
+    dim = padded(q.shape[-1])
+    small = 2 * plan.k_blocks.n * plan.k_blocks.size * dim * q.element_size() <= _SMALL_HEAD
+    if dim > 64 and not (small and entries <= _SHORT_LIST):
+        return 1
+    return _soonest(tiles, entries, _slots(q.device, dim, masked), _MOST if small else 2)
 
 
-def _soonest(tiles: int, entries: float, slots: int) -> int:
+def _soonest(tiles: int, entries: float, slots: int, most: int) -> int:
     """The number of tiles to a program, of which `slots` run at the same time."""
 
     def rounds(each: int) -> int:
@@ -43,7 +53,7 @@ def _soonest(tiles: int, entries: float, slots: int) -> int:
     def cost(each: int) -> float:
         return rounds(each) * (each * entries + _START_AND_END)
 
-    fitting = [each for each in range(1, _MOST + 1) if each == 1 or rounds(each) >= _ROUNDS]
+    fitting = [each for each in range(1, most + 1) if each == 1 or rounds(each) >= _ROUNDS]
     return min(fitting, key=cost)
 
 

@@ -8,6 +8,7 @@ table says.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -51,6 +52,23 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """Which kernel computes the entries that are masked by coordinates.
+
+    Args:
+        architecture, triton, source, trials: see `Whole`.
+        kernel: `hopper` masks them by a product in the loop for whole entries, see `mask_product`;
+            `portable` adds them to what the kernel for whole entries has written.
+    """
+
+    architecture: str
+    triton: str
+    kernel: Literal["hopper", "portable"]
+    source: Literal["measured", "compiled"]
+    trials: dict[str, float | str]
+
+
+@dataclass(frozen=True)
 class TileRow:
     """How the portable kernel is cut.
 
@@ -78,6 +96,7 @@ class Table:
 
     provenance: dict[str, Any]
     whole: tuple[Whole, ...]
+    masked: tuple[Masked, ...]
     tiles: tuple[TileRow, ...]
 
     @staticmethod
@@ -90,6 +109,7 @@ class Table:
         return Table(
             record["provenance"],
             tuple(_row(Whole, row) for row in record["whole"]),
+            tuple(_row(Masked, row) for row in record["masked"]),
             tuple(_row(TileRow, row) for row in record["tiles"]),
         )
 
@@ -98,6 +118,7 @@ class Table:
         return {
             "provenance": self.provenance,
             "whole": [vars(row) for row in self.whole],
+            "masked": [vars(row) for row in self.masked],
             "tiles": [vars(row) for row in self.tiles],
         }
 
@@ -123,16 +144,26 @@ def whole_kernel(
         triton: version, of which the first two parts count.
         dtype, head_dim, ragged: see `Whole`.
     """
-    wanted = _version(triton)
-    architecture = f"sm_{capability[0]}{capability[1]}"
     rows = [
         row
         for row in table().whole
-        if (row.architecture, row.dtype, row.head_dim, row.ragged)
-        == (architecture, dtype, head_dim, ragged)
-        and _version(row.triton) <= wanted
+        if (row.dtype, row.head_dim, row.ragged) == (dtype, head_dim, ragged)
     ]
-    return max(rows, key=lambda row: _version(row.triton)).kernel if rows else "portable"
+    return _newest(rows, capability, triton)
+
+
+@cache
+def masked_kernel(capability: tuple[int, int], triton: str) -> Kernel:
+    """The kernel for entries that are masked by coordinates; see `whole_kernel`."""
+    return _newest(table().masked, capability, triton)
+
+
+def _newest(rows: Sequence[Whole | Masked], capability: tuple[int, int], triton: str) -> Kernel:
+    architecture, wanted = f"sm_{capability[0]}{capability[1]}", _version(triton)
+    fitting = [
+        row for row in rows if row.architecture == architecture and _version(row.triton) <= wanted
+    ]
+    return max(fitting, key=lambda row: _version(row.triton)).kernel if fitting else "portable"
 
 
 @cache

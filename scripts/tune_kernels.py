@@ -160,7 +160,7 @@ def text_of(whole: Table) -> str:
     record = whole.record()
     lists = (
         f'  "{name}": [\n    ' + ",\n    ".join(json.dumps(row) for row in record[name]) + "\n  ]"
-        for name in ("whole", "tiles")
+        for name in ("whole", "masked", "tiles")
     )
     provenance = json.dumps(record["provenance"], indent=2).replace("\n", "\n  ")
     return "{\n" + ",\n".join([f'  "provenance": {provenance}', *lists]) + "\n}\n"
