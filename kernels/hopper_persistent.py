@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
 
 _MOST = 8  # query blocks to a program: what is left to hide then is an eighth of a block's
-_ROUNDS = 4  # of programs at least, so that short lists make up for long ones
+_ROUNDS = 3  # of programs at least, so that short lists make up for long ones
+_MANY_ROUNDS = 16  # with so many it does not matter that the last one is not full
 _START_AND_END = 2.0  # of a program, in the time of one key block [H200]
 
 # Programs with several query blocks each spread over more of a head at a time: where its keys and
@@ -47,8 +49,9 @@ def blocks_each(q: Tensor, plan: BlockPlan, *, masked: bool) -> int:
 def _soonest(tiles: int, entries: float, slots: int, most: int) -> int:
     """The number of tiles to a program, of which `slots` run at the same time."""
 
-    def rounds(each: int) -> int:
-        return -(-tiles // (each * slots))
+    def rounds(each: int) -> float:
+        exact = tiles / (each * slots)
+        return exact if exact > _MANY_ROUNDS else math.ceil(exact)
 
     def cost(each: int) -> float:
         return rounds(each) * (each * entries + _START_AND_END)
