@@ -16,6 +16,8 @@ ROW = 3.2  # to begin and end a query block
 # eight), in all entries of a plan with masked ones. It hides the ends of short blocks too, so that
 # the difference above and this one are counted twice there.
 PRODUCT = 0.1
+# Whether any GPU masks by that product: none does by the table in `kernels/variants.json`.
+BY_PRODUCT = False
 # What the portable kernel takes for masked entries where no product can mask.
 MASKED = 3.5  # an entry
 MASKED_ROW = 9.0  # to take up a query block again in that second launch
@@ -47,7 +49,7 @@ class Work:
         entry, entries = WHOLE if self.whole else SHORT, self.full + self.partial
         if not self.partial:
             return entries * entry + self.rows * ROW
-        if self.classes < COLUMNS:
+        if BY_PRODUCT and self.classes < COLUMNS:
             return entries * (entry + PRODUCT) + self.rows * ROW
         again = self.partial * MASKED + self.masked_rows * MASKED_ROW
         return self.full * entry + self.rows * ROW + again
