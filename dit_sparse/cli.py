@@ -29,9 +29,7 @@ from dit_sparse.commands.call import (
 from dit_sparse.commands.evaluate_options import evaluate
 from dit_sparse.commands.output import Format, sentences, show
 
-_EMBEDDED = models.get(models.DEFAULT)
-# A missing folder of a model that ships is an error, not a reason to show noise.
-DEFAULT_MODEL = _EMBEDDED.name if _EMBEDDED.ships or _EMBEDDED.present else "tiny:wan"
+DEFAULT_MODEL = models.DEFAULT
 DEFAULT_PROMPT = "a cow moving to the right under a light blue sky over green ground"
 
 logger = logging.getLogger("dit_sparse")

@@ -78,6 +78,7 @@ _MODELS = (
             "guidance_scale": 4.0,
         },
         without_gpu={"num_frames": 25, "num_inference_steps": 16},
+        ships=True,
     ),
     EmbeddedModel(
         "tiny-image",  # 256x256 is 64 x 64 = 4,096 tokens beside the text
