@@ -19,7 +19,7 @@ Criterion: TypeAlias = Literal["paper", "concentration", "raster"]
 
 
 def choose_orders(
-    metrics: MapMetrics, criterion: Criterion = "paper", *, alpha: float = 0.5
+    metrics: MapMetrics, criterion: Criterion = "concentration", *, alpha: float = 0.5
 ) -> Tensor:
     """int64 `[H]`: the candidate order with the least cost for each head, the first among equals.
 

@@ -68,7 +68,7 @@ class Settings:
     segments: int = 4
     split: Split = "uniform"
     block: int = 128
-    criterion: Criterion = "paper"
+    criterion: Criterion = "concentration"
     order_steps: int = 4
     every: int = 1
     budget: Literal["layer", "head"] = "layer"

@@ -171,8 +171,8 @@ def calibrate(
     split: Annotated[str, typer.Option(help="Of the steps: uniform or halves.")] = "uniform",
     block: Annotated[int, typer.Option(help="Tokens of a block: 64 or 128.")] = 128,
     criterion: Annotated[
-        str, typer.Option(help="Of orders: paper, concentration, raster.")
-    ] = "paper",
+        str, typer.Option(help="Of orders: concentration, paper, raster.")
+    ] = "concentration",
     budget: Annotated[str, typer.Option(help="What shares a density: layer or head.")] = "layer",
     least_mass: Annotated[
         float, typer.Option(help="Heads that would keep less of their mass stay dense.")

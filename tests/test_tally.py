@@ -174,7 +174,7 @@ class TestSolve:
                 shares = tally.sums[segment, layer] / tally.sums[segment, layer].sum(-1, True)
                 kept = (shares * mask).sum(-1).mean(-1)
                 torch.testing.assert_close(found.kept_mass[segment, layer], kept)
-        assert found.order_names(1) == tally.orders(1, "paper")
+        assert found.order_names(1) == tally.orders(1, "concentration")
         assert found.provenance["achieved_density"] == 0.5
         assert found.provenance["target"] == {"density": 0.5, "mass": None}
         assert found.provenance["settings"]["block"] == 64
