@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 #: What computes whole entries: `hopper` has a program for every query block, `hopper_persistent`
 #: programs for several, `portable` runs anywhere.
 Kernel = Literal["hopper", "hopper_persistent", "portable"]
+#: What masks entries by coordinates, see `Masked`.
+Masking = Literal["hopper", "portable"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,7 @@ class Whole:
     trials: dict[str, float | str]
 
     def __post_init__(self) -> None:
-        if self.kernel not in get_args(Kernel):
-            raise ValueError(
-                f"Expected a kernel among {', '.join(get_args(Kernel))}, got {self.kernel!r}. "
-                "Mend the row in variants.json."
-            )
+        _check_kernel(self.kernel, get_args(Kernel))
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,12 @@ class Masked:
 
     architecture: str
     triton: str
-    kernel: Literal["hopper", "portable"]
+    kernel: Masking
     source: Literal["measured", "compiled"]
     trials: dict[str, float | str]
+
+    def __post_init__(self) -> None:
+        _check_kernel(self.kernel, get_args(Masking))
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,14 @@ def _capability(row: TileRow) -> tuple[int, int]:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _check_kernel(kernel: str, known: Sequence[str]) -> None:
+    if kernel not in known:
+        raise ValueError(
+            f"Expected a kernel among {', '.join(known)}, got {kernel!r}. "
+            "Mend the row in variants.json."
+        )
 
 
 def _row(kind: type[Any], values: dict[str, Any]) -> Any:

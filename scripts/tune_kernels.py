@@ -4,7 +4,9 @@
 
 Every variant is compiled, checked against float64 and timed in a process of its own with a time
 limit, since a specialised kernel that waits for itself never ends: that is a refusal like any
-other, and recorded. Rows for other GPUs and Triton versions stay as they are.
+other, and recorded. What computes masked entries is also run many times on memory full of NaN, as
+what goes wrong there goes wrong now and then. Rows for other GPUs and Triton versions stay as they
+are.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, cast, get_args
 
 import torch
 
@@ -28,28 +30,42 @@ from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.bench import environment, time_interleaved
 from dit_sparse.kernels import hopper, hopper_persistent, norms, portable
-from dit_sparse.kernels.tiles import choose_tile
-from dit_sparse.kernels.variants import Kernel, Table, Whole, table
+from dit_sparse.kernels.variants import Kernel, Masked, Masking, Table, Whole, table
 from dit_sparse.plan import BlockPlan, Blocks
+from scripts import tune_masked
+from scripts.tune_masked import ERROR, HEADS, room, tile_for
 
-ERROR = 1e-2  # relative, of 16-bit products
-HEADS, TOKENS, DENSITIES = 24, 16_384, (0.1, 0.2)
+TOKENS, DENSITIES = 16_384, (0.1, 0.2)
+DTYPES = ("bfloat16", "float16")
+ENTRIES = ("whole", "masked")
+
+_Row = TypeVar("_Row", bound=Whole | Masked)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One variant on one kind of problem; the fields of `variants.Whole`."""
+    """One variant on one kind of problem.
+
+    Args:
+        kernel, dtype, head_dim, ragged: see `variants.Whole`.
+        masked: whether entries are masked by coordinates; `kernel` is then what masks them.
+    """
 
     kernel: Kernel
     dtype: str
     head_dim: int
     ragged: bool
+    masked: bool = False
+
+    @property
+    def problem(self) -> str:
+        return f"{self.dtype}, head dim {self.head_dim}{', short blocks' if self.ragged else ''}"
 
 
-def trials(dtypes: Sequence[str]) -> Iterator[Trial]:
+def trials(dtypes: Sequence[str], *, masked: bool = False) -> Iterator[Trial]:
     for dtype, head_dim, ragged in itertools.product(dtypes, (64, 128), (False, True)):
-        for kernel in get_args(Kernel):
-            yield Trial(kernel, dtype, head_dim, ragged)
+        for kernel in get_args(Masking if masked else Kernel):
+            yield Trial(kernel, dtype, head_dim, ragged, masked)
 
 
 def problem(
@@ -78,8 +94,7 @@ def runner(
         lengths = norms.empty(q)
         norms.measure(q, k, lengths)
     if trial.kernel == "portable":
-        sizes = (trial.head_dim, 2, 128, 128)
-        tile = choose_tile(torch.cuda.get_device_capability(), *sizes, boxed=False)
+        tile = tile_for(q, boxed=False)
         return lambda: portable.launch(q, k, v, plan, scale, tile, result)
     if trial.kernel == "hopper":
         return lambda: hopper.launch(q, k, v, plan, scale, result, lengths=lengths)
@@ -89,13 +104,12 @@ def runner(
     )
 
 
-def room(q: torch.Tensor) -> AttentionOutput:
-    lse = torch.full(q.shape[:3], float("nan"), device=q.device)
-    return AttentionOutput(torch.full_like(q, float("nan")), lse)
-
-
 def measured(trial: Trial) -> float | str:
     """Milliseconds over `DENSITIES`, or why the variant is refused."""
+    if trial.masked:
+        return tune_masked.measured(
+            trial.dtype, trial.head_dim, product=trial.kernel == "hopper", ragged=trial.ragged
+        )
     qkv, plan = problem(trial, 4096, 2, 0.3)
     result = room(qkv[0])
     if runner(trial, qkv, plan, result)() is None:
@@ -125,8 +139,8 @@ def tried(command: Sequence[str], seconds: float) -> float | str:
     return found
 
 
-def row_of(key: Trial, seen: Mapping[str, float | str], architecture: str, version: str) -> Whole:
-    """The row for a kind of problem: the fastest variant that was not refused.
+def fastest(seen: Mapping[str, float | str], names: Sequence[str], what: str) -> str:
+    """The first in time of those that were not refused.
 
     Raises:
         RuntimeError: every variant was refused.
@@ -134,25 +148,69 @@ def row_of(key: Trial, seen: Mapping[str, float | str], architecture: str, versi
     times = {name: took for name, took in seen.items() if not isinstance(took, str)}
     if not times:
         raise RuntimeError(
-            f"Expected some kernel to run {key.dtype} with a head dim of {key.head_dim}, got "
-            f"{dict(seen)}. Mend the kernels first."
+            f"Expected some kernel to run {what}, got {dict(seen)}. Mend the kernels first."
         )
-    kernel = min(get_args(Kernel), key=lambda name: times.get(name, float("inf")))
+    return min(names, key=lambda name: times.get(name, float("inf")))
+
+
+def row_of(key: Trial, seen: Mapping[str, float | str], architecture: str, version: str) -> Whole:
+    """The row for a kind of problem: the fastest variant that was not refused."""
+    what = f"{key.dtype} with a head dim of {key.head_dim}"
+    kernel = cast(Kernel, fastest(seen, get_args(Kernel), what))
     problem = (key.dtype, key.head_dim, key.ragged)
     return Whole(architecture, version, *problem, kernel, "measured", dict(seen))
 
 
-def merged(before: Table, rows: Sequence[Whole], made: Mapping[str, object]) -> Table:
+def rows_of(
+    found: Mapping[Trial, float | str], architecture: str, version: str
+) -> list[Whole | Masked]:
+    """A row for each kind of problem without masks, and one for all with masks.
+
+    There a variant takes the sum of its times, and is refused where it is for any problem.
+    """
+    seen: dict[Trial, dict[str, float | str]] = {}
+    masks: dict[str, dict[Trial, float | str]] = {}
+    for trial, took in found.items():
+        if trial.masked:
+            masks.setdefault(trial.kernel, {})[trial] = took
+        else:
+            seen.setdefault(replace(trial, kernel="portable"), {})[trial.kernel] = took
+    rows: list[Whole | Masked] = [row_of(key, o, architecture, version) for key, o in seen.items()]
+    if masks:
+        sums = {kernel: summed(tries) for kernel, tries in masks.items()}
+        kernel = cast(Masking, fastest(sums, get_args(Masking), "masked entries"))
+        rows.append(Masked(architecture, version, kernel, "measured", sums))
+    return rows
+
+
+def summed(tries: Mapping[Trial, float | str]) -> float | str:
+    """Milliseconds of all problems, or the first refusal."""
+    total = 0.0
+    for trial, took in tries.items():
+        if isinstance(took, str):
+            return f"{trial.problem}: {took}"
+        total += took
+    return round(total, 4)
+
+
+def merged(before: Table, rows: Sequence[Whole | Masked], made: Mapping[str, object]) -> Table:
     """The table with these rows in the places of those for the same problems."""
 
-    def key(row: Whole) -> tuple[object, ...]:
-        return (row.architecture, row.triton, row.dtype, row.head_dim, row.ragged)
+    def key(row: Whole | Masked) -> tuple[str, ...]:
+        of_problem = (row.dtype, row.head_dim, row.ragged) if isinstance(row, Whole) else ()
+        return tuple(map(str, (row.architecture, row.triton, *of_problem)))
 
-    new = {key(row) for row in rows}
-    kept = [row for row in before.whole if key(row) not in new]
-    whole = tuple(sorted([*kept, *rows], key=lambda row: [str(part) for part in key(row)]))
-    names = {f"{row.architecture}, Triton {row.triton}": dict(made) for row in rows}
-    return replace(before, provenance={**before.provenance, **names}, whole=whole)
+    def put(old: Sequence[_Row], new: Sequence[_Row]) -> tuple[_Row, ...]:
+        found: dict[tuple[str, ...], _Row] = {key(row): row for row in (*old, *new)}
+        return tuple(found.values())
+
+    whole = put(before.whole, [row for row in rows if isinstance(row, Whole)])
+    masked = put(before.masked, [row for row in rows if isinstance(row, Masked)])
+    provenance = dict(before.provenance)
+    for row in rows:
+        what = ", masked entries" if isinstance(row, Masked) else ""
+        provenance[f"{row.architecture}, Triton {row.triton}{what}"] = dict(made)
+    return replace(before, provenance=provenance, whole=whole, masked=masked)
 
 
 def text_of(whole: Table) -> str:
@@ -166,11 +224,29 @@ def text_of(whole: Table) -> str:
     return "{\n" + ",\n".join([f'  "provenance": {provenance}', *lists]) + "\n}\n"
 
 
+def in_processes(tries: Iterable[Trial], seconds: float) -> dict[Trial, float | str]:
+    """What every variant took, or why it is refused."""
+    found: dict[Trial, float | str] = {}
+    refused = set()
+    for trial in tries:
+        if trial.masked and trial.kernel in refused:
+            continue  # one row is for all of them
+        command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
+        found[trial] = took = tried(command, seconds)
+        print(trial, took, flush=True)
+        if isinstance(took, str):
+            refused.add(trial.kernel)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("kernels/variants.json"))
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, default=90.0, help="of one variant, to be refused")
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=ENTRIES)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, help="of whole entries")
+    parser.add_argument(
+        "--seconds", type=float, default=90.0, help="of one variant; twice with masks"
+    )
     parser.add_argument("--trial", help=argparse.SUPPRESS)  # JSON of a Trial: run it, and no other
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -181,14 +257,15 @@ def main() -> None:
     made = environment("cuda") | {"date": time.strftime("%Y-%m-%d")}
     architecture = "sm_" + "".join(str(made["capability"]).split("."))
     version = ".".join(str(made["triton"]).split(".")[:2])
-    seen: dict[Trial, dict[str, float | str]] = {}
-    for trial in trials(arguments.dtypes):
-        command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
-        took = tried(command, arguments.seconds)
-        print(trial, took, flush=True)
-        seen.setdefault(replace(trial, kernel="portable"), {})[trial.kernel] = took
-    rows = [row_of(key, one, architecture, version) for key, one in seen.items()]
-    arguments.output.write_text(text_of(merged(table(), rows, made)), encoding="utf-8")
+    now = table()
+    for entries in ENTRIES:  # those with masks run in the kernels that were chosen for the others
+        if entries in arguments.entries:
+            masked = entries == "masked"
+            tries = trials(DTYPES if masked else arguments.dtypes, masked=masked)
+            seconds = arguments.seconds * (2 if masked else 1)  # of several kernels
+            found = in_processes(tries, seconds)
+            now = merged(now, rows_of(found, architecture, version), made)
+            arguments.output.write_text(text_of(now), encoding="utf-8")
 
 
 if __name__ == "__main__":

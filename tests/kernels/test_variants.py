@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from dit_sparse.kernels import variants
-from dit_sparse.kernels.variants import Table, Whole, tile_row, whole_kernel
+from dit_sparse.kernels.variants import (
+    Masked,
+    Table,
+    Whole,
+    masked_kernel,
+    tile_row,
+    whole_kernel,
+)
 
 BF16 = ("bfloat16", 64, False)
 
@@ -87,6 +94,36 @@ def test_rows_of_other_fields_are_refused():
 def test_unknown_kernels_are_refused():
     with pytest.raises(ValueError, match=r"Expected a kernel among hopper, .*, got 'fast'"):
         Whole("sm_90", "3.6", *BF16, "fast", "compiled", {})
+    with pytest.raises(ValueError, match=r"among hopper, portable, got 'hopper_persistent'"):
+        Masked("sm_90", "3.6", "hopper_persistent", "compiled", {})
+
+
+def test_masked_rows_never_choose_what_was_refused():
+    for row in variants.table().masked:
+        assert not isinstance(row.trials.get(row.kernel), str), row
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "kernel"),
+    [
+        ((9, 0), "3.5", "portable"),
+        ((9, 0), "3.6.0", "portable"),
+        ((9, 0), "3.8", "hopper"),
+        ((10, 0), "3.8", "portable"),
+    ],
+)
+def test_masks_of_the_newest_version_that_is_not_newer(
+    capability: tuple[int, int], version: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+):
+    made = [
+        Masked("sm_90", version, kernel, "measured", {})
+        for version, kernel in (("3.6", "portable"), ("3.7", "hopper"))
+    ]
+    table = replace(variants.table(), masked=tuple(made))
+    monkeypatch.setattr(variants, "table", lambda: table)
+    masked_kernel.cache_clear()
+    assert masked_kernel(capability, version) == kernel
+    masked_kernel.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dit_sparse.kernels.variants import Table, table
-from scripts.tune_kernels import Trial, merged, row_of, text_of, trials, tried
+from dit_sparse.kernels.variants import Masked, Table, table
+from scripts import tune_kernels
+from scripts.tune_kernels import (
+    DTYPES,
+    Trial,
+    in_processes,
+    merged,
+    row_of,
+    rows_of,
+    summed,
+    text_of,
+    trials,
+    tried,
+)
 
 KEY = Trial("portable", "bfloat16", 64, False)
+MASKED = list(trials(DTYPES, masked=True))
 MADE = {"device": "NVIDIA H200", "date": "2026-11-22"}
 
 
@@ -67,8 +80,75 @@ def test_the_text_is_the_table():
     assert max(map(len, text.splitlines())) < 400
 
 
+@pytest.mark.parametrize("hopper", [1.5, "bounds, 1 to a program: NaN in 3 of 50 runs"])
+def test_masked_rows_replace_those_of_the_same_gpu_and_version(hopper: float | str):
+    before = table()
+    found = dict.fromkeys(MASKED, 2.0) | {MASKED[0]: hopper}
+    (row,) = rows_of(found, "sm_90", "3.6")
+    after = merged(before, [row], MADE)
+    assert row in after.masked
+    assert len(after.masked) == len(before.masked)
+    assert set(map(str, after.masked)) - {str(row)} < set(map(str, before.masked))
+    assert (after.whole, after.tiles) == (before.whole, before.tiles)
+    assert after.provenance["sm_90, Triton 3.6, masked entries"] == MADE
+    assert Table.of(json.loads(text_of(after))) == after
+    assert max(map(len, text_of(after).splitlines())) < 400
+    new = replace(row, triton="3.7")
+    assert len(merged(after, [new], MADE).masked) == len(before.masked) + 1
+
+
+def test_both_kinds_of_rows_are_made_of_one_run():
+    found = dict.fromkeys(trials(DTYPES), 1.0) | dict.fromkeys(MASKED, 2.0)
+    rows = rows_of(found, "sm_90", "3.6")
+    assert len(rows) == len(DTYPES) * 2 * 2 + 1
+    assert [row for row in rows if isinstance(row, Masked)] == rows[-1:]
+    assert {len(row.trials) for row in rows[:-1]} == {3}
+
+
+def test_the_product_masks_where_it_is_faster_in_all():
+    times = {trial: 1.0 if trial.kernel == "hopper" else 2.0 for trial in MASKED}
+    (row,) = rows_of(times, "sm_90", "3.6")
+    assert (row.kernel, row.source) == ("hopper", "measured")
+    assert row.trials == {"hopper": 8.0, "portable": 16.0}
+    (row,) = rows_of(times | {MASKED[0]: 20.0}, "sm_90", "3.6")
+    assert row.kernel == "portable"
+
+
+def test_one_refusal_of_the_product_leaves_the_portable_kernel():
+    times: dict[Trial, float | str] = {t: 1.0 if t.kernel == "hopper" else 2.0 for t in MASKED}
+    last = max(n for n, trial in enumerate(MASKED) if trial.kernel == "hopper")
+    times[MASKED[last]] = "bounds, 2 to a program: NaN in 3 of 50 runs"
+    (row,) = rows_of(times, "sm_90", "3.6")
+    assert row.kernel == "portable"
+    assert row.trials["hopper"] == (
+        "float16, head dim 128, short blocks: bounds, 2 to a program: NaN in 3 of 50 runs"
+    )
+    refused = dict.fromkeys(MASKED, "did not end within 90 s")
+    with pytest.raises(RuntimeError, match="Expected some kernel to run masked entries, got"):
+        rows_of(refused, "sm_90", "3.6")
+
+
+def test_after_a_refusal_no_more_masks_are_tried(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Trial] = []
+
+    def fake(command: list[str], seconds: float) -> float | str:
+        seen.append(Trial(**json.loads(command[-1])))
+        wrong = seen[-1].kernel == "hopper" and seen[-1].head_dim == 128
+        return "NaN" if wrong else 1.0
+
+    monkeypatch.setattr(tune_kernels, "tried", fake)
+    found = in_processes(MASKED, 1.0)
+    assert list(found) == seen
+    assert [t.head_dim for t in seen if t.kernel == "hopper"] == [64, 64, 128]
+    assert sum(t.kernel == "portable" for t in seen) == 8
+    assert summed({t: took for t, took in found.items() if t.kernel == "portable"}) == 8.0
+    seen.clear()
+    assert list(in_processes(trials(["bfloat16"]), 1.0)) == list(trials(["bfloat16"]))  # own rows
+
+
 def test_every_variant_is_tried_on_every_kind_of_problem():
     found = list(trials(["bfloat16"]))
     assert len(found) == len(set(found)) == 3 * 2 * 2
+    assert len(MASKED) == len(set(MASKED)) == 2 * 2 * 2 * 2
     with_rows = {(row.dtype, row.head_dim, row.ragged) for row in table().whole}
     assert {(t.dtype, t.head_dim, t.ragged) for t in trials(["bfloat16", "float16"])} == with_rows
