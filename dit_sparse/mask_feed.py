@@ -28,6 +28,7 @@ class MaskFeed:
         device: where masks go.
     """
 
+    @torch.inference_mode(False)  # buffers that are written again must serve training too
     def __init__(self, calibration: Calibration, device: torch.device) -> None:
         self._calibration, self._device = calibration, device
         gpu = device.type == "cuda"

@@ -27,6 +27,8 @@ def poisoned(masks: Calibration, device: torch.device) -> MaskFeed:
     feed = MaskFeed(masks, device)
     for buffer in feed._buffers:
         buffer.fill_(0xA5)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the first copy waits for no other stream
     return feed
 
 
@@ -62,6 +64,14 @@ def test_any_order_of_calls_is_served():
     for number in torch.randint(len(places), (60,), generator=torch.Generator().manual_seed(0)):
         place = places[int(number)]
         assert torch.equal(feed.take(*place), masks.mask(*place))
+
+
+def test_buffers_made_in_inference_mode_serve_outside_of_it():
+    masks = found()
+    with torch.inference_mode():
+        feed = MaskFeed(masks, CPU)
+        feed.take(0, 0)
+    assert torch.equal(feed.take(2, 1), masks.mask(2, 1))
 
 
 def test_copies_have_buffers_of_their_own():
