@@ -11,10 +11,8 @@ import numpy as np
 
 from dit_sparse.evaluation.metrics import Clip, psnr
 from dit_sparse.evaluation.runner import done
-from dit_sparse.evaluation.store import Line, Store
+from dit_sparse.evaluation.store import FOLDERS, Line, Store
 from dit_sparse.evaluation.variants import STOCK
-
-_KEPT = ("clips", "features", "maps", "pictures")
 
 
 def merge(folders: Sequence[Path], into: Path) -> Store:
@@ -74,7 +72,7 @@ def _copy(source: Path, into: Path) -> None:
     """Whatever `into` does not have yet."""
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
-        if place.parts[0] in _KEPT and path.is_file() and not (into / place).exists():
+        if place.parts[0] in FOLDERS and path.is_file() and not (into / place).exists():
             (into / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, into / place)
 

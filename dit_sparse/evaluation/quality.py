@@ -38,8 +38,8 @@ def means_and_worst(
     )
     means: dict[str, float | None] = {}
     for name in names:
-        finite = [clip[name] for clip in clips if clip.get(name) is not None]
-        means[name] = fmean(finite) if finite else None
+        values = [clip[name] for clip in clips if clip.get(name) is not None]
+        means[name] = fmean(values) if values else None
     worst = {
         name: min(clip[name] for clip in clips if clip.get(name) is not None)
         for name in ("psnr", "ssim")

@@ -26,6 +26,8 @@ from dit_sparse.plan_io import replace_file
 Line = dict[str, Any]
 
 _SETTINGS = "settings.json"
+#: What a folder holds beside its settings and lines.
+FOLDERS = ("clips", "features", "maps", "pictures")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -128,10 +130,11 @@ class Store:
                 os.fsync(file.fileno())
 
     def clear(self) -> None:
-        """Removes the settings, runs and pictures of a merged folder, to be made anew."""
+        """Removes all that a merged folder holds: its parts may have been made again."""
         for path in (*self.folder.glob("runs-*.jsonl"), self.folder / _SETTINGS):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "pictures", ignore_errors=True)
+        for name in FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def clip_path(self, label: str, task: Task) -> Path:
         """Where the frames of a variant are."""

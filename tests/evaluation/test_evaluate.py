@@ -369,6 +369,20 @@ def test_dense_clips_that_differ_are_named(finished: tuple[Path, dict[str, Any]]
     assert "1 differ from those of" in report["gaps"]["dense clips of 'part'"]
 
 
+def test_a_merged_folder_keeps_nothing_of_parts_that_were_made_again(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = finished
+    shutil.copytree(folder, "part")
+    assert merged(f"part,{folder}").exit_code == 0
+    path = next(Path("part/clips/stock").iterdir())
+    frames = np.load(path)
+    frames[0] ^= 1
+    np.save(path, frames)
+    assert merged(f"part,{folder}").exit_code == 0
+    assert np.array_equal(np.load(Path("all/clips/stock") / path.name), frames)
+
+
 @pytest.mark.parametrize(
     ("folders", "words", "sentence"),
     [
