@@ -31,7 +31,7 @@ from scripts.evaluation import order_figures, order_study, rounding
 from scripts.evaluation.model import Model, open_pipeline
 from scripts.evaluation.probe import Capture, capture, layers_of
 
-CRITERIA = ("paper", "concentration", "raster")
+CRITERIA = ("concentration", "paper", "raster")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dit_sparse import block_times
 from dit_sparse.kernels import variants
 from dit_sparse.kernels.variants import (
     Masked,
@@ -82,6 +83,12 @@ def test_versions_without_rows_take_those_before(version: str, kernel: str):
 )
 def test_what_has_no_row_is_portable(key: tuple[Any, ...]):
     assert whole_kernel(*key) == "portable"
+
+
+def test_windows_are_chosen_for_the_kernel_that_masks():
+    """`block_times` knows no GPU: it says by hand what the table does."""
+    chosen = {row.kernel for row in variants.table().masked}
+    assert ("hopper" in chosen) == block_times.BY_PRODUCT
 
 
 def test_rows_of_other_fields_are_refused():
