@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit_sparse import methods
 from dit_sparse.attention import attend, dense_attention
 from dit_sparse.bench import time_interleaved
-from dit_sparse.grid import TextSpan, TokenLayout
-from dit_sparse.method import CallContext, SparseMethod
+from dit_sparse.method import SparseMethod
 from scripts.evaluation.maps import map_head
 from scripts.evaluation.probe import Capture
 
@@ -83,7 +81,7 @@ def variants_for(capture: Capture, densities: Sequence[float] = DENSITIES) -> li
         for density in densities:
             variant = Variant(name, density)
             try:
-                variant.method.plan(*_tensors(capture)[:2], _context(capture))
+                variant.method.plan(*capture.tensors[:2], capture.context)
             except ValueError:  # less than one block
                 continue
             found.append(variant)
@@ -97,8 +95,8 @@ def measure_times(
 
     Numbers of blocks are fixed, so that times are the same for all calls of a layout.
     """
-    q, k, v = _tensors(capture)
-    context = _context(capture)
+    q, k, v = capture.tensors
+    context = capture.context
 
     def run(method: SparseMethod) -> Any:
         return lambda: attend(q, k, v, method.plan(q, k, context))
@@ -114,8 +112,8 @@ def points_of(
 ) -> Iterator[Point]:
     """Every variant on every head of captured calls of one layout."""
     for capture in captures:
-        q, k, v = _tensors(capture)
-        context = _context(capture)
+        q, k, v = capture.tensors
+        context = capture.context
         exact = dense_attention(q.float(), k.float(), v.float(), layout=context.layout)
         kinds = [map_head(capture, head).kind for head in range(len(capture.q))]
         for variant, time in times.items():
@@ -219,19 +217,3 @@ def _cell(row: Comparison, name: str, best: bool) -> str:
         return "-"
     text = f"{100 * row.errors[name]:.2f}"
     return f"{f'**{text}**' if best else text} ({row.wins[name]})"
-
-
-def _tensors(capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
-    if capture.v is None:
-        raise ValueError("Expected a captured call with its values, got one without.")
-    return capture.q[None], capture.k[None], capture.v[None]
-
-
-def _context(capture: Capture) -> CallContext:
-    """The context of a call on the first batch entry alone."""
-    segments = tuple(
-        replace(s, valid=s.valid[:1]) if isinstance(s, TextSpan) and s.valid is not None else s
-        for s in capture.layout.segments
-    )
-    v = None if capture.v is None else capture.v[None]
-    return CallContext(TokenLayout(segments), layer=capture.layer, step=capture.step, values=v)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 import dit_sparse
-from dit_sparse.grid import TokenLayout
+from dit_sparse.grid import TextSpan, TokenLayout
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
@@ -33,6 +33,30 @@ class Capture:
     q: Tensor
     k: Tensor
     v: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v `[1, H, N, D]` of a call whose values were kept.
+
+        Raises:
+            ValueError: they were not.
+        """
+        if self.v is None:
+            raise ValueError(
+                "Expected a call whose values were kept, got one without. Probe it again."
+            )
+        return self.q[None], self.k[None], self.v[None]
+
+    @property
+    def context(self) -> CallContext:
+        """The context of a call on the first batch entry alone."""
+        segments = tuple(
+            replace(s, valid=s.valid[:1]) if isinstance(s, TextSpan) and s.valid is not None else s
+            for s in self.layout.segments
+        )
+        values = None if self.v is None else self.v[None]
+        layout = TokenLayout(segments)
+        return CallContext(layout, layer=self.layer, step=self.step, values=values)
 
 
 @dataclass(frozen=True, eq=False)

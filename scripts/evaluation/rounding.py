@@ -13,7 +13,6 @@ from torch import Tensor
 from dit_sparse.attention import attend, select_backend
 from dit_sparse.backend import Backend
 from dit_sparse.kernels.emulated import EmulatedBackend
-from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from scripts.evaluation.probe import Capture
 
@@ -22,20 +21,9 @@ BARS = {"int8": 0.999, "fp8": 0.997}
 _ROWS = 512  # queries at a time
 
 
-def tensors_of(capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v `[H, N, D]` of a call whose values were kept.
-
-    Raises:
-        ValueError: they were not.
-    """
-    if capture.v is None:
-        raise ValueError("Expected a call whose values were kept, got one without. Probe it again.")
-    return capture.q, capture.k, capture.v
-
-
 def exact(capture: Capture) -> Tensor:
     """Dense attention of a captured call in float64: `[H, N, D]`."""
-    q, k, v = (x.double() for x in tensors_of(capture))
+    q, k, v = (x[0].double() for x in capture.tensors)
     seen = torch.cat(
         [torch.arange(a, b, device=q.device) for a, b in capture.layout.valid_ranges(0)]
     )
@@ -51,8 +39,8 @@ def backends(capture: Capture) -> dict[str, Backend | None]:
         rough = EmulatedBackend(precision, smooth=False)  # type: ignore[arg-type]
         found[f"{precision} emulated, mean key left"] = rough
     if capture.q.is_cuda:
-        given = [x[None] for x in tensors_of(capture)]
-        plan = WindowMethod(density=1.0).plan(*given[:2], CallContext(capture.layout))
+        given = capture.tensors
+        plan = WindowMethod(density=1.0).plan(*given[:2], capture.context)
         for precision in BARS:
             try:
                 kernel, _ = select_backend(*given, plan, precision=precision)  # type: ignore[arg-type]
@@ -66,8 +54,8 @@ def measure(captures: Sequence[Capture]) -> Iterator[dict[str, Any]]:
     """One row for each call and backend: cosines with float64 of whole heads and of single rows."""
     for capture in captures:
         expected = exact(capture)
-        q, k, v = (x[None] for x in tensors_of(capture))
-        plan = WindowMethod(density=1.0).plan(q, k, CallContext(capture.layout))
+        q, k, v = capture.tensors
+        plan = WindowMethod(density=1.0).plan(q, k, capture.context)
         for name, backend in backends(capture).items():
             got = attend(q, k, v, plan, backend=backend).out[0].double()
             heads = F.cosine_similarity(got.flatten(1), expected.flatten(1), dim=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from scripts import study_paro
 from scripts.evaluation.order_figures import map_in_order
 from scripts.evaluation.probe import Capture
@@ -76,6 +76,13 @@ def test_exact_attention_is_that_of_torch_and_bars_are_held() -> None:
     text = table(list(measure([found])))
     assert "0.999 met" in text
     assert "missed" not in text
+
+
+def test_rounding_beside_padded_text_of_a_batch() -> None:
+    """What was captured is the first entry alone, the layout is that of all."""
+    found = capture(TokenLayout((TokenGrid(3, 8, 8), TextSpan(20, (20, 5)))))
+    rows = {row["rounding"]: row for row in measure([found])}
+    assert rows["none"]["error"] < 1e-5
 
 
 def test_a_map_in_an_order_is_the_map_permuted() -> None:
