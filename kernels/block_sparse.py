@@ -273,7 +273,7 @@ def _approximate(plan: BlockPlan, scale: float, specialised: bool, room: _Room) 
         specialised: whether the Hopper kernel may add the tail: queries are in order.
     """
     _, k, v = room.ordered
-    of_tail = specialised and tail.runs(plan)
+    of_tail = specialised and tail.runs(plan) and hopper.masks(room.q)
     of_tail = of_tail and tail.launch(*room.ordered, plan, scale, room.result) is not None
     if plan.pools is not None or not of_tail:
         approximate.launch(room.q, k, v, plan, scale, room.result, tail=not of_tail)

@@ -105,7 +105,10 @@ def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
 
 
 def masks(q: Tensor) -> bool:
-    """Whether the table has the kernel compute masked entries too."""
+    """Whether the table trusts the kernel with what it loads beside keys and values: masked entries
+    and the biases of tails. In Triton's interpreter it always does."""
+    if not q.is_cuda:
+        return True
     capability = torch.cuda.get_device_capability(q.device)
     return masked_kernel(capability, triton.__version__) != "portable"
 

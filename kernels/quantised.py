@@ -211,7 +211,12 @@ def refuses_plan(plan: BlockPlan) -> str | None:
 
 def _refuses_device(q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
     if hopper.runs(q, v, plan):
-        return None
+        if plan.box is None or hopper.masks(q) or not len(plan.masked_rows):
+            return None
+        return (
+            "expected a plan without masked entries in 8 bits, which this version of Triton does "
+            "not compile to be trusted, got some. Use windows of whole tiles or precision='bf16'."
+        )
     return (
         "expected compute capability 9.0 and Triton 3.6 or later in 8 bits, got "
         f"{torch.cuda.get_device_capability(q.device)}. Use precision='bf16'."

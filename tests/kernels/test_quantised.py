@@ -97,6 +97,20 @@ def test_values_that_no_descriptor_reads_are_refused_in_int8(
     assert "expected a head dim that is a multiple of 8 in int8" in reasons["int8"]
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_masked_entries_are_for_a_kernel_that_the_table_trusts(
+    trusted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(quantised.hopper, "runs", lambda *_: True)
+    monkeypatch.setattr(quantised.hopper, "masks", lambda _: trusted)
+    q, _k, v = qkv(300, 128, torch.bfloat16)
+    plan = plan_of(Case(128, 128, 128))
+    assert len(plan.masked_rows) > 0
+    reason = quantised._refuses_device(q, v, plan)
+    assert reason is None if trusted else "without masked entries" in reason
+    assert quantised._refuses_device(q, v, plan_of(Case(128, 128, 128, box=False))) is None
+
+
 def test_plans_that_are_refused():
     assert quantised.refuses_plan(dense(300, tail="zeroth")) is None
     assert "blocks of 128 tokens" in quantised.refuses_plan(dense(300, 64))

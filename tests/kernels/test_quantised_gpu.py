@@ -14,12 +14,13 @@ from tests.block_cases import Case, plan_of, tensors_of
 from tests.oracle import masked_attention
 
 pytest.importorskip("dit_sparse.kernels.quantised")
+hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LEAST = {"fp8": 0.997, "int8": 0.999}
 CASES = [
-    Case(128, 128, 128, torch.bfloat16, tokens=2304),
-    Case(128, 128, 128, torch.bfloat16, order="head", tokens=2304),
+    Case(128, 128, 128, torch.bfloat16, box=False, tokens=2304),
+    Case(128, 128, 128, torch.bfloat16, box=False, order="head", tokens=2304),
     Case(128, 128, 128, torch.bfloat16, ragged=False, box=False, order="shared", tokens=2304),
     Case(96, 128, 128, torch.float16, box=False, tokens=2304),
 ]
@@ -49,6 +50,18 @@ def test_near_float64_and_its_meaning(case: Case, precision: Any):
     again = attend(q, k, v, plan, precision=precision)
     assert torch.equal(again.out, got.out)
     assert torch.equal(again.lse, got.lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_masked_entries_run_only_where_the_table_trusts_the_kernel():
+    case = Case(128, 128, 128, torch.bfloat16, tokens=2304)
+    plan = plan_of(case).to("cuda")
+    q, k, v = tensors_of(case, plan, "cuda")
+    if hopper.masks(q):
+        pytest.skip("the table trusts it")
+    with pytest.raises(ValueError, match=r"triton fp8: expected a plan without masked entries"):
+        attend(q, k, v, plan, precision="fp8")
 
 
 @pytest.mark.gpu
