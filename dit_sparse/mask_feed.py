@@ -58,7 +58,9 @@ class MaskFeed:
         if self._holds[number] != key:
             self._bring(key, number)
         if self._side is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._ready[number])
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(self._ready[number])
+            current.wait_event(self._used[number])  # so that the last reader's end is everyone's
         mask = unpack(self._buffers[number], self._calibration.blocks)
         if self._side is not None:
             self._used[number].record(torch.cuda.current_stream(self._device))

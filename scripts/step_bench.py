@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,7 +133,8 @@ class Bench:
         seconds: float,
         progress: Progress,
     ) -> dict[str, Run]:
-        """Times variants in turn; one that fails leaves the others.
+        """Times variants in turn, in an order drawn anew in every round: what runs before a variant
+        changes clocks and caches. One that fails leaves the others.
 
         Args:
             wanted: names, the dense ones first.
@@ -143,15 +145,16 @@ class Bench:
         """
         runs = {variant: Run() for variant in wanted}
         lists = {name: getattr(self.transformer, name) for name in self.model.stacks}
-        begin = time.monotonic()
+        begin, order, draw = time.monotonic(), list(runs), random.Random(0)
         try:
             for turn in range(rounds + 1):
                 if turn > 1 and time.monotonic() - begin > seconds:
                     break
-                for variant, run in runs.items():
-                    if run.failure is None:
+                for variant in order:
+                    if runs[variant].failure is None:
                         progress.tell(variant)
-                        self._turn(variant, run, choose, lists, timed=turn > 0)
+                        self._turn(variant, runs[variant], choose, lists, timed=turn > 0)
+                draw.shuffle(order)
         finally:
             dit_sparse.remove(self.transformer)
             self.model.cut(self.transformer, lists, max(self.depths))
