@@ -122,6 +122,18 @@ def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:
     return plan.mask_product if scale >= 1e-5 else None
 
 
+def matrices_of(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+) -> tuple[Matrix, Matrix, Matrix] | None:
+    """`None` for strides that specialised loads do not take, see `Matrix`."""
+    qm, km, vm = (Matrix.of(t) for t in (q, k, v))
+    if qm is None or km is None or vm is None:
+        return None
+    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
+        return None
+    return qm, km, vm
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -143,13 +155,10 @@ def launch(
             too far below theirs get an infinite LSE: run the portable kernel's repair. For
             bfloat16, which has the exponents of float32.
     """
-    qm, km, vm = (Matrix.of(t) for t in (q, k, v))
-    if qm is None or km is None or vm is None:
+    matrices = matrices_of(q, k, v, plan)
+    if matrices is None:
         return None
-    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
-        return None
-    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, mask, lengths)
-    return with_scratch(run)
+    return with_scratch(functools.partial(_launch, q, matrices, plan, scale, result, mask, lengths))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
-from dit_sparse.kernels.hopper import Matrix, describe, with_scratch
+from dit_sparse.kernels.hopper import Matrix, describe, matrices_of, with_scratch
 from dit_sparse.kernels.launch import Launch, launch_specialised
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
@@ -78,14 +78,12 @@ def launch(
         each: how many.
         q, k, v, plan, scale, result, mask, lengths: as there.
     """
-    matrices = tuple(Matrix.of(t) for t in (q, k, v))
-    qm, km, vm = matrices
-    if qm is None or km is None or vm is None:
+    matrices = matrices_of(q, k, v, plan)
+    if matrices is None:
         return None
-    if plan.k_blocks.ragged and not (km.ends_in_itself and vm.ends_in_itself):
-        return None
-    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, each, mask, lengths)
-    return with_scratch(run)
+    return with_scratch(
+        functools.partial(_launch, q, matrices, plan, scale, result, each, mask, lengths)
+    )
 
 
 def _launch(

@@ -34,7 +34,7 @@ from dit_sparse.evaluation.prompts import fixed_prompts
 from scripts.evaluation import compare, distance, figures, neighbours
 from scripts.evaluation.clips import HELD_OUT, open_splits
 from scripts.evaluation.maps import map_heads
-from scripts.evaluation.model import Model, open_pipeline
+from scripts.evaluation.model import Model, model_of
 from scripts.evaluation.probe import Capture, capture, layers_of
 from scripts.evaluation.sheets import held_out_prompts, write_sheets
 from scripts.training.source import Source
@@ -181,28 +181,11 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], model: Model) ->
             print(json.dumps(row))
 
 
-def _model(arguments: argparse.Namespace) -> Model:
-    sides = arguments.size.split("x")
-    if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(
-            f"Expected a size as FRAMESxHEIGHTxWIDTH, such as 49x128x128, got {arguments.size!r}."
-        )
-    return Model(
-        pipe=open_pipeline(arguments.model, torch.device(arguments.device)),
-        name=arguments.model.resolve().name,
-        size=(int(sides[0]), int(sides[1]), int(sides[2])),
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        batch=arguments.batch,
-    )
-
-
 def main() -> None:
     top = parser()
     arguments = top.parse_args()
     try:
-        COMMANDS[arguments.command](arguments, _model(arguments))
+        COMMANDS[arguments.command](arguments, model_of(arguments))
     except (ValueError, RuntimeError, OSError) as error:
         top.exit(1, f"{error}\n")
 

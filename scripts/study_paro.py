@@ -28,7 +28,7 @@ from dit_sparse.bench import environment
 from dit_sparse.calibration_solver import Settings
 from dit_sparse.evaluation.prompts import fixed_prompts
 from scripts.evaluation import order_figures, order_study, rounding
-from scripts.evaluation.model import Model, open_pipeline
+from scripts.evaluation.model import Model, model_of
 from scripts.evaluation.probe import Capture, capture, layers_of
 
 CRITERIA = ("concentration", "paper", "raster")
@@ -125,28 +125,11 @@ def _write(path: Path, text: str) -> None:
     print(text)
 
 
-def _model(arguments: argparse.Namespace) -> Model:
-    sides = arguments.size.split("x")
-    if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(
-            f"Expected a size as FRAMESxHEIGHTxWIDTH, such as 49x128x128, got {arguments.size!r}."
-        )
-    return Model(
-        pipe=open_pipeline(arguments.model, torch.device(arguments.device)),
-        name=arguments.model.resolve().name,
-        size=(int(sides[0]), int(sides[1]), int(sides[2])),
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        batch=arguments.batch,
-    )
-
-
 def main() -> None:
     top = parser()
     arguments = top.parse_args()
     try:
-        COMMANDS[arguments.command](arguments, _model(arguments))
+        COMMANDS[arguments.command](arguments, model_of(arguments))
     except (ValueError, RuntimeError, OSError) as error:
         top.exit(1, f"{error}\n")
 

@@ -4,6 +4,7 @@ frame.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,3 +107,25 @@ def open_pipeline(folder: Path, device: torch.device) -> Any:
         )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return load(folder, dtype=dtype, device=device, local_files_only=True)
+
+
+def model_of(arguments: argparse.Namespace) -> Model:
+    """The model of a command line with `--model`, `--size` and the other fields as options.
+
+    Raises:
+        ValueError: the size is malformed.
+    """
+    sides = arguments.size.split("x")
+    if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(
+            f"Expected a size as FRAMESxHEIGHTxWIDTH, such as 49x128x128, got {arguments.size!r}."
+        )
+    return Model(
+        pipe=open_pipeline(arguments.model, torch.device(arguments.device)),
+        name=arguments.model.resolve().name,
+        size=(int(sides[0]), int(sides[1]), int(sides[2])),
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        batch=arguments.batch,
+    )

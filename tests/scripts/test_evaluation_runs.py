@@ -25,7 +25,7 @@ from dit_sparse.pipelines.tiny import tiny_pipeline
 from scripts import evaluate_models
 from scripts.evaluation import compare
 from scripts.evaluation.maps import map_heads
-from scripts.evaluation.model import Model, open_pipeline
+from scripts.evaluation.model import Model, model_of, open_pipeline
 from scripts.evaluation.probe import capture, layers_of
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def run(command: str, model: Path, size: str, *more: object) -> None:
     common = ("--model", model, "--size", size, "--steps", 2, "--batch", 3, "--device", "cpu")
     arguments = [str(a) for a in (command, *common, *more)]
     parsed = evaluate_models.parser().parse_args(arguments)
-    evaluate_models.COMMANDS[command](parsed, evaluate_models._model(parsed))
+    evaluate_models.COMMANDS[command](parsed, model_of(parsed))
 
 
 def lines_of(path: Path) -> list[dict]:
