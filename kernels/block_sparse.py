@@ -118,8 +118,8 @@ class TritonBackend:
             return f"expected tensors on a GPU, got {q.device.type}."
         if torch.version.hip is not None:
             return "expected an NVIDIA GPU, got an AMD one."
-        if q.is_cuda and _capability(q.device) < (8, 0):
-            return f"expected compute capability 8.0 or later, got {_capability(q.device)}."
+        if q.is_cuda and hopper.capability(q.device) < (8, 0):
+            return f"expected compute capability 8.0 or later, got {hopper.capability(q.device)}."
         if plan.q_blocks.size not in _BLOCKS[:-1] or plan.k_blocks.size not in _BLOCKS:
             return (
                 f"expected query blocks of 16 to 128 and key blocks of 16 to 256 tokens, powers of "
@@ -227,7 +227,7 @@ class TritonBackend:
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
         return self.tile or choose_tile(
-            _capability(q.device),
+            hopper.capability(q.device),
             portable.padded(max(q.shape[-1], v.shape[-1])),
             q.element_size(),
             plan.q_blocks.size,
@@ -306,11 +306,6 @@ def device_of(q: Tensor) -> AbstractContextManager[None]:
 
 
 _NOWHERE_ELSE = nullcontext()
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @cache

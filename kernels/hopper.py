@@ -93,10 +93,16 @@ def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     )
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability; (0, 0) where there is none. Asked in every call."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
     """What the table says of the kernel for entries that need no mask."""
     return whole_kernel(
-        torch.cuda.get_device_capability(q.device),
+        capability(q.device),
         triton.__version__,
         str(q.dtype).removeprefix("torch."),
         padded(q.shape[-1]),
@@ -109,8 +115,7 @@ def masks(q: Tensor) -> bool:
     and the biases of tails. In Triton's interpreter it always does."""
     if not q.is_cuda:
         return True
-    capability = torch.cuda.get_device_capability(q.device)
-    return masked_kernel(capability, triton.__version__) != "portable"
+    return masked_kernel(capability(q.device), triton.__version__) != "portable"
 
 
 def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:

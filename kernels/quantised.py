@@ -219,5 +219,5 @@ def _refuses_device(q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         )
     return (
         "expected compute capability 9.0 and Triton 3.6 or later in 8 bits, got "
-        f"{torch.cuda.get_device_capability(q.device)}. Use precision='bf16'."
+        f"{hopper.capability(q.device)}. Use precision='bf16'."
     )

@@ -511,7 +511,7 @@ class TestRefusals:
         self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], room: int, refused: set
     ):
         """An A100, a consumer GPU and a Hopper one; kernels that do not fit fail at launch."""
-        monkeypatch.setattr(block_sparse, "_capability", lambda device: capability)
+        monkeypatch.setattr(hopper, "capability", lambda device: capability)
         monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: room)
         monkeypatch.setattr(torch.version, "hip", None)
         got = {}
