@@ -152,6 +152,8 @@ def main() -> None:
             train_part(request_of(arguments))
             leave()
     except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # PyTorch's own kinds say too little without their traceback
         top.exit(1, f"{error}\n")
 
 

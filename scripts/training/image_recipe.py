@@ -34,9 +34,7 @@ class ImageRecipe:
         clip: of `CLIPTextConfig`, without the vocabulary.
         t5: of `T5Config`, without the vocabulary.
         vocabulary: tokens of the tokenizer.
-        stages, card, limit_bytes, compiles, smallest: see `recipe.Recipe`. PyTorch 2.11's compiler
-            dies of an assertion in a training run of this model, also with attention left out of
-            compiled blocks; one block alone compiles.
+        stages, card, limit_bytes, compiles, smallest: see `recipe.Recipe`.
     """
 
     name: str
@@ -48,7 +46,7 @@ class ImageRecipe:
     stages: Mapping[str, Stage]
     card: Card
     limit_bytes: int = 22_000_000
-    compiles: bool = False
+    compiles: bool = True
     smallest: Size = (1, 64, 64)
 
     @property

@@ -13,7 +13,8 @@ from torch import Tensor
 
 Batch = tuple[Tensor, ...]
 
-_AHEAD = 2
+#: Batches. Several are made from one composition, see `replay.Replay`: it takes longer than a step.
+_AHEAD = 8
 _POLL_SECONDS = 0.5
 
 
