@@ -68,12 +68,15 @@ RANDOM = [
     Case(pattern, tokens, 24, head_dim, density)
     for head_dim in (128, 64)
     for tokens, pattern, density in (
+        (16_896, "random", 1.0),
         (16_896, "random", 0.2),
+        (32_768, "random", 1.0),
         (32_768, "random", 0.2),
+        (32_768, "clustered", 0.2),
         (32_768, "random", 0.1),
         (32_768, "clustered", 0.1),
-        (32_768, "random", 1.0),
         (118_784, "random", 0.1),
+        (118_784, "clustered", 0.1),
     )
 ]
 WINDOW = [
