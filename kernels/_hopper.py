@@ -14,6 +14,34 @@ unit adds products of 8 bits with less precision.
 import triton
 import triton.language as tl
 
+#: Triton 3.6 puts barriers that nothing waits for in the first 16 bytes of shared memory, where
+#: keys come to lie, and never invalidates them; 3.9 does.
+_STALE_BARRIERS = tl.constexpr(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+    and not triton.knobs.runtime.interpret
+)
+
+
+@triton.jit
+def _forget_stale_barriers():
+    """0, when barriers are invalidated whose place in shared memory is used again; for what only
+    the producer computes before its first load. Without that PTX leaves undefined what happens
+    there: multiprocessors keep barriers in a cache of their own.
+    """
+    zero = 0
+    if _STALE_BARRIERS:
+        zero = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 stale;
+            mov.b32 stale, global_smem;
+            mbarrier.inval.shared::cta.b64 [stale];
+            mbarrier.inval.shared::cta.b64 [stale+8];
+            fence.proxy.async.shared::cta;
+            mov.b32 $0, 0;
+            }""", "=r", [], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return zero
+
 
 @triton.jit
 def _place(n_q_blocks, n_outer, first_inner, n_heads):
@@ -88,7 +116,8 @@ def _block_sparse_fwd_hopper(
             block_shape=[BLOCK_M, COLUMNS],
         )  # fmt: skip
         number = tl.load(class_ptr + head * class_stride_h + block)
-    q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
+    q_row = batch * q_row_b + head * q_row_h + q_start + _forget_stale_barriers()
+    q = q_desc.load([q_row, head * q_col_h])
     if COLUMNS:
         classes = classes_desc.load([number * BLOCK_M, 0])
 

@@ -9,7 +9,7 @@ two of keys and values. A kernel of its own, because either loop alone may be sp
 import triton
 import triton.language as tl
 
-from dit_sparse.kernels._hopper import _placed
+from dit_sparse.kernels._hopper import _forget_stale_barriers, _placed
 
 
 @triton.jit
@@ -47,6 +47,7 @@ def _block_sparse_fwd_hopper_persistent(
         )  # fmt: skip
     # The blocks around the picture, which read everything, have a program each, the first ones.
     outer = n_tiles // n_q_blocks * n_outer
+    q_row_h += _forget_stale_barriers()
     pid = tl.program_id(0)
     begin = tl.where(pid < outer, pid, outer + (pid - outer) * n_each)
     end = tl.minimum(begin + tl.where(pid < outer, 1, n_each), n_tiles)

@@ -9,7 +9,7 @@ neighbours, so the values' keys are stored in the order in which the threads hol
 import triton
 import triton.language as tl
 
-from dit_sparse.kernels._hopper import _place
+from dit_sparse.kernels._hopper import _forget_stale_barriers, _place
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def _quantised_fwd_hopper(
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, BLOCK_D], strides=[BLOCK_D, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
-    q = q_desc.load([q_block * BLOCK_M, 0])
+    q = q_desc.load([q_block * BLOCK_M + _forget_stale_barriers(), 0])
     q_step = tl.load(q_step_ptr + q_block) * scale_log2
     k_row = pair * k_rows
     k_step_ptr += pair * n_k_blocks

@@ -342,6 +342,7 @@ def _read(variant: Variant, kernel: Any) -> Report:
         raise RuntimeError(f"Expected cuobjdump to read the code of {variant}, got {usage!r}.")
     counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
     counts["overlapped"] = _overlapped(code)
+    counts["stale"] = _stale(kernel.asm["ptx"])
     return Report(variant, int(registers[1]), kernel.metadata.shared, counts)
 
 
@@ -356,6 +357,22 @@ def _overlapped(code: str) -> int:
         else:
             since = 0
     return count
+
+
+def _stale(ptx: str) -> int:
+    """Places in shared memory that hold one barrier after the other, so that something else may
+    come to lie there, and are not invalidated."""
+    at = {found[1]: 0 for found in re.finditer(r"mov\.b32\s+([%\w]+), global_smem;", ptx)}
+    begun: list[int] = []
+    ended: set[int] = set()
+    pattern = r"add\.s32\s+(%r\d+), (%r\d+), (\d+);|mbarrier\.(init|inval)\S* \[([%\w]+)\+?(\d*)\]"
+    for sum_, register, more, what, place, offset in re.findall(pattern, ptx):
+        if sum_ and register in at:
+            at[sum_] = at[register] + int(more)
+        elif what and place in at:
+            address = at[place] + int(offset or 0)
+            ended.add(address) if what == "inval" else begun.append(address)
+    return len({address for address in begun if begun.count(address) > 1} - ended)
 
 
 def main() -> None:

@@ -70,6 +70,7 @@ def check_hopper(report: dict[str, Any]) -> None:
     assert counts["spills"] == 0, report
     assert counts["tma"] > 0, report
     assert counts["setmaxreg"] > 0, report  # warp specialisation
+    assert counts["stale"] == 0, report  # barriers whose place is used again
     # Products are not serialised.
     masked = report["variant"]["box"]
     assert counts["qgmma"] == (2 if masked else 0), report  # one for each warpgroup
