@@ -16,9 +16,10 @@ ROW = 3.2  # to begin and end a query block
 # eight), in all entries of a plan with masked ones. It hides the ends of short blocks too, so that
 # the difference above and this one are counted twice there.
 PRODUCT = 0.1
-# Whether any GPU masks by that product: none does by the table in `kernels/variants.json`.
-BY_PRODUCT = False
-# What the portable kernel takes for masked entries where no product can mask.
+# Whether any GPU masks by that product, by the table in `kernels/variants.json`.
+BY_PRODUCT = True
+# What the portable kernel takes for masked entries where no product masks: queries of a block are
+# of too many classes, or the table does not choose it.
 MASKED = 3.5  # an entry
 MASKED_ROW = 9.0  # to take up a query block again in that second launch
 

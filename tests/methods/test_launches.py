@@ -74,18 +74,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in (
         *(("pool", "_means_fwd"), ("pool", "_covariance_fwd"), ("choose", "_choose_fwd")),
         *(("importance", "_importance_fwd"), ("approximate", "_approximate_fwd")),
+        ("tail", "_tail_bias_fwd"),
     ):
         monkeypatch.setattr(kernels[module], name, Kernel(name, found))
 
     def note(kernel: Any, grid: Any, arguments: Any, constants: Any, **_: int) -> str:
-        found.append(kernel.__name__)
+        found.append(f"{kernel.__name__}{' tail' if constants.get('TAIL') else ''}")
         return found[-1]
 
     monkeypatch.setattr(kernels["hopper"], "launch_specialised", note)
     monkeypatch.setattr(kernels["permute"], "launch", note)
     monkeypatch.setattr(kernels["portable"], "launch_kernel", note)
     monkeypatch.setattr(kernels["hopper"], "chosen", lambda *_: "hopper")
-    monkeypatch.setattr(kernels["hopper"], "masks", lambda _: False)  # as the table says for 3.6
+    monkeypatch.setattr(kernels["hopper"], "masks", lambda _: True)
     monkeypatch.setattr(block_sparse, "device_of", lambda _: nullcontext())
     monkeypatch.setattr(kernels["hopper"], "capability", lambda _: (9, 0))
     monkeypatch.setattr(kernels["importance"], "processors", lambda _: 132)
@@ -109,7 +110,7 @@ CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
 
 SPANS = ["index_select", "index_select"]
 EXACT = ["zeros", "_permute_rows", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
-ZEROTH = ["_means_fwd", "_approximate_fwd"]
+ZEROTH = ["_means_fwd", "_tail_bias_fwd", "_block_sparse_fwd_hopper tail"]
 SLOPE = ["_means_fwd", "_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
 POOLED = ["_means_fwd", "_approximate_fwd"]
 
@@ -130,7 +131,7 @@ CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         [*MEANS, "_softmax", "nan_to_num", *CHOICE],
         [*EXACT, *POOLED],
     ),
-    ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*EXACT, *POOLED]),
+    ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*EXACT, *ZEROTH, *POOLED]),
 ]
 
 
