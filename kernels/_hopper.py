@@ -14,8 +14,8 @@ unit adds products of 8 bits with less precision.
 import triton
 import triton.language as tl
 
-#: Triton 3.6 puts barriers that nothing waits for in the first 16 bytes of shared memory, where
-#: keys come to lie, and never invalidates them; 3.9 does.
+#: Triton 3.6 puts barriers that nothing waits for at the beginning of shared memory, where keys
+#: come to lie, one of 8 bytes for each stage, and never invalidates them; 3.9 does.
 _STALE_BARRIERS = tl.constexpr(
     tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
     and not triton.knobs.runtime.interpret
@@ -23,10 +23,12 @@ _STALE_BARRIERS = tl.constexpr(
 
 
 @triton.jit
-def _forget_stale_barriers():
+def _forget_stale_barriers(STAGES: tl.constexpr = 2):
     """0, when barriers are invalidated whose place in shared memory is used again; for what only
     the producer computes before its first load. Without that PTX leaves undefined what happens
     there: multiprocessors keep barriers in a cache of their own.
+
+    STAGES: of the launch, 2 or 4.
     """
     zero = 0
     if _STALE_BARRIERS:
@@ -40,6 +42,17 @@ def _forget_stale_barriers():
             mov.b32 $0, 0;
             }""", "=r", [], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
+        if STAGES > 2:
+            zero += tl.inline_asm_elementwise(
+                """{
+                .reg .b32 stale;
+                mov.b32 stale, global_smem;
+                mbarrier.inval.shared::cta.b64 [stale+16];
+                mbarrier.inval.shared::cta.b64 [stale+24];
+                fence.proxy.async.shared::cta;
+                mov.b32 $0, 0;
+                }""", "=r", [], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
     return zero
 
 
@@ -68,28 +81,9 @@ def _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads):
     return block, pair % n_heads, pair // n_heads
 
 
-@triton.jit
-def _start(starts_ptr, it, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """First row of a listed block, or of a tile of means."""
-    return it * BLOCK_N if TAIL else tl.load(starts_ptr + it)
-
-
-@triton.jit
-def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
-    """Adds the result so far, as if it were one more key of the row."""
-    before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf"))
-    before *= 1.4426950408889634
-    m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
-    alpha = tl.math.exp2(m_i - m_new)
-    weight = tl.math.exp2(before - m_new)
-    acc = acc * alpha[:, None]
-    acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
-    return m_new, l_i * alpha + weight, acc
-
-
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
-    q_ptr, k_desc, v_desc, classes_ptr, hidden_desc, bias_desc, out_ptr, lse_ptr,
+    q_ptr, k_desc, v_desc, classes_ptr, hidden_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
     q_starts_ptr, order_ptr,
@@ -98,11 +92,9 @@ def _block_sparse_fwd_hopper(
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, class_stride_h,
-    bias_stride_b, bias_stride_h, bias_stride_block,
-    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_tiles, n_classes, scale_log2, floor,
+    n_heads, n_q_blocks, n_outer, first_inner, n_queries, n_classes, scale_log2, floor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, COLUMNS: tl.constexpr, BOUND: tl.constexpr,
-    TAIL: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     q_start = tl.load(q_starts_ptr + block)
@@ -126,9 +118,6 @@ def _block_sparse_fwd_hopper(
     steps = tl.load(full_ptr + row)
     if COLUMNS:  # masked or not, all entries stand in one list
         steps += tl.load(partial_ptr + row)
-    if TAIL:  # tiles of block means in a row, each with a row of biases for every query block
-        steps = n_tiles
-        bias_row = batch * bias_stride_b + head * bias_stride_h + block * bias_stride_block
     starts_ptr += first
     lengths_ptr += first
     pattern_ptr += first
@@ -153,19 +142,17 @@ def _block_sparse_fwd_hopper(
     behind = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
 
     for it in tl.range(0, steps, warp_specialize=True):
-        k = k_desc.load([k_row + _start(starts_ptr, it, BLOCK_N, TAIL), k_col])
-        if TAIL:
-            bias = bias_desc.load([bias_row + it, 0]).reshape(BLOCK_N)
+        k = k_desc.load([k_row + tl.load(starts_ptr + it), k_col])
         # What the softmax needs from memory is loaded before the product with v: a load behind it
         # waits for it, and so does all that depends on the load.
-        if RAGGED and not TAIL:
+        if RAGGED:
             length = tl.load(lengths_ptr + it)
         if COLUMNS:
             hidden = hidden_desc.load([tl.load(pattern_ptr + it) * BLOCK_N, 0])
             scores = tl.dot(q, tl.trans(k), tl.dot(classes, tl.trans(hidden)))
         else:
             scores = tl.dot(q, tl.trans(k))
-        behind_start = _start(starts_ptr, tl.maximum(it - 1, 0), BLOCK_N, TAIL)
+        behind_start = tl.load(starts_ptr + tl.maximum(it - 1, 0))
         v = v_desc.load([v_row + behind_start, v_col])
         if not BOUND:
             acc = acc * alpha[:, None]
@@ -176,9 +163,8 @@ def _block_sparse_fwd_hopper(
                 shift += tl.where(within < length, 0.0, float("-inf"))[None, :]
             p = tl.math.exp2(scores * scale_log2 + shift)
             l_i += tl.sum(p, 1)
-        elif RAGGED or TAIL:
-            if not TAIL:  # a column bias rides on the scaling, a select would not
-                bias = tl.where(within < length, 0.0, float("-inf"))
+        elif RAGGED:  # a column bias rides on the scaling, a select would not
+            bias = tl.where(within < length, 0.0, float("-inf"))
             scores = scores * scale_log2 + bias[None, :]
             # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
             m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1)), -1e30)
@@ -193,7 +179,7 @@ def _block_sparse_fwd_hopper(
         behind = p.to(v.dtype).to(tl.int16, bitcast=True)
 
     last = tl.maximum(steps - 1, 0)
-    v_start = last * BLOCK_N if TAIL else tl.load(starts_ptr + last, mask=steps > 0, other=0)
+    v_start = tl.load(starts_ptr + last, mask=steps > 0, other=0)
     v = v_desc.load([v_row + v_start, v_col])
     if not BOUND:
         acc = acc * alpha[:, None]
@@ -210,8 +196,6 @@ def _block_sparse_fwd_hopper(
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)
     lse_ptrs = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + tokens
-    if TAIL:
-        m_i, l_i, acc = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]

@@ -5,31 +5,52 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_groups(ptr, bias_ptr, sums, block, n_blocks, length, cols, real, first,
-                  D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+def _store_groups(ptr, bias_ptr, sums, block, n_blocks, length, cols, first, unit,
+                  D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+                  LEAST: tl.constexpr):  # fmt: skip
     """Means of a block's groups of 2**S tokens, and the logarithms of their counts, which are the
-    same for all heads; returns where those of the next factor begin."""
+    same for all heads; returns where those of the next factor begin.
+
+    LEAST: rows that a block has at least, zeros where it has fewer groups; above 1 the logarithms
+    come in pairs of rows of LEAST, as in `_tail.py`.
+    """
+    ROWS: tl.constexpr = GROUPS if GROUPS > LEAST else LEAST
     group = tl.arange(0, GROUPS)
     count = tl.minimum(tl.maximum(length - (group << S), 0), 1 << S)
     mean = sums / tl.maximum(count, 1)[:, None]
-    rows = (block * GROUPS + group).to(tl.int64)
+    rows = (block * ROWS + group).to(tl.int64)
     ptrs = ptr + rows[:, None] * D + cols[None, :]
-    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=(cols < tl.where(real, D, 0))[None, :])
-    bias = tl.where(count > 0, tl.math.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-    tl.store(
-        bias_ptr + block * GROUPS + group, bias, mask=group < tl.where(real & first, GROUPS, 0)
-    )
-    return ptr + n_blocks * GROUPS * D, bias_ptr + n_blocks * GROUPS
+    col_inside = (cols < D)[None, :]
+    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=col_inside)
+    place = tl.arange(0, ROWS)
+    if ROWS > GROUPS:
+        ptrs = ptr + (block * ROWS + place).to(tl.int64)[:, None] * D + cols[None, :]
+        nothing = tl.zeros([ROWS, cols.shape[0]], ptr.dtype.element_ty)
+        tl.store(ptrs, nothing, mask=col_inside & (place >= GROUPS)[:, None])
+    count = tl.minimum(tl.maximum(length - (place << S), 0), 1 << S)
+    count = tl.where(place < GROUPS, count, 0)
+    bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32)) * unit
+    inside = place < tl.where(first, ROWS, 0)
+    if LEAST == 1:
+        bias = tl.where(count > 0, bias, float("-inf"))
+        tl.store(bias_ptr + block * ROWS + place, bias, mask=inside)
+        return ptr + n_blocks * ROWS * D, bias_ptr + n_blocks * ROWS
+    bias = tl.where(count > 0, bias, -1e30)
+    coarse = bias.to(bias_ptr.dtype.element_ty)
+    lost = tl.where(count > 0, bias - coarse.to(tl.float32), 0.0).to(bias_ptr.dtype.element_ty)
+    at = bias_ptr + (block * ROWS + place) // LEAST * (2 * LEAST) + place % LEAST
+    tl.store(at, coarse, mask=inside)
+    tl.store(at + LEAST, lost, mask=inside)
+    return ptr + n_blocks * ROWS * D, bias_ptr + n_blocks * ROWS * 2
 
 
 @triton.jit
 def _means_fwd(
-    x0_ptr, x1_ptr, pooled_ptr, bias_ptr, means_ptr, tiled_ptr, starts_ptr, order_ptr, hidden_ptr,
+    x0_ptr, x1_ptr, pooled_ptr, bias_ptr, means_ptr, starts_ptr, order_ptr,
     x0_stride_b, x0_stride_h, x0_stride_n, x1_stride_b, x1_stride_h, x1_stride_n,
-    order_stride_h, hidden_stride_b, n_heads, n_pairs, n_blocks, width, pooled_rows,
+    order_stride_h, n_heads, n_pairs, n_blocks, pooled_rows, unit,
     D: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr,
-    FACTORS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_HIDDEN: tl.constexpr,
-    MEANS: tl.constexpr, TILED: tl.constexpr,
+    FACTORS: tl.constexpr, HAS_ORDER: tl.constexpr, MEANS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """Every block of one or two tensors once: its mean, and the means of its groups for the factors
     in FACTORS.
@@ -38,15 +59,14 @@ def _means_fwd(
     ones, and a block has as many as a whole block would, so that rows are found by arithmetic.
     """
     pid = tl.program_id(0)
-    block = pid % width
-    head = (pid // width) % n_heads
-    batch = pid // width // n_heads
+    block = pid % n_blocks
+    head = (pid // n_blocks) % n_heads
+    batch = pid // n_blocks // n_heads
     cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     col_inside = cols < D
 
-    real = block < n_blocks  # the others fill up a tile
-    start = tl.load(starts_ptr + block, mask=real, other=0)
-    length = tl.load(starts_ptr + block + 1, mask=real, other=0) - start
+    start = tl.load(starts_ptr + block)
+    length = tl.load(starts_ptr + block + 1) - start
     within = tl.arange(0, SIZE)
     tokens = (start + within).to(tl.int64)
     if HAS_ORDER:
@@ -62,17 +82,10 @@ def _means_fwd(
     # Outputs of the second tensor stand behind those of the first.
     entry = (tl.program_id(2) * n_pairs + batch * n_heads + head).to(tl.int64)
     sums = x.to(tl.float32)
-    if MEANS or TILED:
+    if MEANS:  # in fp32: covariances are taken about it
         mean = tl.sum(sums, 0) / tl.maximum(length, 1)
-        if MEANS:  # in fp32: covariances are taken about it
-            means_ptr += (entry * n_blocks + block) * D
-            tl.store(means_ptr + cols, mean, mask=cols < tl.where(real, D, 0))
-        if TILED:
-            if HAS_HIDDEN:  # it may hold anything, also NaN, which no weight of 0 hides
-                hidden = tl.load(hidden_ptr + batch * hidden_stride_b + block, mask=real, other=1)
-                mean = tl.where(hidden != 0, 0.0, mean)
-            tiled_ptr += (entry * width + block) * D
-            tl.store(tiled_ptr + cols, mean.to(tiled_ptr.dtype.element_ty), mask=col_inside)
+        means_ptr += (entry * n_blocks + block) * D
+        tl.store(means_ptr + cols, mean, mask=col_inside)
     pooled_ptr += entry * pooled_rows * D
     first = (entry == 0) & (tl.program_id(1) == 0)
     for s in tl.static_range(1, 8):
@@ -81,8 +94,8 @@ def _means_fwd(
                 sums = tl.sum(tl.reshape(sums, [SIZE >> s, 2, COLUMNS]), 1)
             if (FACTORS >> s) & 1:
                 pooled_ptr, bias_ptr = _store_groups(
-                    pooled_ptr, bias_ptr, sums, block, n_blocks, length, cols, real, first,
-                    D, s, SIZE >> s if s < LOG_SIZE else 1)  # fmt: skip
+                    pooled_ptr, bias_ptr, sums, block, n_blocks, length, cols, first,
+                    unit, D, s, SIZE >> s if s < LOG_SIZE else 1, LEAST)  # fmt: skip
 
 
 @triton.jit

@@ -19,11 +19,6 @@ _BYTE = torch.uint8
 _TAILS = {"none": 0, "zeroth": 1, "first": 2, "block": 3}
 
 
-def needed(plan: BlockPlan) -> bool:
-    """Whether a plan has anything beside exact entries."""
-    return plan.pools is not None or plan.tail != "none"
-
-
 def launch(
     q: Tensor,
     k: Tensor,
@@ -32,6 +27,7 @@ def launch(
     scale: float,
     result: AttentionOutput,
     *,
+    pools: bool = True,
     tail: bool = True,
 ) -> None:
     """Adds to `result`, which holds the softmax over the plan's exact entries.
@@ -39,12 +35,12 @@ def launch(
     Args:
         q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
         k, v: in plan order, unit stride along D.
-        tail: whether to add the tail too, not only pooled entries.
+        pools, tail: what to add, of what the plan has.
     """
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     value_dim = v.shape[-1]
-    factors = () if plan.pools is None else plan.pools.factors
+    factors = plan.pools.factors if pools and plan.pools is not None else ()
     has_tail = tail and plan.tail != "none"
     keys, values = pool_all((k, v), plan.k_blocks, factors=factors, means=has_tail)
     line = _slope(k, v, plan, keys) if has_tail else None

@@ -13,9 +13,18 @@ from torch import Tensor
 from triton.runtime import driver
 
 from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
-from dit_sparse.kernels import approximate, hopper, hopper_persistent, norms, portable, tail
+from dit_sparse.kernels import (
+    approximate,
+    hopper,
+    hopper_persistent,
+    norms,
+    pooled,
+    portable,
+    slope,
+    tail,
+)
 from dit_sparse.kernels.launch import Launch, Repeat
-from dit_sparse.kernels.permute import empty, gather, permute
+from dit_sparse.kernels.permute import empty, gather, gather_with_means, permute
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
@@ -33,9 +42,10 @@ class _Room(NamedTuple):
     Args:
         q, k, v: the caller's.
         moved: those that were put into plan order, as one tensor; `None` if none were.
-        ordered: q, k and v as the kernels get them.
+        ordered: q, k and v as the kernels get them: k and v with means behind them, if asked for.
         result: what the kernels write.
         lengths: of the queries and of the longest key, if kernels subtract a bound.
+        share: of the softmax that means have, if a slope is to follow.
     """
 
     q: Tensor
@@ -45,6 +55,7 @@ class _Room(NamedTuple):
     ordered: tuple[Tensor, Tensor, Tensor]
     result: AttentionOutput
     lengths: tuple[Tensor, Tensor] | None
+    share: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -52,6 +63,7 @@ class _Room(NamedTuple):
         return [
             *(self.q, self.k, self.v, *moved, *self.ordered, *self.result),
             *(self.lengths or ()),
+            *(() if self.share is None else (self.share,)),
         ]
 
 
@@ -68,23 +80,34 @@ class _Made(NamedTuple):
     rest: Callable[[_Room], None] | None
 
 
-def _room(q: Tensor, k: Tensor, v: Tensor, moved: int, bounded: bool) -> _Room:
+def _room(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    moved: int,
+    bounded: bool,
+    means: int = 0,
+    sloped: bool = False,
+) -> _Room:
     """Makes room for a call.
 
     Args:
         q, k, v: the caller's.
         moved: how many of them, the last ones, are put into plan order.
         bounded: whether lengths are needed.
+        means: rows behind each head of k and v.
+        sloped: whether the share of the means is needed.
     """
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     result = AttentionOutput(like(q, v.shape[-1]), lse)
     lengths = norms.empty(q) if bounded else None
     if not moved:
         return _Room(q, k, v, None, (q, k, v), result, lengths)
-    room = empty((q, k, v)[-moved:])
+    room = empty((q, k, v)[-moved:], means)
     *first, k_ordered, v_ordered = room.unbind()
-    q_ordered = first[0] if first else q
-    return _Room(q, k, v, room, (q_ordered, k_ordered, v_ordered), result, lengths)
+    q_ordered = first[0][:, :, : q.shape[2]] if first else q
+    share = torch.empty_like(lse) if sloped else None
+    return _Room(q, k, v, room, (q_ordered, k_ordered, v_ordered), result, lengths, share)
 
 
 @dataclass(frozen=True)
@@ -162,7 +185,10 @@ class TritonBackend:
         if len(ready) < len(repeats) or (plan.order is not None and room.moved is None):
             return room.result, None
         moved = 0 if room.moved is None else len(room.moved)
-        return room.result, partial(_again, ready, moved, room.lengths is not None, rest=rest)
+        bounded, means = room.lengths is not None, room.ordered[1].shape[2] - k.shape[2]
+        sloped = room.share is not None
+        again = partial(_again, ready, moved, bounded, means=means, sloped=sloped, rest=rest)
+        return room.result, again
 
     def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         q, k, v = (unit_stride(t) for t in (q, k, v))
@@ -172,15 +198,18 @@ class TritonBackend:
     def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
         bounded = on_hopper and scale > 0 and self._bounded(q, plan)
-        room, launches = _in_order(q, k, v, plan, queries=on_hopper, bounded=bounded)
-        main = self._specialised(room, plan, scale) if on_hopper else []
+        of_means = on_hopper and hopper.adds_biases(q, scale) and tail.runs(q, k, v, plan)
+        means = tail.rows(plan) if of_means else 0
+        room, launches = _in_order(q, k, v, plan, queries=on_hopper, bounded=bounded, means=means)
+        main = self._specialised(room, plan, scale, means > 0) if on_hopper else []
         specialised = bool(main)
         if not specialised:
             _, k, v = room.ordered
             main = [portable.launch(q, k, v, plan, scale, self._tile(q, v, plan), room.result)]
-        if not approximate.needed(plan):
+        of_tail = plan.tail != "none" and not (specialised and means)
+        if plan.pools is None and not of_tail and room.share is None:
             return _Made(room, launches + main, None)
-        rest = partial(_approximate, plan, scale, specialised)
+        rest = partial(_approximate, plan, scale, specialised, of_tail)
         rest(room)
         return _Made(room, launches + main, rest)
 
@@ -190,11 +219,18 @@ class TritonBackend:
         tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
         return tiles >= _TILES_WORTH_A_BOUND if self.bound is None else self.bound
 
-    def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
+    def _specialised(
+        self, room: _Room, plan: BlockPlan, scale: float, with_tail: bool = False
+    ) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
-        q, (_, k, v), result = room.q, room.ordered, room.result
-        mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
-        main = self._main(room, plan, scale, mask)
+        q, (ordered, k, v), result = room.q, room.ordered, room.result
+        mask = means = None
+        if with_tail:
+            means = tail.bias_of(plan, scale)
+            main = tail.launch(ordered, k, v, means, plan, scale, result, room.lengths, room.share)
+        else:
+            mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
+            main = self._main(room, plan, scale, mask)
         if main is None:
             return []
         parts: list[portable.Part] = []
@@ -206,7 +242,12 @@ class TritonBackend:
         tile = self._tile(q, v, plan)
         return [
             main,
-            *(portable.launch(q, k, v, plan, scale, tile, result, part=part) for part in parts),
+            *(
+                portable.launch(
+                    q, k, v, plan, scale, tile, result, part=part, means=means, share=room.share
+                )
+                for part in parts
+            ),
         ]
 
     def _main(
@@ -240,14 +281,27 @@ BACKEND = TritonBackend()
 
 
 def _in_order(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, queries: bool, bounded: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    queries: bool,
+    bounded: bool,
+    means: int = 0,
 ) -> tuple[_Room, list[Launch]]:
     """Room for a call, with q, k and v in plan order and lengths measured.
 
     Args:
         queries: put q into order too; the portable kernel gathers queries itself.
         bounded: measure lengths.
+        means: rows for means behind k and v, which are then copied even where they are in order.
     """
+    if means:
+        moved, sloped = 2 if plan.order is None else 3, tail.has_slope(plan)
+        room = _room(q, k, v, moved, bounded, means, sloped)
+        assert room.moved is not None
+        return room, [gather_with_means(q, k, v, plan, room.moved, room.lengths)]
     if plan.order is None:
         room = _room(q, k, v, 0, bounded)
         if room.lengths is None:
@@ -266,17 +320,24 @@ def _in_order(
     return room, []
 
 
-def _approximate(plan: BlockPlan, scale: float, specialised: bool, room: _Room) -> None:
-    """Adds pooled entries and the tail to the result for exact entries.
+def _approximate(
+    plan: BlockPlan, scale: float, specialised: bool, of_tail: bool, room: _Room
+) -> None:
+    """Adds pooled entries and a tail to the result for exact entries.
 
     Args:
-        specialised: whether the Hopper kernel may add the tail: queries are in order.
+        specialised: whether the Hopper kernel may add pooled entries: queries are in order.
+        of_tail: whether the result is without the tail.
     """
     _, k, v = room.ordered
-    of_tail = specialised and tail.runs(plan) and hopper.masks(room.q)
-    of_tail = of_tail and tail.launch(*room.ordered, plan, scale, room.result) is not None
-    if plan.pools is not None or not of_tail:
-        approximate.launch(room.q, k, v, plan, scale, room.result, tail=not of_tail)
+    if room.share is not None and not of_tail:  # before anything else shares the softmax
+        slope.add(room.q, k, v, plan, scale, room.share, room.result.out)
+    pools = plan.pools is not None
+    specialised = specialised and hopper.adds_biases(room.q, scale)
+    if pools and specialised and pooled.launch(*room.ordered, plan, scale, room.result):
+        pools = False
+    if pools or of_tail:
+        approximate.launch(room.q, k, v, plan, scale, room.result, pools=pools, tail=of_tail)
 
 
 def _again(
@@ -287,11 +348,13 @@ def _again(
     k: Tensor,
     v: Tensor,
     *,
+    means: int = 0,
+    sloped: bool = False,
     rest: Callable[[_Room], None] | None = None,
 ) -> AttentionOutput:
     """The launches on other tensors, see `_room`, and what is added to their result."""
     with device_of(q):
-        room = _room(q, k, v, moved, bounded)
+        room = _room(q, k, v, moved, bounded, means, sloped)
         hopper.repeat(launches, room.tensors)
         if rest is not None:
             rest(room)

@@ -1,4 +1,4 @@
-"""Launches the warp-specialised Hopper kernel, for a plan's exact entries or its tail."""
+"""Launches the warp-specialised Hopper kernel, for a plan's exact entries."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
 
 T = TypeVar("T")
+
+#: Biases are added before the scale, which must leave large ones large.
+_LEAST_SCALE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,19 @@ def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
 
 def masks(q: Tensor) -> bool:
     """Whether the table trusts the kernel with what it loads beside keys and values: masked entries
-    and the biases of tails. In Triton's interpreter it always does."""
+    and the biases of means. In Triton's interpreter it always does."""
     if not q.is_cuda:
         return True
     return masked_kernel(capability(q.device), triton.__version__) != "portable"
+
+
+def adds_biases(q: Tensor, scale: float) -> bool:
+    """Whether specialised kernels may read means, whose scores have biases, see `masks`.
+
+    Args:
+        scale: of the scores; as for `mask_of`.
+    """
+    return scale >= _LEAST_SCALE and masks(q)
 
 
 def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:
@@ -124,7 +136,7 @@ def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:
     Args:
         scale: of the scores. A tiny one, or none above 0, would leave hidden scores in sight.
     """
-    return plan.mask_product if scale >= 1e-5 else None
+    return plan.mask_product if scale >= _LEAST_SCALE else None
 
 
 def matrices_of(
@@ -166,51 +178,6 @@ def launch(
     return with_scratch(functools.partial(_launch, q, matrices, plan, scale, result, mask, lengths))
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What stands for blocks that are not listed: a row of means for each.
-
-    Args:
-        keys_means, values_means: `[B, H, W, D]`, contiguous; W whole tiles.
-        bias: fp32 `[1 or B, 1 or H, n_q, W]`, contiguous, added to the scores in units of log 2.
-        keys: means of a tile.
-    """
-
-    keys_means: Tensor
-    values_means: Tensor
-    bias: Tensor
-    keys: int
-
-    def describe(self) -> Any:
-        """A descriptor of the biases."""
-        keys = self.keys
-        rows = self.bias.numel() // keys
-        return TensorDescriptor(self.bias, [rows, keys], [keys, 1], [1, keys])
-
-    @property
-    def tiles(self) -> int:
-        return self.bias.shape[-1] // self.keys
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Rows of the bias from one batch entry, head and query block to the next."""
-        batch, heads, blocks, _ = self.bias.shape
-        of_head = blocks * self.tiles
-        return (heads * of_head if batch > 1 else 0, of_head if heads > 1 else 0, self.tiles)
-
-
-def launch_tail(
-    q: Tensor, tail: Tail, plan: BlockPlan, scale: float, result: AttentionOutput
-) -> Launch | None:
-    """Adds a tail to `result`, which holds the softmax over the listed blocks; `None`, and nothing
-    written, if the strides of q, `[B, H, N, D]` in plan order, do not allow it."""
-    qm, km, vm = (Matrix.of(t) for t in (q, tail.keys_means, tail.values_means))
-    if qm is None or km is None or vm is None:
-        return None
-    run = functools.partial(_launch, q, (qm, km, vm), plan, scale, result, None, None, tail)
-    return with_scratch(run)
-
-
 def repeat(launches: Sequence[Repeat], tensors: Sequence[Tensor]) -> None:
     """Runs launches of this kernel, and any others, again."""
 
@@ -239,21 +206,18 @@ def _launch(
     result: AttentionOutput,
     mask: MaskProduct | None,
     lengths: tuple[Tensor, Tensor] | None,
-    tail: Tail | None = None,
 ) -> Launch | None:
     qm, km, vm = matrices
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
-    dim, keys = padded(head_dim), tail.keys if tail else plan.k_blocks.size
-    starts, counts = (plan.indices, plan.indices) if tail else plan.spans
+    dim, keys = padded(head_dim), plan.k_blocks.size
+    starts, counts = plan.spans
     n_blocks = plan.q_blocks.n
-    everything = range(n_blocks)
-    picture = everything if tail else plan.q_blocks.picture or everything
+    picture = plan.q_blocks.picture or range(n_blocks)
     order = starts if plan.order is None else plan.order.index
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         mask.queries if mask else starts, describe(mask) if mask else None,
-        tail.describe() if tail else None,
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
         mask.query if mask else starts, mask.entry if mask else starts,
@@ -261,9 +225,8 @@ def _launch(
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
-        *(tail.strides if tail else (0, 0, 0)),
         heads, n_blocks, n_blocks - len(picture), picture.start, n_queries,
-        tail.tiles if tail else 0, mask.queries.shape[:2].numel() if mask else 0,
+        mask.queries.shape[:2].numel() if mask else 0,
         scale * LOG2_E, FLOOR * scale * LOG2_E if mask else float("-inf"),
     )  # fmt: skip
     constants = {
@@ -271,11 +234,10 @@ def _launch(
         "BLOCK_D": dim,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged and mask is None and tail is None,
+        "RAGGED": plan.k_blocks.ragged and mask is None,
         "HAS_ORDER": plan.order is not None,
         "COLUMNS": COLUMNS if mask else 0,
         "BOUND": lengths is not None,
-        "TAIL": tail is not None,
     }
     kernel, grid = _block_sparse_fwd_hopper, (batch * heads * n_blocks, 1, 1)
     return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)

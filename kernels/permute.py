@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
-from dit_sparse.kernels._permute import _permute_rows
+from dit_sparse.kernels._permute import _permute_blocks, _permute_rows
 from dit_sparse.kernels.launch import Launch, launch
+from dit_sparse.plan import BlockPlan
 
 
 def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
@@ -58,7 +59,55 @@ def gather(
     return launch(_permute_rows, grid, arguments, constants, warps=4, stages=3)
 
 
-def empty(tensors: Sequence[Tensor]) -> Tensor:
-    """Where `gather` puts tensors of one shape."""
+def gather_with_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    out: Tensor,
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> Launch:
+    """`gather` of the last two or all of q, k and v, each read once for all that is needed of it.
+
+    Behind the tokens of each head of k and v come the means of the plan's key blocks, summed in
+    fp32, zeros for hidden ones and for places beyond the last.
+
+    Args:
+        q, k, v: of one shape, in the caller's order, unit stride along D.
+        plan: with key blocks of at most 128 tokens.
+        out: `[2 or 3, B, H, N + means, D]`, see `empty`.
+        lengths: of the rows of q, in plan order, and of the longest of k; see `norms.empty`.
+    """
+    batch, heads, tokens, dim = q.shape
+    blocks, hidden = plan.k_blocks, plan.hidden
+    index = blocks.starts if plan.order is None else plan.order.index
+    moved = len(out)
+    skipped = 1 if moved == 2 and lengths is None else 0
+    arguments = (
+        q, k, v, out, index, blocks.starts,
+        out if hidden is None else hidden.view(torch.uint8), *(lengths or (out, out)),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        index.stride(0) if index.ndim == 2 else 0,
+        blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
+        heads, tokens, blocks.n, out.shape[3],
+    )  # fmt: skip
+    constants = {
+        "D": dim,
+        "BLOCK_D": 1 << (dim - 1).bit_length(),
+        "SIZE": blocks.size,
+        "MOVED": moved,
+        "SKIPPED": skipped,
+        "HAS_ORDER": plan.order is not None,
+        "HAS_HIDDEN": hidden is not None,
+        "NORMS": lengths is not None,
+    }
+    grid = (out.shape[3] - tokens, batch * heads, 3 - skipped)
+    return launch(_permute_blocks, grid, arguments, constants, warps=8, stages=2)
+
+
+def empty(tensors: Sequence[Tensor], means: int = 0) -> Tensor:
+    """Where `gather` puts tensors of one shape, with room for means behind the tokens."""
     first = tensors[0]
-    return torch.empty((len(tensors), *first.shape), dtype=first.dtype, device=first.device)
+    batch, heads, tokens, dim = first.shape
+    shape = (len(tensors), batch, heads, tokens + means, dim)
+    return torch.empty(shape, dtype=first.dtype, device=first.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_sparse.grid import Permutation
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
-from dit_sparse.kernels.portable import padded
+from dit_sparse.kernels.portable import LOG2_E, padded
 from dit_sparse.plan import Blocks
 
 _COLUMNS, _WARPS = 64, 4  # of a program that forms means
@@ -22,18 +22,16 @@ class Means:
     """Pooled rows of one tensor.
 
     Args:
-        pooled: `[B, H, R, D]`, for every factor g in turn `n * ceil(size / g)` rows: those of
-            block j begin at row `j * ceil(size / g)` of the factor, whatever the block's length.
-        bias: fp32 `[R]`, log2 of the tokens of every pooled row, -inf for rows without any.
+        pooled: `[B, H, R, D]`, for every factor g in turn those of every block: `ceil(size / g)`,
+            whatever its length, or more for whole tiles.
+        bias: fp32 `[R]`, log2 of the tokens of every pooled row, -inf for rows without any; for
+            tiles `[R / tile, 2, tile]`, see `tail.bias_of`.
         blocks: fp32 `[B, H, n, D]`, the mean of every block.
-        tiled: the means in the dtype of the tensor, `[B, H, W, D]`, with rows of zeros up to whole
-            tiles of blocks.
     """
 
     pooled: Tensor
     bias: Tensor
     blocks: Tensor
-    tiled: Tensor
 
 
 def pool(
@@ -48,15 +46,29 @@ def pool(
     return pool_all([x], blocks, factors=factors, means=means, order=order)[0]
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How pooled rows are laid out for a kernel that reads whole tiles of them.
+
+    Args:
+        rows: of a tile; a block has as many at least, zeros for those that it lacks.
+        scale: factor of the scores that the biases are added to.
+        dtype: of the biases.
+    """
+
+    rows: int
+    scale: float
+    dtype: torch.dtype = torch.bfloat16
+
+
 def pool_all(
     tensors: Sequence[Tensor],
     blocks: Blocks,
     *,
     factors: tuple[int, ...] = (),
     means: bool = False,
-    tile: int | None = None,
+    tiles: Tiles | None = None,
     order: Permutation | None = None,
-    hidden: Tensor | None = None,
 ) -> list[Means]:
     """Means over blocks and over groups of consecutive tokens in them, summed in fp32.
 
@@ -68,14 +80,12 @@ def pool_all(
         blocks: cut of the N tokens; a size of a power of two.
         factors: pool factors, powers of two from 2 to 128.
         means: whether to make the blocks' means in fp32.
-        tile: blocks of a tile of `Means.tiled`; `None`: without it.
+        tiles: how pooled rows are laid out; `None`: as few as there are.
         order: leads from the order of the tensors to that of the blocks.
-        hidden: bool `[1 or B, n]`, blocks that are zeros in `Means.tiled`, whatever they hold.
     """
     if len({x.shape for x in tensors}) > 1:
-        options = (blocks, factors, means, tile, order, hidden)
-        return [_pool([x], *options)[0] for x in tensors]
-    return _pool(tensors, blocks, factors, means, tile, order, hidden)
+        return [_pool([x], blocks, factors, means, tiles, order)[0] for x in tensors]
+    return _pool(tensors, blocks, factors, means, tiles, order)
 
 
 def _pool(
@@ -83,32 +93,32 @@ def _pool(
     blocks: Blocks,
     factors: tuple[int, ...],
     means: bool,
-    tile: int | None,
+    tiles: Tiles | None,
     order: Permutation | None,
-    hidden: Tensor | None,
 ) -> list[Means]:
     x0, x1 = tensors[0], tensors[-1]
     batch, heads, _, dim = x0.shape
     lead = (len(tensors), batch, heads)
-    rows = sum(blocks.n * -(-blocks.size // factor) for factor in factors)
-    width = blocks.n if tile is None else -(-blocks.n // tile) * tile
+    least = 1 if tiles is None else tiles.rows
+    rows = sum(blocks.n * max(-(-blocks.size // factor), least) for factor in factors)
     pooled = x0.new_empty(*lead, rows, dim)
-    bias = x0.new_empty(rows, dtype=torch.float32)
+    if tiles is None:
+        bias = x0.new_empty(rows, dtype=torch.float32)
+    else:
+        bias = x0.new_empty(rows // least, 2, least, dtype=tiles.dtype)
     of_blocks = x0.new_empty(*lead, blocks.n if means else 0, dim, dtype=torch.float32)
-    tiled = x0.new_empty(*lead, width if tile else 0, dim)
     index = blocks.starts if order is None else order.index
     columns = min(padded(dim), _COLUMNS)
-    _means_fwd[(batch * heads * width, -(-dim // columns), len(tensors))](
-        x0, x1, pooled, bias, of_blocks, tiled, blocks.starts, index,
-        _or(hidden, x0, torch.uint8),
+    _means_fwd[(batch * heads * blocks.n, -(-dim // columns), len(tensors))](
+        x0, x1, pooled, bias, of_blocks, blocks.starts, index,
         *x0.stride()[:3], *x1.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
-        blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
-        heads, batch * heads, blocks.n, width, rows,
+        heads, batch * heads, blocks.n, rows,
+        1.0 if tiles is None else 1.0 / (tiles.scale * LOG2_E),
         D=dim, COLUMNS=columns, SIZE=blocks.size, LOG_SIZE=blocks.size.bit_length() - 1,
-        FACTORS=sum(factors), HAS_ORDER=order is not None, HAS_HIDDEN=hidden is not None,
-        MEANS=means, TILED=tile is not None, num_warps=_WARPS if blocks.size <= 128 else 8,
+        FACTORS=sum(factors), HAS_ORDER=order is not None, MEANS=means, LEAST=least,
+        num_warps=_WARPS if blocks.size <= 128 else 8,
     )  # fmt: skip
-    return [Means(pooled[i], bias, of_blocks[i], tiled[i]) for i in range(len(tensors))]
+    return [Means(pooled[i], bias, of_blocks[i]) for i in range(len(tensors))]
 
 
 def slope(

@@ -35,12 +35,18 @@ from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
+from dit_sparse.kernels._hopper_tail import _pooled_fwd_hopper, _tail_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd
+from dit_sparse.kernels._permute import _permute_blocks
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
+from dit_sparse.kernels._pooled import _pooled_tiles_fwd
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
+from dit_sparse.kernels._slope import _slope_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
+from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
+from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
 from dit_sparse.kernels.tiles import choose_tile
 from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
@@ -100,8 +106,8 @@ def variants() -> Iterator[Variant]:
                 yield Variant(chosen, 90, head_dim, ragged, box=True, bound=True)
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
-        yield Variant("hopper", 90, head_dim, ragged=False, tail=1)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
+        yield Variant("portable", 90, head_dim, ragged=True, tail=2)
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
             yield Variant("portable", capability, head_dim, ragged=True, box=True)
@@ -118,6 +124,9 @@ def approximations() -> Iterator[Variant]:
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
             yield Variant("tail_bias", capability, head_dim, ragged=True)
+            yield Variant("pooled_tiles", capability, head_dim, ragged=True)
+            yield Variant("permute_blocks", capability, head_dim, ragged=True)
+            yield Variant("slope", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
 
@@ -131,36 +140,54 @@ def approximation(variant: Variant) -> Report:
         "choose": (_choose_fwd, 4),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "tail_bias": (_tail_bias_fwd, 1),
+        "pooled_tiles": (_pooled_tiles_fwd, 1),
+        "permute_blocks": (_permute_blocks, 8),
+        "slope": (_slope_fwd, 8),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BLOCK_M": Q_BLOCK}
-    constants |= {
-        "BLOCK_N": 64,
-        "PARTS": 1,
-        "BLOCK": 64,
-        "CHUNK": 64,
-        "SIZE": K_BLOCK,
-        "LOG_SIZE": 7,
-        "COLUMNS": 64,
-    }
+    constants |= {"BLOCK_N": 64, "PARTS": 1, "BLOCK": 64, "CHUNK": 64, "COLUMNS": 64}
+    constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True}
+    rows = {"importance": 128, "slope": 128, "pooled_tiles": POOLED_ROWS}
     constants |= {
-        "ROWS": 128 if variant.kernel == "importance" else 64,
+        "ROWS": rows.get(variant.kernel, 64),
         "SUB": K_BLOCK // 64,
         "FACTORS": 14,
         "N_FACTORS": 3,
     }
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
-    constants |= {"TILED": True}
+    constants |= {"LEAST": 32, "MOVED": 3, "SKIPPED": 0, "NORMS": True}
+    constants |= {"N_TILES": 2, "KEYS": K_BLOCK, "PER_ENTRY": 2}
     constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
-    kernel = triton.compile(
-        _source(function, constants | {"EACH": False}, {}),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": warps, "num_stages": 2 if variant.tail else 3},
-    )
-    return _read(variant, kernel)
+    pairs = {"bias_ptr": "*bf16"} if variant.kernel in ("means", "tail_bias") else {}
+    source = _source(function, constants | {"EACH": False}, {}, pairs)
+    return _report(variant, source, warps, 2 if variant.tail else 3)
+
+
+def with_means() -> Iterator[Variant]:
+    """The specialised kernels that read means of keys beside or behind the keys."""
+    for head_dim in (64, 128):
+        yield Variant("tail", 90, head_dim, ragged=True)
+        yield Variant("tail", 90, head_dim, ragged=True, bound=True)
+        yield Variant("tail", 90, head_dim, ragged=True, tail=2)
+        yield Variant("tail", 90, head_dim, ragged=True, bound=True, tail=2)
+        yield Variant("pooled", 90, head_dim, ragged=True)
+
+
+def means(variant: Variant) -> Report:
+    """Compiles one of `with_means` as its launcher would."""
+    dim, pooled = variant.head_dim, variant.kernel == "pooled"
+    keys = POOLED_ROWS if pooled else K_BLOCK
+    constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
+    constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound}
+    constants |= {"SHARE": variant.tail > 1}
+    described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
+    described["bias_desc"] = f"tensordesc<bf16[16, {keys}]>"
+    source = _source(_pooled_fwd_hopper if pooled else _tail_fwd_hopper, constants, described)
+    return _report(variant, source, 4, POOLED_STAGES if pooled else 2)
 
 
 def in_eight_bits() -> Iterator[Variant]:
@@ -196,12 +223,8 @@ def eight_bits(variant: Variant) -> Report:
         constants |= {"above_desc": None, "below_desc": None}
     eight = ("q_out_ptr", "k_out_ptr", "q_ptr") if attends else ("q_out_ptr", "k_out_ptr")
     pointers = dict.fromkeys(eight, f"*{element}") | {"v_out_ptr": "*fp8e4nv"}
-    kernel = triton.compile(
-        _source(function, constants, descriptors, pointers),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": warps, "num_stages": 2},
-    )
-    return _read(variant, kernel)
+    source = _source(function, constants, descriptors, pointers)
+    return _report(variant, source, warps, 2)
 
 
 def maps() -> Iterator[Variant]:
@@ -219,12 +242,8 @@ def statistics(variant: Variant) -> Report:
     rows, columns = map_tile(variant.block, dim, 2)
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": rows, "BLOCK_N": columns}
     constants |= {"SUB": variant.block // columns, "HAS_HIDDEN": variant.ragged}
-    kernel = triton.compile(
-        _source(_attention_map_fwd, constants, {}),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": 8 if rows == 128 else 4, "num_stages": 2},
-    )
-    return _read(variant, kernel)
+    source = _source(_attention_map_fwd, constants, {})
+    return _report(variant, source, 8 if rows == 128 else 4, 2)
 
 
 def compiled(variant: Variant) -> Report:
@@ -256,18 +275,15 @@ def compiled(variant: Variant) -> Report:
         "TMA": tma,
         "COLUMNS": COLUMNS if variant.box else 0,
         "BOUND": variant.bound,
-        **dict.fromkeys(("HAS_WORDS", "HAS_BIAS", "REPAIR"), False),
+        **dict.fromkeys(("HAS_WORDS", "HAS_BIAS"), False),
+        "REPAIR": variant.tail > 0,
         "TAIL": variant.tail > 0,
+        "SHARE": variant.tail > 1,
     }
-    absent = [("hidden_desc", not variant.box), ("bias_desc", not variant.tail)]
-    constants |= {name: None for name, missing in absent if missing}
+    constants |= {} if variant.box else {"hidden_desc": None}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
-    kernel = triton.compile(
-        _source(function, constants, described),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
-    )
-    return _read(variant, kernel)
+    source = _source(function, constants, described)
+    return _report(variant, source, warps, stages)
 
 
 _HOPPER = {
@@ -275,20 +291,20 @@ _HOPPER = {
     "hopper_persistent": _block_sparse_fwd_hopper_persistent,
 }
 _POINTERS = {
-    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr"), "*bf16"),
-    **dict.fromkeys(("pooled_ptr", "tiled_ptr", "slope_ptr", "each_ptr"), "*bf16"),
+    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr", "x2_ptr"), "*bf16"),
+    **dict.fromkeys(("pooled_ptr", "tiled_ptr", "slope_ptr", "each_ptr", "pairs_ptr"), "*bf16"),
     **dict.fromkeys(("means_ptr", "bias_ptr", "k_mean_ptr", "v_mean_ptr"), "*fp32"),
     **dict.fromkeys(("sum_ptr", "centre_ptr", "squares_ptr", "best_ptr"), "*fp32"),
     **dict.fromkeys(("importance_ptr", "scores_ptr", "sums_ptr", "maxima_ptr"), "*fp32"),
-    **dict.fromkeys(("small_ptr", "lse_ptr", "norm_ptr", "longest_ptr"), "*fp32"),
+    **dict.fromkeys(("small_ptr", "lse_ptr", "share_ptr", "norm_ptr", "longest_ptr"), "*fp32"),
     **dict.fromkeys(("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr"), "*fp32"),
     **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
-    "order_ptr": "*i64",
+    **dict.fromkeys(("order_ptr", "index_ptr"), "*i64"),
     "classes_ptr": "*fp8e5",
 }
 
 
-_FLOATS = ("scale", "scale_log2", "mass", "range_v", "bound", "floor")
+_FLOATS = ("scale", "scale_log2", "unit", "mass", "range_v", "bound", "floor")
 
 
 def _source(
@@ -326,6 +342,12 @@ def _source(
         {(names.index(name),): value for name, value in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
+
+
+def _report(variant: Variant, source: ASTSource, warps: int, stages: int) -> Report:
+    target = GPUTarget("cuda", variant.capability, 32)
+    options = {"num_warps": warps, "num_stages": stages}
+    return _read(variant, triton.compile(source, target=target, options=options))
 
 
 def _read(variant: Variant, kernel: Any) -> Report:
@@ -381,6 +403,7 @@ def main() -> None:
     arguments = parser.parse_args()
     reports = [compiled(variant) for variant in variants()]
     reports += [approximation(variant) for variant in approximations()]
+    reports += [means(variant) for variant in with_means()]
     reports += [eight_bits(variant) for variant in in_eight_bits()]
     reports += [statistics(variant) for variant in maps()]
     if arguments.format == "json":

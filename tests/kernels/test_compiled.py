@@ -81,12 +81,26 @@ def check_hopper(report: dict[str, Any]) -> None:
     assert report["shared"] <= 232_448, report
 
 
+def test_kernels_that_read_means_are_specialised_and_free_of_spills(reports):
+    for kernel in ("tail", "pooled"):
+        for report in chosen(reports, kernel, 90):
+            counts = report["counts"]
+            assert counts["spills"] == 0, report
+            assert counts["tma"] > 0, report
+            assert counts["setmaxreg"] > 0, report  # warp specialisation
+            assert counts["stale"] == 0, report
+            assert counts["hgmma"] >= 2 * counts["waits"] > 0, report
+            assert kernel == "pooled" or counts["overlapped"] >= 80, report
+            assert report["shared"] <= 232_448, report
+
+
 def test_the_portable_kernel_uses_the_matrix_units_and_descriptors_of_hopper(reports):
     for report in chosen(reports, "portable", 90):
         counts = report["counts"]
         assert counts["hgmma"] > 0, report
         assert counts["tma"] > 0, report
-        assert counts["spills"] <= 80, report  # measured: still the fastest of its tiles
+        # Measured: still the fastest of its tiles. With means it repairs a few blocks only.
+        assert counts["spills"] <= (96 if report["variant"]["tail"] else 80), report
 
 
 def test_the_portable_kernel_fits_ampere(reports):
@@ -118,7 +132,7 @@ def test_pooled_entries_and_tails_use_the_matrix_units(reports, capability: int)
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_means_and_choices_take_no_local_memory(reports, capability: int):
-    for kernel in ("means", "choose"):
+    for kernel in ("means", "choose", "tail_bias", "pooled_tiles", "permute_blocks"):
         for report in chosen(reports, kernel, capability):
             assert report["counts"]["spills"] == 0, report
 
@@ -130,6 +144,7 @@ def test_the_8_bit_kernel_is_specialised_and_multiplies_in_8_bits(reports):
             assert counts[eight] > 0, report
             assert counts["tma"] > 0, report
             assert counts["setmaxreg"] > 0, report  # warp specialisation
+            assert counts["stale"] == 0, report
             assert counts["hgmma"] >= 4 * counts["waits"] > 0, report
             # Sums of a block's values apart leave few registers, and a short block even fewer.
             apart = precision == "fp8" and not box

@@ -28,7 +28,9 @@ kernels = {
         "importance",
         "permute",
         "pool",
+        "pooled",
         "portable",
+        "slope",
         "tail",
     )
 }
@@ -74,15 +76,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in (
         *(("pool", "_means_fwd"), ("pool", "_covariance_fwd"), ("choose", "_choose_fwd")),
         *(("importance", "_importance_fwd"), ("approximate", "_approximate_fwd")),
-        ("tail", "_tail_bias_fwd"),
+        *(("tail", "_tail_bias_fwd"), ("pooled", "_pooled_tiles_fwd"), ("slope", "_slope_fwd")),
     ):
         monkeypatch.setattr(kernels[module], name, Kernel(name, found))
 
     def note(kernel: Any, grid: Any, arguments: Any, constants: Any, **_: int) -> str:
-        found.append(f"{kernel.__name__}{' tail' if constants.get('TAIL') else ''}")
+        found.append(kernel.__name__)
         return found[-1]
 
-    monkeypatch.setattr(kernels["hopper"], "launch_specialised", note)
+    for module in ("hopper", "tail", "pooled"):
+        monkeypatch.setattr(kernels[module], "launch_specialised", note)
     monkeypatch.setattr(kernels["permute"], "launch", note)
     monkeypatch.setattr(kernels["portable"], "launch_kernel", note)
     monkeypatch.setattr(kernels["hopper"], "chosen", lambda *_: "hopper")
@@ -110,19 +113,21 @@ CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
 
 SPANS = ["index_select", "index_select"]
 EXACT = ["zeros", "_permute_rows", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
-ZEROTH = ["_means_fwd", "_tail_bias_fwd", "_block_sparse_fwd_hopper tail"]
-SLOPE = ["_means_fwd", "_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
-POOLED = ["_means_fwd", "_approximate_fwd"]
+WITH_MEANS = ["zeros", "_permute_blocks", "_tail_bias_fwd", *SPANS, "_tail_fwd_hopper"]
+WITH_MEANS += ["_portable_fwd"]
+COVARIANCE = ["_means_fwd", "_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
+SLOPE = [*COVARIANCE, "_slope_fwd"]
+POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper"]
 
 CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
-    ("pisa", {"tail": "zeroth"}, [*MEANS, *CHOICE], [*EXACT, *ZEROTH]),
-    ("pisa", {}, [*MEANS, *CHOICE], [*EXACT, *SLOPE, "_approximate_fwd"]),
+    ("pisa", {"tail": "zeroth"}, [*MEANS, *CHOICE], WITH_MEANS),
+    ("pisa", {}, [*MEANS, *CHOICE], [*WITH_MEANS, *SLOPE]),
     ("pisa", {"mass": 0.8, "tail": "none"}, [*MEANS, *CHOICE], EXACT),
     (
         "pisa",
         {"prior": "norm", "tail": "zeroth"},
         [*MEANS, *NORMS, *CHOICE],
-        [*EXACT, *ZEROTH],
+        WITH_MEANS,
     ),
     ("psa", {}, [*SAMPLED, *CHOICE], [*EXACT, *POOLED]),
     (
@@ -131,7 +136,7 @@ CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         [*MEANS, "_softmax", "nan_to_num", *CHOICE],
         [*EXACT, *POOLED],
     ),
-    ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*EXACT, *ZEROTH, *POOLED]),
+    ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*WITH_MEANS, *POOLED]),
 ]
 
 
@@ -157,3 +162,34 @@ def test_launches(
             block_sparse.TritonBackend().run(q, k, v, plan, 0.1)
     assert first == planning
     assert seen == attending
+
+
+#: Where means are not read by specialised kernels, one launch adds all of them.
+PORTABLE = [
+    ("pisa", {"tail": "zeroth"}, ["_means_fwd", "_approximate_fwd"]),
+    ("pisa", {}, [*COVARIANCE, "_approximate_fwd"]),
+    ("psa", {"skipped": "mean"}, ["_means_fwd", "_approximate_fwd"]),
+]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(("name", "options", "added"), PORTABLE)
+def test_means_where_they_are_not_trusted_or_the_scale_is_not_above_zero(
+    name: str,
+    options: dict[str, Any],
+    added: list[str],
+    trusted: bool,
+    seen: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(kernels["hopper"], "masks", lambda _: trusted)
+    method = methods.create(name, options)
+    q, k, v = torch.empty(3, 1, 24, LAYOUT.length, 128, dtype=torch.bfloat16, device="meta")
+    with OnGpu():
+        plan = method.plan(q, k, CallContext(LAYOUT, values=v))
+        seen.clear()
+        with Operators(seen):
+            block_sparse.TritonBackend().run(q, k, v, plan, -0.1 if trusted else 0.1)
+    assert seen[-len(added) :] == added
+    assert not {"_tail_fwd_hopper", "_pooled_fwd_hopper"} & set(seen)
+    assert "_block_sparse_fwd_hopper" in seen

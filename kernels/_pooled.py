@@ -1,0 +1,41 @@
+"""Tiles of pooled rows that every query block reads. Launched by `pooled.py`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pooled_tiles_fwd(
+    indices_ptr, offsets_ptr, full_ptr, partial_ptr, pools_ptr, tiles_ptr, counts_ptr, n_k_blocks,
+    SIZE: tl.constexpr, FACTORS: tl.constexpr, N_FACTORS: tl.constexpr, ROWS: tl.constexpr,
+    PER_ENTRY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Numbers of tiles of ROWS pooled rows, PER_ENTRY at most for an entry, and how many in all.
+
+    FACTORS has bit s set for factor 2**s. The tiles of a factor begin behind those of the smaller
+    ones, and those of a block are neighbours.
+    """
+    row = tl.program_id(0)
+    first = tl.load(offsets_ptr + row).to(tl.int64)
+    tiles_ptr += first * PER_ENTRY
+    indices_ptr += first + tl.load(full_ptr + row) + tl.load(partial_ptr + row)
+    pools_ptr += row.to(tl.int64) * N_FACTORS
+    nth = tl.arange(0, BLOCK)
+    written = 0
+    base = 0
+    nth_factor = 0
+    for s in tl.static_range(1, 8):
+        if (FACTORS >> s) & 1:
+            of_block = (SIZE >> s) // ROWS if SIZE >> s > ROWS else 1
+            entries = tl.load(pools_ptr + nth_factor)
+            for at in range(0, entries * of_block, BLOCK):
+                number = at + nth
+                inside = number < entries * of_block
+                block = tl.load(indices_ptr + number // of_block, mask=inside, other=0)
+                tile = base + block * of_block + number % of_block
+                tl.store(tiles_ptr + written + number, tile, mask=inside)
+            written += entries * of_block
+            indices_ptr += entries
+            base += n_k_blocks * of_block
+            nth_factor += 1
+    tl.store(counts_ptr + row, written)
