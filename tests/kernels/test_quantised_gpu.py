@@ -21,6 +21,8 @@ LEAST = {"fp8": 0.997, "int8": 0.999}
 CASES = [
     Case(128, 128, 128, torch.bfloat16, box=False, tokens=2304),
     Case(128, 128, 128, torch.bfloat16, box=False, order="head", tokens=2304),
+    Case(128, 128, 128, torch.bfloat16, tokens=2304),
+    Case(128, 128, 128, torch.bfloat16, order="head", tokens=2304),
     Case(128, 128, 128, torch.bfloat16, ragged=False, box=False, order="shared", tokens=2304),
     Case(96, 128, 128, torch.float16, box=False, tokens=2304),
 ]
@@ -33,6 +35,8 @@ CASES = [
 def test_near_float64_and_its_meaning(case: Case, precision: Any):
     plan = plan_of(case).to("cuda")
     q, k, v = tensors_of(case, plan, "cuda")
+    if case.box and not hopper.masks(q):
+        pytest.skip("the table leaves masked entries to others")
     k[..., 3] += 5
     v[..., 2] += 3
     got = attend(q, k, v, plan, precision=precision)
