@@ -13,8 +13,8 @@ from scripts.training.archive import SHARD_BYTES, write_atomic
 def compile_blocks(transformer: Any) -> None:
     """Compiles the repeated blocks; one graph serves all sizes."""
     torch._dynamo.config.recompile_limit = 32
-    # Both are wrong for sizes that change, in FluxTransformer2DModel with PyTorch 2.11: an assertion
-    # of the one fails, and the other cuts its workspace in the wrong places.
+    # Both are wrong for sizes that change, in FluxTransformer2DModel with PyTorch 2.11: an
+    # assertion of the one fails, and the other cuts its workspace in the wrong places.
     torch._inductor.config.triton.coalesce_tiling_analysis = False
     torch._inductor.config.triton.mix_order_reduction = False
     transformer.compile_repeated_blocks(dynamic=True)
