@@ -114,13 +114,15 @@ def overhead_table(rows: list[dict[str, Any]]) -> str:
     """What the processor adds to a call on the host."""
     lines = [
         f"{environment_of(rows)}, eager, a Wan transformer so small that the device waits for the "
-        "host: median host time per layer. In long sequences the device's work hides it.",
+        "host: median host time per layer. In long sequences the device's work hides it. *Alone* "
+        "are calls on 4,608 tokens, 24 heads of 128, with the plan at hand.",
         "",
         "| attention | host time per layer | added |",
         "|---|---|---|",
     ]
     lines += [
-        f"| {row['variant']} | {row['host_us']:.0f} µs | {row['added_us']:+.0f} µs |"
+        f"| {row['variant']} | {row['host_us']:.0f} µs | "
+        f"{format(row['added_us'], '+.0f') + ' µs' if 'added_us' in row else ''} |"
         for row in rows
     ]
     return "\n".join(lines)

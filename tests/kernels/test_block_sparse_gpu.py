@@ -104,6 +104,26 @@ class TestCompiled:
         q, k, v = (x.clone().copy_(x.roll(7, dims=2)) for x in (q, k, v))
         check_on_gpu(prepared.again(q, k, v), q, k, v, plan)
 
+    @pytest.mark.parametrize("box", [False, True])
+    @pytest.mark.parametrize("order", ["none", "head"])
+    def test_in_a_cuda_graph(self, box: bool, order: str):
+        case = Case(128, 128, 128, torch.bfloat16, box=box, order=order, tokens=2304)
+        plan, (q, k, v) = on_gpu(case)
+        _, prepared = prepare(q, k, v, plan)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            prepared.again(q, k, v)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = prepared.again(q, k, v)
+        for tensor in (q, k, v):
+            tensor.copy_(tensor.roll(7, dims=2))
+        got.out.fill_(torch.nan)
+        graph.replay()
+        check_on_gpu(got, q, k, v, plan)
+
     @pytest.mark.parametrize("head_dim", [64, 72, 128])
     @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("ragged", [False, True])
