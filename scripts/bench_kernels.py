@@ -6,7 +6,8 @@ Every case runs its variants in turn, round by round. Rates count the floating-p
 the visited blocks (4 N_q N_k D per head times the measured density). All times include the
 permutation and its undoing, `total_ms` one plan made from scratch too. `of_bound` is the time over
 that of the sparse kernel reading everything (`full`) times the share of blocks that is visited. The
-error is relative to fp32 on the same inputs.
+error is relative to fp32 on the same inputs. `gemm_tflops` is the rate of a large product of
+matrices in the same rounds: what this GPU reaches under its limits of power and clock.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dit_sparse.plan import BlockPlan, Blocks
 from dit_sparse.tiling import WindowShape
 
 FLEX_TOKENS = 33_000  # it compiles anew for every shape
+GEMM_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,19 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
         everything = torch.ones(1, 1, blocks.n, blocks.n, dtype=torch.bool, device="cuda")
         full = BlockPlan.from_mask(everything, blocks, blocks)
         variants["full"] = lambda: attend(q, k, v, full)
+    if case.density == 1.0:
+        a, b = torch.randn(2, GEMM_SIDE, GEMM_SIDE, device="cuda", dtype=torch.bfloat16)
+        variants["gemm"] = lambda: torch.mm(a, b)
     unbounded = TritonBackend(bound=False)  # a running maximum instead of a bound
     variants["maximum"] = lambda: attend(q, k, v, plan, backend=unbounded)
     sparse += ("maximum",)
     variants["plan"] = make_plan
     times = time_interleaved(variants, "cuda", rounds=rounds)
-    rows = [row_of(case, name, times, plan.density if name in sparse else 1.0) for name in variants]
+    gemm = times.pop("gemm", None)
+    rows = [row_of(case, name, times, plan.density if name in sparse else 1.0) for name in times]
     for row in rows:
+        if gemm is not None:
+            row["gemm_tflops"] = round(2 * GEMM_SIDE**3 / gemm.median * 1e-9, 1)
         if row["variant"] in sparse:
             row["relative_error"] = relative_error(variants[row["variant"]]().out, q, k, v, plan)
             if "full" in times:
