@@ -5,12 +5,14 @@
     python scripts/evaluate_models.py neighbours --model FOLDER --data data --to docs/tiny-video
     python scripts/evaluate_models.py maps       --model FOLDER --to docs/tiny-video
     python scripts/evaluate_models.py compare    --model FOLDER --to docs/tiny-video
+    python scripts/evaluate_models.py bounds     --model FOLDER --to docs/tiny-video
 
 sheets: contact sheets of fixed held-out prompts and of captions of held-out scenes. distance:
 Frechet distance of samples to held-out real clips, beside that of real to real. neighbours: nearest
 training frames of samples, beside those of held-out real clips. maps: attention maps as pictures,
 and what kind every head is of. compare: error of PISA's and PSA's forms against dense attention at
-equal measured time, by kind of head. For pictures pass --size 1xHEIGHTxWIDTH; `--data shapes` needs
+equal measured time, by kind of head. bounds: how often the Hopper kernel's bound of the scores is
+too far above them. For pictures pass --size 1xHEIGHTxWIDTH; `--data shapes` needs
 no files.
 """
 
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 from dit_sparse.bench import environment
 from dit_sparse.evaluation.features import load_extractor
 from dit_sparse.evaluation.prompts import fixed_prompts
-from scripts.evaluation import compare, distance, figures, neighbours
+from scripts.evaluation import bounds, compare, distance, figures, neighbours
 from scripts.evaluation.clips import HELD_OUT, open_splits
 from scripts.evaluation.maps import map_heads
 from scripts.evaluation.model import Model, model_of
@@ -49,12 +51,13 @@ def parser() -> argparse.ArgumentParser:
         "neighbours": "nearest training frames",
         "maps": "attention maps",
         "compare": "errors of piecewise methods at equal time",
+        "bounds": "scores against their bound",
     }
     add = {name: _command(commands.add_parser(name, help=text)) for name, text in summaries.items()}
     for name in ("sheets", "distance", "neighbours"):
         add[name]("--data", required=True, help="folder of built training data, or shapes")
         add[name]("--kind", choices=("clips", "images"), help="set of the folder")
-    for name in ("sheets", "neighbours", "maps", "compare"):
+    for name in ("sheets", "neighbours", "maps", "compare", "bounds"):
         add[name]("--to", type=Path, required=True, help="folder to write into")
     add["sheets"]("--count", type=int, default=16, help="prompts of each held-out split")
     for name in ("distance", "neighbours"):
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add["distance"]("--output", type=Path, required=True, help="JSON lines to write")
     add["neighbours"]("--training-clips", type=int, default=2048)
     add["neighbours"]("--shown", type=int, default=24, help="pairs in the picture")
-    for name in ("maps", "compare"):
+    for name in ("maps", "compare", "bounds"):
         add[name]("--prompt", help="what to sample; a fixed prompt by default")
         add[name]("--layers", help="numbers of layers, such as 0,3,7; all by default")
         add[name]("--at", default="0.1,0.5,0.9", help="shares of the schedule at which to look")
@@ -157,12 +160,21 @@ def compare_methods(arguments: argparse.Namespace, model: Model) -> None:
     _write_lines(arguments.to / "piecewise.jsonl", lines, model)
 
 
+def measure_bounds(arguments: argparse.Namespace, model: Model) -> None:
+    prompt, captures = _captured(arguments, model)
+    rows = list(bounds.measure(captures))
+    common = {"prompt": prompt, **model.record()}
+    _write_lines(arguments.to / "bounds.jsonl", ({**row, **common} for row in rows), model)
+    print(bounds.table(rows))
+
+
 COMMANDS = {
     "sheets": sheets,
     "distance": measure_distance,
     "neighbours": show_neighbours,
     "maps": draw_maps,
     "compare": compare_methods,
+    "bounds": measure_bounds,
 }
 
 
