@@ -19,19 +19,6 @@ def _first_row(starts_ptr, it, listed, first_mean, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
-    """Adds the result so far, as if it were one more key of the row."""
-    before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf"))
-    before *= 1.4426950408889634
-    m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
-    alpha = tl.math.exp2(m_i - m_new)
-    weight = tl.math.exp2(before - m_new)
-    acc = acc * alpha[:, None]
-    acc += weight[:, None] * tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
-    return m_new, l_i * alpha + weight, acc
-
-
-@triton.jit
 def _ones(dtype: tl.constexpr, ROWS: tl.constexpr):
     """What sums the two rows of a bias, its head and what 16 bits lose of it: `[ROWS, 16]`."""
     first = tl.arange(0, 16)[None, :] < 2
@@ -144,68 +131,3 @@ def _tail_fwd_hopper(
     if SHARE:
         share_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
         tl.store(share_ptr + tokens, of_means / l_safe, mask=row_inside)
-
-
-@triton.jit(do_not_specialize=["n_outer", "first_inner"])
-def _pooled_fwd_hopper(
-    q_ptr, k_desc, v_desc, bias_desc, out_ptr, lse_ptr,
-    offsets_ptr, counts_ptr, tiles_ptr, q_starts_ptr, order_ptr,
-    q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h, k_rows_of_head,
-    out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, order_stride_h,
-    n_heads, n_q_blocks, n_outer, first_inner, n_queries, per_entry, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-):  # fmt: skip
-    """Tiles of pooled rows by number, each with a pair of rows of biases; goes on from `out` and
-    `lse`. The values are multiplied in the same step: tiles are small, and two warpgroups take
-    turns at the matrix units."""
-    block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
-    q_start = tl.load(q_starts_ptr + block)
-    q_desc = tl.make_tensor_descriptor(
-        q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
-    )
-    q_row = batch * q_row_b + head * q_row_h + q_start + _forget_stale_barriers(4)
-    q = q_desc.load([q_row, head * q_col_h])
-    row = batch * list_stride_b + head * list_stride_h + block
-    steps = tl.load(counts_ptr + row)
-    tiles_ptr += tl.load(offsets_ptr + row).to(tl.int64) * per_entry
-    k_row = (batch * n_heads + head) * k_rows_of_head
-
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    ones = _ones(bias_desc.dtype, BLOCK_M)
-    for it in tl.range(0, steps, warp_specialize=True):
-        tile = tl.load(tiles_ptr + it)
-        bias = bias_desc.load([2 * tile, 0])
-        k = k_desc.load([k_row + tile * BLOCK_N, 0])
-        scores = tl.dot(ones, bias)
-        scores = tl.dot(q, tl.trans(k), scores)
-        m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) * scale_log2), -1e25)
-        p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
-        alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v = v_desc.load([k_row + tile * BLOCK_N, 0])
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc)
-        m_i = m_new
-
-    acc = tl.where((l_i == 0.0)[:, None], 0.0, acc)  # a weight of 0 hides no NaN
-    rows = q_start + tl.arange(0, BLOCK_M)
-    row_inside = rows < tl.load(q_starts_ptr + block + 1)
-    tokens = rows.to(tl.int64)
-    if HAS_ORDER:
-        tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
-    cols = tl.arange(0, BLOCK_D)
-    out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
-    out_inside = row_inside[:, None] & (cols[None, :] < D)
-    lse_ptrs = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + tokens
-    m_i, l_i, acc = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
-    empty = l_i == 0.0
-    l_safe = tl.where(empty, 1.0, l_i)
-    acc = acc / l_safe[:, None]
-    lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
-    tl.store(lse_ptrs, lse, mask=row_inside)

@@ -5,50 +5,42 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_groups(ptr, bias_ptr, sums, block, n_blocks, length, cols, first, unit,
+def _store_groups(ptr, bias_ptr, sums, block, n_blocks, length, cols, first,
                   D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
                   LEAST: tl.constexpr):  # fmt: skip
     """Means of a block's groups of 2**S tokens, and the logarithms of their counts, which are the
     same for all heads; returns where those of the next factor begin.
 
-    LEAST: rows that a block has at least, zeros where it has fewer groups; above 1 the logarithms
-    come in pairs of rows of LEAST, as in `_tail.py`.
+    LEAST: rows that a block has at least, each group in several where it has fewer; above 1 groups
+    without tokens repeat the last one that has some, and no logarithms are written.
     """
     ROWS: tl.constexpr = GROUPS if GROUPS > LEAST else LEAST
     group = tl.arange(0, GROUPS)
     count = tl.minimum(tl.maximum(length - (group << S), 0), 1 << S)
     mean = sums / tl.maximum(count, 1)[:, None]
-    rows = (block * ROWS + group).to(tl.int64)
-    ptrs = ptr + rows[:, None] * D + cols[None, :]
-    col_inside = (cols < D)[None, :]
-    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=col_inside)
-    place = tl.arange(0, ROWS)
-    if ROWS > GROUPS:
-        ptrs = ptr + (block * ROWS + place).to(tl.int64)[:, None] * D + cols[None, :]
-        nothing = tl.zeros([ROWS, cols.shape[0]], ptr.dtype.element_ty)
-        tl.store(ptrs, nothing, mask=col_inside & (place >= GROUPS)[:, None])
-    count = tl.minimum(tl.maximum(length - (place << S), 0), 1 << S)
-    count = tl.where(place < GROUPS, count, 0)
-    bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32)) * unit
-    inside = place < tl.where(first, ROWS, 0)
+    rows = tl.arange(0, ROWS)
+    if LEAST > 1:
+        if length <= (GROUPS - 1) << S:
+            last = (group == (length - 1) >> S)[:, None]
+            last_mean = tl.sum(tl.where(last, mean, 0.0), 0)
+            mean = tl.where((count > 0)[:, None], mean, last_mean[None, :])
+        if ROWS > GROUPS:
+            copies = tl.broadcast_to(mean[:, None, :], [GROUPS, ROWS // GROUPS, cols.shape[0]])
+            mean = tl.reshape(copies, [ROWS, cols.shape[0]])
+    ptrs = ptr + (block * ROWS + rows).to(tl.int64)[:, None] * D + cols[None, :]
+    tl.store(ptrs, mean.to(ptr.dtype.element_ty), mask=(cols < D)[None, :])
     if LEAST == 1:
+        bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32))
         bias = tl.where(count > 0, bias, float("-inf"))
-        tl.store(bias_ptr + block * ROWS + place, bias, mask=inside)
-        return ptr + n_blocks * ROWS * D, bias_ptr + n_blocks * ROWS
-    bias = tl.where(count > 0, bias, -1e30)
-    coarse = bias.to(bias_ptr.dtype.element_ty)
-    lost = tl.where(count > 0, bias - coarse.to(tl.float32), 0.0).to(bias_ptr.dtype.element_ty)
-    at = bias_ptr + (block * ROWS + place) // LEAST * (2 * LEAST) + place % LEAST
-    tl.store(at, coarse, mask=inside)
-    tl.store(at + LEAST, lost, mask=inside)
-    return ptr + n_blocks * ROWS * D, bias_ptr + n_blocks * ROWS * 2
+        tl.store(bias_ptr + block * GROUPS + group, bias, mask=group < tl.where(first, GROUPS, 0))
+    return ptr + n_blocks * ROWS * D, bias_ptr + n_blocks * ROWS
 
 
 @triton.jit
 def _means_fwd(
     x0_ptr, x1_ptr, pooled_ptr, bias_ptr, means_ptr, starts_ptr, order_ptr,
     x0_stride_b, x0_stride_h, x0_stride_n, x1_stride_b, x1_stride_h, x1_stride_n,
-    order_stride_h, n_heads, n_pairs, n_blocks, pooled_rows, unit,
+    order_stride_h, n_heads, n_pairs, n_blocks, pooled_rows,
     D: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr,
     FACTORS: tl.constexpr, HAS_ORDER: tl.constexpr, MEANS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +87,7 @@ def _means_fwd(
             if (FACTORS >> s) & 1:
                 pooled_ptr, bias_ptr = _store_groups(
                     pooled_ptr, bias_ptr, sums, block, n_blocks, length, cols, first,
-                    unit, D, s, SIZE >> s if s < LOG_SIZE else 1, LEAST)  # fmt: skip
+                    D, s, SIZE >> s if s < LOG_SIZE else 1, LEAST)  # fmt: skip
 
 
 @triton.jit

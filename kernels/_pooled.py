@@ -6,14 +6,16 @@ import triton.language as tl
 
 @triton.jit
 def _pooled_tiles_fwd(
-    indices_ptr, offsets_ptr, full_ptr, partial_ptr, pools_ptr, tiles_ptr, counts_ptr, n_k_blocks,
+    indices_ptr, offsets_ptr, full_ptr, partial_ptr, pools_ptr, starts_ptr, tiles_ptr, counts_ptr,
+    n_k_blocks,
     SIZE: tl.constexpr, FACTORS: tl.constexpr, N_FACTORS: tl.constexpr, ROWS: tl.constexpr,
-    PER_ENTRY: tl.constexpr, BLOCK: tl.constexpr,
+    PER_ENTRY: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of tiles of ROWS pooled rows, PER_ENTRY at most for an entry, and how many in all.
+    """Tiles of ROWS pooled rows, PER_ENTRY at most for an entry, and how many in all.
 
-    FACTORS has bit s set for factor 2**s. The tiles of a factor begin behind those of the smaller
-    ones, and those of a block are neighbours.
+    A tile is its number, 3 bits for the exponent of the factor, and 8 bits for how many tokens its
+    block has from its first row on. FACTORS has bit s set for factor 2**s. The tiles of a
+    factor begin behind those of the smaller ones, and those of a block are neighbours.
     """
     row = tl.program_id(0)
     first = tl.load(offsets_ptr + row).to(tl.int64)
@@ -32,7 +34,14 @@ def _pooled_tiles_fwd(
                 number = at + nth
                 inside = number < entries * of_block
                 block = tl.load(indices_ptr + number // of_block, mask=inside, other=0)
-                tile = base + block * of_block + number % of_block
+                part = number % of_block
+                left = tl.full([BLOCK], SIZE, tl.int32)
+                if RAGGED:
+                    start = tl.load(starts_ptr + block, mask=inside, other=0)
+                    left = tl.load(starts_ptr + block + 1, mask=inside, other=0) - start
+                left = tl.maximum(left - part * (SIZE // of_block), 0)
+                left = tl.minimum(left, SIZE // of_block)
+                tile = ((base + block * of_block + part) << 11) | (s << 8) | left
                 tl.store(tiles_ptr + written + number, tile, mask=inside)
             written += entries * of_block
             indices_ptr += entries

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_sparse.grid import Permutation
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
-from dit_sparse.kernels.portable import LOG2_E, padded
+from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import Blocks
 
 _COLUMNS, _WARPS = 64, 4  # of a program that forms means
@@ -23,9 +23,8 @@ class Means:
 
     Args:
         pooled: `[B, H, R, D]`, for every factor g in turn those of every block: `ceil(size / g)`,
-            whatever its length, or more for whole tiles.
-        bias: fp32 `[R]`, log2 of the tokens of every pooled row, -inf for rows without any; for
-            tiles `[R / tile, 2, tile]`, see `tail.bias_of`.
+            whatever its length, or more, see `pool_all`.
+        bias: fp32 `[R]`, log2 of the tokens of every pooled row, -inf for rows without any.
         blocks: fp32 `[B, H, n, D]`, the mean of every block.
     """
 
@@ -46,28 +45,13 @@ def pool(
     return pool_all([x], blocks, factors=factors, means=means, order=order)[0]
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How pooled rows are laid out for a kernel that reads whole tiles of them.
-
-    Args:
-        rows: of a tile; a block has as many at least, zeros for those that it lacks.
-        scale: factor of the scores that the biases are added to.
-        dtype: of the biases.
-    """
-
-    rows: int
-    scale: float
-    dtype: torch.dtype = torch.bfloat16
-
-
 def pool_all(
     tensors: Sequence[Tensor],
     blocks: Blocks,
     *,
     factors: tuple[int, ...] = (),
     means: bool = False,
-    tiles: Tiles | None = None,
+    least: int = 1,
     order: Permutation | None = None,
 ) -> list[Means]:
     """Means over blocks and over groups of consecutive tokens in them, summed in fp32.
@@ -80,12 +64,13 @@ def pool_all(
         blocks: cut of the N tokens; a size of a power of two.
         factors: pool factors, powers of two from 2 to 128.
         means: whether to make the blocks' means in fp32.
-        tiles: how pooled rows are laid out; `None`: as few as there are.
+        least: pooled rows that a block has at least, a power of two: each group stands in several
+            where it has fewer, and groups without tokens repeat the last one. Without biases.
         order: leads from the order of the tensors to that of the blocks.
     """
     if len({x.shape for x in tensors}) > 1:
-        return [_pool([x], blocks, factors, means, tiles, order)[0] for x in tensors]
-    return _pool(tensors, blocks, factors, means, tiles, order)
+        return [_pool([x], blocks, factors, means, least, order)[0] for x in tensors]
+    return _pool(tensors, blocks, factors, means, least, order)
 
 
 def _pool(
@@ -93,19 +78,15 @@ def _pool(
     blocks: Blocks,
     factors: tuple[int, ...],
     means: bool,
-    tiles: Tiles | None,
+    least: int,
     order: Permutation | None,
 ) -> list[Means]:
     x0, x1 = tensors[0], tensors[-1]
     batch, heads, _, dim = x0.shape
     lead = (len(tensors), batch, heads)
-    least = 1 if tiles is None else tiles.rows
     rows = sum(blocks.n * max(-(-blocks.size // factor), least) for factor in factors)
     pooled = x0.new_empty(*lead, rows, dim)
-    if tiles is None:
-        bias = x0.new_empty(rows, dtype=torch.float32)
-    else:
-        bias = x0.new_empty(rows // least, 2, least, dtype=tiles.dtype)
+    bias = x0.new_empty(rows if least == 1 else 0, dtype=torch.float32)
     of_blocks = x0.new_empty(*lead, blocks.n if means else 0, dim, dtype=torch.float32)
     index = blocks.starts if order is None else order.index
     columns = min(padded(dim), _COLUMNS)
@@ -113,7 +94,6 @@ def _pool(
         x0, x1, pooled, bias, of_blocks, blocks.starts, index,
         *x0.stride()[:3], *x1.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
         heads, batch * heads, blocks.n, rows,
-        1.0 if tiles is None else 1.0 / (tiles.scale * LOG2_E),
         D=dim, COLUMNS=columns, SIZE=blocks.size, LOG_SIZE=blocks.size.bit_length() - 1,
         FACTORS=sum(factors), HAS_ORDER=order is not None, MEANS=means, LEAST=least,
         num_warps=_WARPS if blocks.size <= 128 else 8,

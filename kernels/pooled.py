@@ -1,6 +1,7 @@
 """Adds a plan's pooled entries to the result for its exact entries, in a specialised Hopper kernel.
 
-Every level is read in tiles of the same few rows: a block that is pooled by less fills several.
+Every level is read in tiles of the same few rows: a block that is pooled by less fills several, and
+one that is pooled by more has every row in its tile several times, with a part of the weight each.
 """
 
 from __future__ import annotations
@@ -13,25 +14,27 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels import tail
-from dit_sparse.kernels._hopper_tail import _pooled_fwd_hopper
+from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
 from dit_sparse.kernels.hopper import Matrix, with_scratch
 from dit_sparse.kernels.launch import Launch, TensorDescriptor, launch_specialised
-from dit_sparse.kernels.pool import Means, Tiles, pool_all
+from dit_sparse.kernels.pool import Means, pool_all
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.plan import BlockPlan, Pools
 
-#: Pooled rows of a tile: 8-fold pooling leaves 16 of a block of 128, 4-fold pooling 32.
+#: Pooled rows of a tile: 4-fold pooling leaves 32 of a block of 128.
 ROWS = 32
-#: Tiles in flight; they are small. The kernel counts on as many stale barriers.
-STAGES = 4
+#: Steps in flight. The kernel counts on as many stale barriers.
+STAGES = 2
+_MOST_TILES = 1 << 20  # of a head, in the bits of an entry
 
 
 class Lists(NamedTuple):
     """Which tiles the query blocks of a plan read.
 
     Args:
-        tiles: int32, numbers of tiles; a row begins at `per_entry` times its offset in the plan.
+        tiles: int32, see `_pooled_tiles_fwd`; a row begins at `per_entry` times its offset in the
+            plan.
         counts: int32 of the shape of the plan's offsets.
         per_entry: the most tiles of an entry.
     """
@@ -42,25 +45,20 @@ class Lists(NamedTuple):
 
 
 def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    result: AttentionOutput,
-    bias_dtype: torch.dtype = torch.bfloat16,
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
 ) -> bool:
     """Goes on from `result`; whether it could, and nothing written if not: for some strides of q,
-    or where Triton compiles the kernel badly.
+    other key blocks than of 128, or where Triton compiles the kernel badly.
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order, unit stride along D and one head dim.
     """
-    qm = Matrix.of(q)
-    if qm is None or plan.pools is None:
+    qm, size = Matrix.of(q), plan.k_blocks.size
+    if qm is None or plan.pools is None or size != tail.TILE:
         return False
-    tiles = Tiles(ROWS, scale, bias_dtype)
-    keys, values = pool_all((k, v), plan.k_blocks, factors=plan.pools.factors, tiles=tiles)
+    if plan.k_blocks.n * sum(max(1, size // g // ROWS) for g in plan.pools.factors) >= _MOST_TILES:
+        return False
+    keys, values = pool_all((k, v), plan.k_blocks, factors=plan.pools.factors, least=ROWS)
     lists = lists_of(plan, plan.pools)
     run = functools.partial(_launch, q, qm, keys, values, lists, plan, scale, result)
     return with_scratch(run) is not None
@@ -68,17 +66,16 @@ def launch(
 
 def lists_of(plan: BlockPlan, pools: Pools) -> Lists:
     """The tiles of every row of a plan."""
-    size = plan.k_blocks.size
-    per_entry = max(1, size // pools.factors[0] // ROWS)
-    tiles = torch.empty(
-        max(1, plan.indices.numel() * per_entry), dtype=torch.int32, device=plan.device
-    )
+    blocks = plan.k_blocks
+    per_entry = max(1, blocks.size // pools.factors[0] // ROWS)
+    room = max(1, plan.indices.numel() * per_entry)
+    tiles = torch.empty(room, dtype=torch.int32, device=plan.device)
     counts = torch.empty_like(plan.offsets)
     _pooled_tiles_fwd[(counts.numel(),)](
-        plan.indices, plan.offsets, plan.full, plan.partial, pools.counts, tiles, counts,
-        plan.k_blocks.n,
-        SIZE=size, FACTORS=sum(pools.factors), N_FACTORS=len(pools.factors), ROWS=ROWS,
-        PER_ENTRY=per_entry, BLOCK=64, num_warps=1,
+        plan.indices, plan.offsets, plan.full, plan.partial, pools.counts, blocks.starts, tiles,
+        counts, blocks.n,
+        SIZE=blocks.size, FACTORS=sum(pools.factors), N_FACTORS=len(pools.factors), ROWS=ROWS,
+        PER_ENTRY=per_entry, RAGGED=blocks.ragged, BLOCK=64, num_warps=1,
     )  # fmt: skip
     return Lists(tiles, counts, per_entry)
 
@@ -104,7 +101,7 @@ def _launch(
         TensorDescriptor(x.pooled, shape, [head_dim, 1], [ROWS, dim]) for x in (keys, values)
     ]
     arguments = (
-        q, *described, tail.describe(keys.bias), out, lse,
+        q, *described, out, lse,
         plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, order,
         *qm.shape, qm.row_stride, *qm.origin, rows, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
@@ -115,7 +112,10 @@ def _launch(
         "D": head_dim,
         "BLOCK_D": dim,
         "BLOCK_M": plan.q_blocks.size,
-        "BLOCK_N": ROWS,
+        "ROWS": ROWS,
+        "LOG_SIZE": plan.k_blocks.size.bit_length() - 1,
+        "LOG_ROWS": ROWS.bit_length() - 1,
+        "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
     }
     grid = (batch * heads * n_blocks, 1, 1)

@@ -34,8 +34,9 @@ from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
+from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
-from dit_sparse.kernels._hopper_tail import _pooled_fwd_hopper, _tail_fwd_hopper
+from dit_sparse.kernels._hopper_tail import _tail_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd
 from dit_sparse.kernels._permute import _permute_blocks
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
@@ -162,8 +163,9 @@ def approximation(variant: Variant) -> Report:
     constants |= {"LEAST": 32, "MOVED": 3, "SKIPPED": 0, "NORMS": True}
     constants |= {"N_TILES": 2, "KEYS": K_BLOCK, "PER_ENTRY": 2}
     constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
-    pairs = {"bias_ptr": "*bf16"} if variant.kernel in ("means", "tail_bias") else {}
-    source = _source(function, constants | {"EACH": False}, {}, pairs)
+    constants |= {"RAGGED": variant.ragged, "EACH": False}
+    pairs = {"bias_ptr": "*bf16"} if variant.kernel == "tail_bias" else {}
+    source = _source(function, constants, {}, pairs)
     return _report(variant, source, warps, 2 if variant.tail else 3)
 
 
@@ -174,7 +176,8 @@ def with_means() -> Iterator[Variant]:
         yield Variant("tail", 90, head_dim, ragged=True, bound=True)
         yield Variant("tail", 90, head_dim, ragged=True, tail=2)
         yield Variant("tail", 90, head_dim, ragged=True, bound=True, tail=2)
-        yield Variant("pooled", 90, head_dim, ragged=True)
+        for ragged in (False, True):
+            yield Variant("pooled", 90, head_dim, ragged)
 
 
 def means(variant: Variant) -> Report:
@@ -182,6 +185,7 @@ def means(variant: Variant) -> Report:
     dim, pooled = variant.head_dim, variant.kernel == "pooled"
     keys = POOLED_ROWS if pooled else K_BLOCK
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
+    constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
     constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound}
     constants |= {"SHARE": variant.tail > 1}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")

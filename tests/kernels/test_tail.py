@@ -165,17 +165,19 @@ def test_pooled_rows_in_tiles(values: dict):
     exact = replace(plan, pools=None)
     result = AttentionOutput(*attend(q, k, v, exact, scale=scale, backend="reference"))
     ordered = (q, k, v) if plan.order is None else tuple(plan.order(x) for x in (q, k, v))
-    assert pooled_rows.launch(*ordered, plan, scale, result, torch.float32)
+    assert pooled_rows.launch(*ordered, plan, scale, result)
     compare(result, q, k, v, plan)
 
 
-def test_tiles_of_all_levels():
-    """128 keys are 2, 1 and, half of it empty, 1 tile of 32 rows, for the factors 2, 4 and 8."""
+@pytest.mark.parametrize("ragged", [True, False])
+def test_tiles_of_all_levels(ragged: bool):
+    """128 keys are 2, 1 and, each row of it twice, 1 tile of 32 rows, for the factors 2, 4, 8."""
     generator = torch.Generator().manual_seed(0)
-    plan = pooled(plan_of(Case(64, 128, 128, box=False)), (2, 4, 8), None, generator)
+    plan = plan_of(Case(64, 128, 128, box=False, ragged=ragged))
+    plan = pooled(plan, (2, 4, 8), None, generator)
     assert plan.pools is not None
     lists = pooled_rows.lists_of(plan, plan.pools)
-    n = plan.k_blocks.n
+    n, lengths = plan.k_blocks.n, plan.k_blocks.lengths.tolist()
     flat = zip(
         plan.offsets.flatten().tolist(),
         (plan.full + plan.partial).flatten().tolist(),
@@ -184,10 +186,19 @@ def test_tiles_of_all_levels():
         strict=True,
     )
     assert lists.counts.shape[1] == HEADS
+
+    def tile(number: int, s: int, left: int, most: int) -> int:
+        return number << 11 | s << 8 | min(max(left, 0), most)
+
     for first, exact, (halves, quarters, eighths), count in flat:
         entries = plan.indices[first + exact :].tolist()
-        expected = [2 * block + part for block in entries[:halves] for part in (0, 1)]
-        expected += [2 * n + block for block in entries[halves:][:quarters]]
-        expected += [3 * n + block for block in entries[halves + quarters :][:eighths]]
+        expected = [
+            tile(2 * j + part, 1, lengths[j] - 64 * part, 64)
+            for j in entries[:halves]
+            for part in (0, 1)
+        ]
+        expected += [tile(2 * n + j, 2, lengths[j], 128) for j in entries[halves:][:quarters]]
+        after = entries[halves + quarters :][:eighths]
+        expected += [tile(3 * n + j, 3, lengths[j], 128) for j in after]
         start = first * lists.per_entry
         assert lists.tiles[start : start + count].tolist() == expected
