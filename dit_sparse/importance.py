@@ -64,20 +64,21 @@ def sampled_importance(
     batch, heads, _, dim = q.shape
     blocks = frame.blocks
     count = max(1, blocks.size // share)
-    at_q, at_k = sampled_tokens(frame, heads, count, (seed, seed + 1))
+    tokens = sampled_tokens(frame, heads, count, (seed, seed + 1))
+    at_q, at_k = tokens
     if heads > k.shape[1]:  # even once, repeating would copy all keys for the sake of a few
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    keys = _take(k, at_k.flatten(1))
     if q.is_cuda and count <= 64 and not causal and (kernels := kernel_module("importance")):
+        unit = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         importance = kernels.sampled_maximum(
-            _take(q, at_q.flatten(1)),
-            keys,
+            *kernels.take(*unit, tokens.flatten(2)),
             count,
             scale=dim**-0.5,
             softmax=norm == "softmax",
             hidden=frame.hidden,
         )
         return _normalised(importance)
+    keys = _take(k, at_k.flatten(1))
     hidden = None if frame.hidden is None else frame.hidden[:, None, None, :, None]
     rows = max(1, _CHUNK // (batch * heads * count * count * blocks.n))
     parts = []

@@ -5,19 +5,53 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile_scores(q, k_ptr, hidden_ptr, first, keys, scale_log2, D: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
-                 HAS_HIDDEN: tl.constexpr):  # fmt: skip
-    """Scores against the sampled keys `first .. first + BLOCK_N`, -inf for those unseen."""
+def _take_fwd(
+    x0_ptr, x1_ptr, out_ptr, index_ptr,
+    x0_stride_b, x0_stride_h, x0_stride_n, x1_stride_b, x1_stride_h, x1_stride_n,
+    n_heads, n_taken,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of two tensors, each at positions of its own in every head."""
+    which = tl.program_id(2)
+    pair = tl.program_id(1)
+    head = (pair % n_heads).to(tl.int64)
+    batch = (pair // n_heads).to(tl.int64)
+    nth = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = nth < n_taken
     cols = tl.arange(0, BLOCK_D)
+    tokens = tl.load(index_ptr + (which * n_heads + head) * n_taken + nth, mask=inside, other=0)
+    x_ptr, stride_n = x0_ptr + batch * x0_stride_b + head * x0_stride_h, x0_stride_n
+    if which == 1:
+        x_ptr, stride_n = x1_ptr + batch * x1_stride_b + head * x1_stride_h, x1_stride_n
+    both = inside[:, None] & (cols < D)[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * stride_n + cols[None, :], mask=both, other=0.0)
+    at = (which * tl.num_programs(1) + pair).to(tl.int64) * n_taken + nth
+    tl.store(out_ptr + at[:, None] * D + cols[None, :], x, mask=both)
+
+
+@triton.jit
+def _tile_scores(q, k_ptr, hidden_ptr, row, first, keys, D: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
+                 TMA: tl.constexpr, WHOLE: tl.constexpr, HAS_HIDDEN: tl.constexpr):  # fmt: skip
+    """Unscaled scores against the sampled keys `first .. first + BLOCK_N` of the head whose keys
+    begin at a row, -inf for those unseen."""
     number = first + tl.arange(0, BLOCK_N)
     inside = number < keys
-    ptrs = k_ptr + number.to(tl.int64)[:, None] * D + cols[None, :]
-    k = tl.load(ptrs, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+    if TMA:
+        k = k_ptr.load([row + first, 0])
+    else:
+        cols = tl.arange(0, BLOCK_D)
+        ptrs = k_ptr + (row.to(tl.int64) + number)[:, None] * D + cols[None, :]
+        if WHOLE:
+            k = tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+        else:
+            k = tl.load(ptrs, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if HAS_HIDDEN:
         inside = inside & (tl.load(hidden_ptr + number // COUNT, mask=inside, other=1) == 0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-    return tl.where(inside[None, :], scores, float("-inf"))
+    if HAS_HIDDEN or not WHOLE:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -25,12 +59,15 @@ def _importance_fwd(
     q_ptr, k_ptr, hidden_ptr, best_ptr, importance_ptr,
     hidden_stride_b, n_heads, n_blocks, n_tiles, best_stride, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNT: tl.constexpr, CHUNK: tl.constexpr, SOFTMAX: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    COUNT: tl.constexpr, CHUNK: tl.constexpr, SOFTMAX: tl.constexpr,
+    TMA: tl.constexpr, WHOLE: tl.constexpr, HAS_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Tiles of some query blocks against all key blocks, one tile after another.
 
     A weight needs the base of its query, which is known at the end of the row: until then a program
     keeps the highest score of every query and key block in memory of its own, `[n, ROWS]`.
+
+    TMA: keys through a descriptor. WHOLE: no tile of keys reaches behind the last one.
     """
     keys = n_blocks * COUNT
     per_head = tl.cdiv(keys, ROWS)
@@ -40,7 +77,6 @@ def _importance_fwd(
     for work in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         tile = work % per_head
         entry = (work // per_head).to(tl.int64)
-        k_at = k_ptr + entry * keys * D
         hidden_at = hidden_ptr + work // per_head // n_heads * hidden_stride_b
         rows = tile * ROWS + nth
         ptrs = q_ptr + (entry * keys + rows)[:, None] * D + cols[None, :]
@@ -49,9 +85,9 @@ def _importance_fwd(
         base = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         for first in range(0, keys, BLOCK_N):
-            scores = _tile_scores(q, k_at, hidden_at, first, keys, scale_log2,
-                                  D, BLOCK_D, BLOCK_N, COUNT, HAS_HIDDEN)  # fmt: skip
-            best = tl.max(tl.reshape(scores, [ROWS, BLOCK_N // COUNT, COUNT]), 2)
+            scores = _tile_scores(q, k_ptr, hidden_at, work // per_head * keys, first, keys, D,
+                                  BLOCK_D, BLOCK_N, COUNT, TMA, WHOLE, HAS_HIDDEN)  # fmt: skip
+            best = tl.max(tl.reshape(scores, [ROWS, BLOCK_N // COUNT, COUNT]), 2) * scale_log2
             number = first // COUNT + tl.arange(0, BLOCK_N // COUNT)
             at = best_ptr + number[None, :] * ROWS + nth[:, None]
             tl.store(at, best, mask=(number < n_blocks)[None, :])
@@ -59,7 +95,7 @@ def _importance_fwd(
             if SOFTMAX:
                 safe = tl.where(higher == float("-inf"), 0.0, higher)
                 mass *= tl.math.exp2(base - safe)
-                mass += tl.sum(tl.math.exp2(scores - safe[:, None]), 1)
+                mass += tl.sum(tl.math.exp2(scores * scale_log2 - safe[:, None]), 1)
             base = higher
         if SOFTMAX:
             base += tl.math.log2(tl.where(mass == 0.0, 1.0, mass))

@@ -7,10 +7,30 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels._importance import _importance_fwd
+from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
+from dit_sparse.kernels.hopper import capability
+from dit_sparse.kernels.launch import TensorDescriptor
 from dit_sparse.kernels.portable import LOG2_E, padded
 
-_PER_PROCESSOR = 2  # programs, each of which keeps the scores of a tile of queries
+_PER_PROCESSOR = 3  # programs, each of which keeps the scores of a tile of queries
+_COLUMNS, _STAGES = 64, 2  # keys of a tile, and tiles in flight
+
+
+def take(q: Tensor, k: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of q and of k `[B, H, m, D]` in one launch.
+
+    Args:
+        q, k: `[B, H, N, D]` of one dtype, unit stride along D.
+        tokens: int64 `[2, H, m]`, contiguous, positions in q and in k.
+    """
+    batch, heads, _, dim = q.shape
+    taken, rows = tokens.shape[-1], 64
+    out = q.new_empty(2, batch, heads, taken, dim)
+    _take_fwd[(-(-taken // rows), batch * heads, 2)](
+        q, k, out, tokens, *q.stride()[:3], *k.stride()[:3], heads, taken,
+        D=dim, BLOCK_D=padded(dim), ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    return out[0], out[1]
 
 
 def sampled_maximum(
@@ -35,19 +55,31 @@ def sampled_maximum(
     batch, heads, total, dim = queries.shape
     n = total // count
     importance = queries.new_empty(batch, heads, n, n, dtype=torch.float32)
-    rows, columns = (128, 64) if queries.element_size() == 2 else (64, 64)
+    rows = 128 if queries.element_size() == 2 else 64
     tiles = batch * heads * -(-total // rows)
     programs = min(tiles, _PER_PROCESSOR * processors(queries.device))
     best = queries.new_empty(programs, n * rows, dtype=torch.float32)
+    tma = _described(queries)
+    columns, dim_padded = _COLUMNS, padded(dim)
+    if tma:
+        shape = [batch * heads * total, dim]
+        keys = TensorDescriptor(keys, shape, [dim, 1], [columns, dim_padded])
     _importance_fwd[(programs,)](
         queries, keys, importance if hidden is None else hidden.view(torch.uint8), best, importance,
         n if hidden is not None and hidden.shape[0] > 1 else 0, heads, n, tiles, n * rows,
         scale * LOG2_E,
-        D=dim, BLOCK_D=padded(dim), ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
-        SOFTMAX=softmax, HAS_HIDDEN=hidden is not None, num_warps=8 if rows == 128 else 4,
-        num_stages=2,
+        D=dim, BLOCK_D=dim_padded, ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
+        SOFTMAX=softmax, TMA=tma, WHOLE=total % columns == 0, HAS_HIDDEN=hidden is not None,
+        num_warps=8 if rows == 128 else 4, num_stages=_STAGES,
     )  # fmt: skip
     return importance
+
+
+def _described(x: Tensor) -> bool:
+    """Whether a descriptor can be made of its rows, for a GPU that loads through one."""
+    if TensorDescriptor is None or x.shape[-1] * x.element_size() % 16:
+        return False
+    return not x.is_cuda or capability(x.device) >= (9, 0)
 
 
 @cache

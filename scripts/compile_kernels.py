@@ -37,7 +37,7 @@ from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persi
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels._hopper_tail import _tail_fwd_hopper
-from dit_sparse.kernels._importance import _importance_fwd
+from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
 from dit_sparse.kernels._permute import _permute_blocks
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
@@ -122,6 +122,7 @@ def approximations() -> Iterator[Variant]:
         for capability in (80, 90):
             yield Variant("means", capability, head_dim, ragged=True)
             yield Variant("importance", capability, head_dim, ragged=True)
+            yield Variant("take", capability, head_dim, ragged=True)
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
             yield Variant("tail_bias", capability, head_dim, ragged=True)
@@ -138,6 +139,7 @@ def approximation(variant: Variant) -> Report:
     functions = {
         "means": (_means_fwd, 4),
         "importance": (_importance_fwd, 8),
+        "take": (_take_fwd, 4),
         "choose": (_choose_fwd, 4),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "tail_bias": (_tail_bias_fwd, 1),
@@ -164,8 +166,11 @@ def approximation(variant: Variant) -> Report:
     constants |= {"N_TILES": 2, "KEYS": K_BLOCK, "PER_ENTRY": 2}
     constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False}
-    pairs = {"bias_ptr": "*bf16"} if variant.kernel == "tail_bias" else {}
-    source = _source(function, constants, {}, pairs)
+    constants |= {"TMA": variant.capability == 90, "WHOLE": True}
+    others = {"bias_ptr": "*bf16"} if variant.kernel == "tail_bias" else {}
+    if variant.kernel == "importance" and variant.capability == 90:
+        others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
+    source = _source(function, constants, {}, others)
     return _report(variant, source, warps, 2 if variant.tail else 3)
 
 

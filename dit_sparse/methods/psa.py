@@ -35,6 +35,8 @@ class PsaMethod:
         allocation: shares of the blocks (quantile) or of the importance (mass).
         importance: highest weight between sampled tokens (sampled) or weight between block means
             (means), which costs less.
+        share: one in so many tokens of a block is sampled, a power of two; twice as many cost four
+            times as much. The public code takes 4.
         norm: of the sampled importance: softmax as in the paper, or max as in the public code.
         similarity: thresholds of the likeness of keys for the levels 2, 4 and 8: a block of less
             likeness is read at a finer level; none for no such cap.
@@ -58,6 +60,7 @@ class PsaMethod:
     ends: tuple[float, ...] = (0.05, 0.10, 0.15, 0.25)
     allocation: pyramid.Allocation = "quantile"
     importance: Literal["sampled", "means"] = "sampled"
+    share: int = 4
     norm: Norm = "softmax"
     similarity: tuple[float, ...] | None = None
     skipped: Literal["drop", "mean"] = "drop"
@@ -79,6 +82,11 @@ class PsaMethod:
             object.__setattr__(self, "similarity", _similarity(self.similarity))
         options.check_choice("allocation", self.allocation, ("quantile", "mass"))
         options.check_choice("importance", self.importance, ("sampled", "means"))
+        if type(self.share) is not int or self.share not in (1, 2, 4, 8, 16, 32, 64):
+            raise ValueError(
+                f"Expected share as a power of two from 1 to 64, got {self.share!r}. One in "
+                "so many tokens of a block is sampled."
+            )
         options.check_choice("norm", self.norm, ("softmax", "max"))
         options.check_choice("skipped", self.skipped, ("drop", "mean"))
         forced = options.check_planning(
@@ -148,7 +156,9 @@ class PsaMethod:
             return scores.softmax(-1).nan_to_num(0.0)
         moment = (ctx.step or 0) * ctx.layers + ctx.layer
         seed = self.seed * 1_000_003 + 2 * moment
-        return sampled_importance(q, k, frame, norm=self.norm, seed=seed, causal=self.causal)
+        return sampled_importance(
+            q, k, frame, share=self.share, norm=self.norm, seed=seed, causal=self.causal
+        )
 
     def _candidates(self, scores: Tensor, frame: Frame) -> Tensor:
         """The scores with -inf for all blocks that are no matter of choice."""

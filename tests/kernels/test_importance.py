@@ -40,3 +40,23 @@ def test_against_all_weights(
     weight = (scores - base.masked_fill(top == -torch.inf, 0.0)).exp()
     expected = weight.view(2, 2, n, count, n, count).amax((3, 5))
     torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_without_descriptors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importance, "TensorDescriptor", None)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 5 * 16, 40, generator=generator) for _ in range(2))
+    got = importance.sampled_maximum(q, k, 16, scale=0.2, softmax=True)
+    weight = (q.double() @ k.double().transpose(-2, -1) * 0.2).softmax(-1)
+    expected = weight.view(1, 2, 5, 16, 5, 16).amax((3, 5))
+    torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_rows_are_taken_at_positions_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 90, 3, 40, generator=generator).transpose(1, 2)
+    k = torch.randn(2, 3, 90, 40, generator=generator)
+    tokens = torch.randint(90, (2, 3, 70), generator=generator)
+    taken = importance.take(q, k, tokens)
+    for got, x, index in zip(taken, (q, k), tokens, strict=True):
+        assert torch.equal(got, x.gather(2, index[None, :, :, None].expand(2, -1, -1, 40)))

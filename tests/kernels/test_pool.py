@@ -67,6 +67,25 @@ def test_means(kind: str, factors: tuple[int, ...], order: str, dim: int):
     torch.testing.assert_close(got.blocks.double(), means, rtol=1e-6, atol=1e-6)
 
 
+@blocks_of_all_kinds
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("factors", [(2, 4, 8), (4, 128)])
+def test_groups_stand_in_several_rows(kind: str, factors: tuple[int, ...]):
+    """Rows without tokens are those of the block's last group that has some."""
+    blocks, least = BLOCKS[kind], 32
+    x = tokens(blocks, 16)
+    got = pool.pool_all([x], blocks, factors=factors, least=least)[0].pooled
+    expected = []
+    for factor in factors:
+        groups = -(-blocks.size // factor)
+        means = grouped(x.double(), blocks, factor).unflatten(2, (blocks.n, groups))
+        last = (blocks.lengths - 1) // factor
+        at = torch.minimum(torch.arange(groups), last[:, None])
+        means = means[:, :, torch.arange(blocks.n)[:, None], at]
+        expected.append(means.repeat_interleave(max(1, least // groups), 3).flatten(2, 3))
+    torch.testing.assert_close(got.double(), torch.cat(expected, 2), rtol=1e-6, atol=1e-6)
+
+
 def test_sums_are_in_fp32():
     blocks = Blocks.uniform(256, 256)
     x = tokens(blocks, 16, dtype=torch.float16) + 100

@@ -75,7 +75,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     for module, name in (
         *(("pool", "_means_fwd"), ("pool", "_covariance_fwd"), ("choose", "_choose_fwd")),
-        *(("importance", "_importance_fwd"), ("approximate", "_approximate_fwd")),
+        *(
+            ("importance", "_take_fwd"),
+            ("importance", "_importance_fwd"),
+            ("approximate", "_approximate_fwd"),
+        ),
         *(("tail", "_tail_bias_fwd"), ("pooled", "_pooled_tiles_fwd"), ("slope", "_slope_fwd")),
     ):
         monkeypatch.setattr(kernels[module], name, Kernel(name, found))
@@ -108,7 +112,7 @@ class OnGpu(TorchFunctionMode):
 MEANS = ["_means_fwd", "mul", "bmm"]
 NORMS = ["_means_fwd", "_covariance_fwd", "sum", "sqrt", "add", "log", "add"]
 PLACES = ["_to_copy", "sub", "minimum", "add", "_to_copy", "gather"]
-SAMPLED = [*PLACES, "gather", "gather", "_importance_fwd", "sum", "clamp", "div"]
+SAMPLED = [*PLACES, "_take_fwd", "_importance_fwd", "sum", "clamp", "div"]
 CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
 
 SPANS = ["index_select", "index_select"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend
 from dit_sparse.frame import Frame, frame_of
+from dit_sparse.importance import sampled_importance
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.method import CallContext
 from dit_sparse.methods.psa import PsaMethod
@@ -215,6 +216,20 @@ class TestSelection:
         assert bool((level[..., ~context, :][..., ~context] == 8).all())
 
 
+def test_a_share_of_the_tokens_is_sampled(monkeypatch: pytest.MonkeyPatch):
+    q, k, _ = qkv("image")
+    seen = []
+
+    def noted(*args: object, share: int, **kwargs: object) -> torch.Tensor:
+        seen.append(share)
+        return sampled_importance(*args, share=share, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("dit_sparse.methods.psa.sampled_importance", noted)
+    for share in (4, 16):
+        PsaMethod(block=64, share=share).plan(q, k, CallContext(LAYOUTS["image"]))
+    assert seen == [4, 16]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -227,6 +242,8 @@ class TestSelection:
         ({"ends": 0.5}, "ends as four shares"),
         ({"allocation": "topk"}, "allocation among quantile, mass, got 'topk'"),
         ({"norm": "none"}, "norm among softmax, max"),
+        ({"share": 3}, "share as a power of two from 1 to 64, got 3"),
+        ({"share": True}, "share as a power of two from 1 to 64, got True"),
         ({"importance": "all"}, "importance among sampled, means"),
         ({"similarity": (0.5, 0.5)}, "similarity as three cosines"),
         ({"similarity": (0.5, 0.5, 2.0)}, "similarity as three cosines"),
