@@ -1,9 +1,8 @@
 """Block-sparse attention forward for Hopper in 8 bits. Launched by `hopper_quantised.py`.
 
 The loop of `_hopper.py`, with scores and, where V_8BIT, values from 8-bit products. Keys and
-queries stand in whole blocks, short ones padded. The 8-bit product with the values wants them
-transposed, and the weights four to a register: the rows that a thread holds of the scores are not
-neighbours, so the values' keys are stored in the order in which the threads hold them.
+queries stand in whole blocks, short ones padded; so do values in 8 bits, each block transposed, as
+the product with them wants it.
 """
 
 import triton
@@ -97,12 +96,13 @@ def _mass(p, length, SHORT: tl.constexpr):
 @triton.jit
 def _last_product(
     acc, behind, v_desc, indices_ptr, starts_ptr, steps, v_row, v_col,
-    BLOCK_N: tl.constexpr, V_8BIT: tl.constexpr,
+    BLOCK_D: tl.constexpr, V_8BIT: tl.constexpr,
 ):  # fmt: skip
     """Adds the values of the last entry, if there is one."""
     last = tl.maximum(steps - 1, 0)
     if V_8BIT:
-        v = v_desc.load([v_row, tl.load(indices_ptr + last, mask=steps > 0, other=0) * BLOCK_N])
+        number = tl.load(indices_ptr + last, mask=steps > 0, other=0)
+        v = v_desc.load([v_row + number * BLOCK_D, 0])
         acc = tl.dot(_unpacked(behind).to(v.dtype, bitcast=True), tl.trans(v), acc)
     else:
         v = v_desc.load([v_row + tl.load(starts_ptr + last, mask=steps > 0, other=0), v_col])
@@ -208,7 +208,7 @@ def _quantised_fwd_hopper(
             scores = _boxed(scores, factor, above, below, lower, upper, guard)
         at = tl.maximum(it - 1, 0)
         if V_8BIT:
-            v = v_desc.load([v_row, tl.load(indices_ptr + at) * BLOCK_N])
+            v = v_desc.load([v_row + tl.load(indices_ptr + at) * BLOCK_D, 0])
             p8 = _unpacked(behind).to(v.dtype, bitcast=True)
             if FRESH:
                 acc = acc * alpha_before[:, None] + fresh
@@ -240,7 +240,7 @@ def _quantised_fwd_hopper(
         acc = acc * alpha_before[:, None] + fresh
     acc = _last_product(
         acc * alpha[:, None], behind, v_desc, indices_ptr, starts_ptr, steps, v_row, v_col,
-        BLOCK_N, V_8BIT,
+        BLOCK_D, V_8BIT,
     )  # fmt: skip
 
     rows = q_start + tl.arange(0, BLOCK_M)

@@ -10,12 +10,12 @@ def _extremes_fwd(
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     hidden_stride_b, hidden_stride_h, n_heads, n_keys, per_chunk,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    EVERY: tl.constexpr, VALUES: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    EVERY: tl.constexpr, VALUES: tl.constexpr, HAS_HIDDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """For a chunk of the keys, channel by channel: the sum of every EVERY-th tile of keys and, with
     VALUES, the sum, the least and the greatest of all values; and how many keys and values those
     sums are of."""
-    pair = tl.program_id(1)
+    pair, chunk = tl.program_id(0), tl.program_id(1)
     head = (pair % n_heads).to(tl.int64)
     batch = (pair // n_heads).to(tl.int64)
     k_ptr += batch * k_stride_b + head * k_stride_h
@@ -23,11 +23,11 @@ def _extremes_fwd(
     hidden_ptr += batch * hidden_stride_b + head * hidden_stride_h
     cols = tl.arange(0, BLOCK_D)[None, :]
     within = tl.arange(0, ROWS)[:, None]
-    first = tl.program_id(0) * per_chunk
+    first = chunk * per_chunk
     stop = tl.minimum(first + per_chunk, n_keys)
     k_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
     k_count = tl.zeros([ROWS, 1], tl.float32)
-    for start in range(first, stop, ROWS * EVERY):
+    for start in tl.range(first, stop, ROWS * EVERY, num_stages=STAGES):
         rows = (start + within).to(tl.int64)
         seen = rows < n_keys
         if HAS_HIDDEN:
@@ -36,7 +36,7 @@ def _extremes_fwd(
         k_sum += k.to(tl.float32)
         k_count += tl.where(seen, 1.0, 0.0)
     # Tiles are added up whole and their rows at the end: a sum over rows waits for all warps.
-    parts_ptr += (pair * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 6 * BLOCK_D
+    parts_ptr += (pair * tl.num_programs(1) + chunk).to(tl.int64) * 6 * BLOCK_D
     parts_ptr += tl.arange(0, BLOCK_D)
     tl.store(parts_ptr, tl.sum(k_sum, 0))
     tl.store(parts_ptr + 4 * BLOCK_D, tl.broadcast_to(tl.sum(k_count, 0), [BLOCK_D]))
@@ -45,7 +45,7 @@ def _extremes_fwd(
         v_count = tl.zeros([ROWS, 1], tl.float32)
         least = tl.full([ROWS, BLOCK_D], float("inf"), tl.float32)
         most = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
-        for start in range(first, stop, ROWS):
+        for start in tl.range(first, stop, ROWS, num_stages=STAGES):
             rows = (start + within).to(tl.int64)
             seen = rows < n_keys
             # Rows past the end repeat the last one: that alters no extreme, and needs no select.
@@ -94,86 +94,77 @@ def _centres_fwd(
 
 
 @triton.jit
-def _load_block(x_ptr, stride_n, starts_ptr, order_ptr, block, cols,
-                D: tl.constexpr, SIZE: tl.constexpr, HAS_ORDER: tl.constexpr,
-                REPEAT: tl.constexpr):  # fmt: skip
-    """A block in fp32, and which of its elements there are; the others are 0.
-
-    REPEAT: rows that a short block lacks are copies of its last one."""
-    start = tl.load(starts_ptr + block)
-    within = tl.arange(0, SIZE)
-    inside = within < tl.load(starts_ptr + block + 1) - start
-    rows = start + within
-    if REPEAT:
-        rows = tl.minimum(rows, tl.load(starts_ptr + block + 1) - 1)
-        inside = within < SIZE
-    tokens = rows.to(tl.int64)
+def _block(x_ptr, stride_n, order_ptr, start, stop,
+           D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr, HAS_ORDER: tl.constexpr,
+           ):  # fmt: skip
+    """The rows of a block, 0 beyond the head dim. A short one ends in copies of its last row."""
+    tokens = tl.minimum(start + tl.arange(0, SIZE), stop - 1).to(tl.int64)
     if HAS_ORDER:
-        tokens = tl.load(order_ptr + tokens, mask=inside, other=0)
-    inside = inside[:, None] & (cols < D)[None, :]
-    x = tl.load(x_ptr + tokens[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
-    return x.to(tl.float32), inside
+        tokens = tl.load(order_ptr + tokens)
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    at = x_ptr + tokens[:, None] * stride_n + cols
+    if D == BLOCK_D:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=tl.broadcast_to(cols < D, at.shape), other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def _store_rows(x, number, out_ptr, step_ptr, cols,
-                SIZE: tl.constexpr, BLOCK_D: tl.constexpr, INTEGERS: tl.constexpr):  # fmt: skip
-    """One step for a whole block."""
+def _quantise_rows_fwd(
+    x_ptr, out_ptr, step_ptr, shift_ptr, centres_ptr, starts_ptr, order_ptr,
+    stride_b, stride_h, stride_n, order_stride_h, n_heads, n_tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
+    KEYS: tl.constexpr, INTEGERS: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """A block of keys or of queries.
+
+    Programs that run at the same time have the same blocks of all heads, whose rows may stand side
+    by side in memory.
+    """
+    pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = pair % n_heads
+    x_ptr += (pair // n_heads) * stride_b + head * stride_h
+    start, stop = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
+    x = _block(x_ptr, stride_n, order_ptr + head * order_stride_h, start, stop,
+               D, BLOCK_D, SIZE, HAS_ORDER)  # fmt: skip
+    cols = tl.arange(0, BLOCK_D)
+    within = tl.arange(0, SIZE)
+    centre = tl.load(centres_ptr + pair * 3 * BLOCK_D + cols)[None, :]
+    if KEYS:
+        x -= centre
+    else:
+        at = shift_ptr + pair * n_tokens + start + within
+        tl.store(at, tl.sum(x * centre, 1), mask=within < stop - start)
+    number = pair * tl.num_programs(1) + block
     reach = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12)
-    step = reach / (127.0 if INTEGERS else 448.0)
+    step = reach / (127.0 if INTEGERS else 448.0)  # one for the whole block
     tl.store(step_ptr + number, step)
     x = x * (1.0 / step)
     if INTEGERS:  # to the nearest: a conversion would cut
         x = (x + 12582912.0) - 12582912.0
-    offsets = tl.arange(0, SIZE)[:, None] * BLOCK_D + cols[None, :]
     out_ptr += number * SIZE * BLOCK_D
-    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + within[:, None] * BLOCK_D + cols[None, :], x.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _quantise_fwd(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
-    q_step_ptr, k_step_ptr, shift_ptr, centres_ptr,
-    q_starts_ptr, k_starts_ptr, order_ptr,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    order_stride_h, n_heads, n_q_blocks, n_k_blocks, n_queries,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
-    INTEGERS: tl.constexpr, HAS_ORDER: tl.constexpr,
+def _quantise_values_fwd(
+    x_ptr, out_ptr, centres_ptr, starts_ptr, order_ptr,
+    stride_b, stride_h, stride_n, order_stride_h, n_heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, queries or values."""
-    block = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
+    """A block of values, transposed; see `_quantise_rows_fwd`."""
+    pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = pair % n_heads
-    batch = pair // n_heads
-    order_ptr += head * order_stride_h
-    centres_ptr += pair * 3 * BLOCK_D
+    x_ptr += (pair // n_heads) * stride_b + head * stride_h
+    start, stop = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
+    x = _block(x_ptr, stride_n, order_ptr + head * order_stride_h, start, stop,
+               D, BLOCK_D, SIZE, HAS_ORDER)  # fmt: skip
     cols = tl.arange(0, BLOCK_D)
-    if tl.program_id(2) == 0:
-        if block < n_k_blocks:
-            k_ptr += batch * k_stride_b + head * k_stride_h
-            k, k_inside = _load_block(k_ptr, k_stride_n, k_starts_ptr, order_ptr, block, cols,
-                                      D, SIZE, HAS_ORDER, True)  # fmt: skip
-            k = tl.where(k_inside, k - tl.load(centres_ptr + cols)[None, :], 0.0)
-            number = pair * n_k_blocks + block
-            _store_rows(k, number, k_out_ptr, k_step_ptr, cols, SIZE, BLOCK_D, INTEGERS)
-    elif tl.program_id(2) == 1:
-        if block < n_q_blocks:
-            q_ptr += batch * q_stride_b + head * q_stride_h
-            q, _ = _load_block(q_ptr, q_stride_n, q_starts_ptr, order_ptr, block, cols,
-                               D, SIZE, HAS_ORDER, False)  # fmt: skip
-            number = pair * n_q_blocks + block
-            shift = tl.sum(q * tl.load(centres_ptr + cols)[None, :], 1)
-            rows = tl.load(q_starts_ptr + block) + tl.arange(0, SIZE)
-            inside = rows < tl.load(q_starts_ptr + block + 1)
-            tl.store(shift_ptr + pair * n_queries + rows, shift, mask=inside)
-            _store_rows(q, number, q_out_ptr, q_step_ptr, cols, SIZE, BLOCK_D, INTEGERS)
-    elif block < n_k_blocks:
-        v_ptr += batch * v_stride_b + head * v_stride_h
-        v, v_inside = _load_block(v_ptr, v_stride_n, k_starts_ptr, order_ptr, block, cols,
-                                  DV, SIZE, HAS_ORDER, False)  # fmt: skip
-        v -= tl.load(centres_ptr + BLOCK_D + cols)[None, :]
-        v = tl.where(v_inside, v * (1.0 / tl.load(centres_ptr + 2 * BLOCK_D + cols))[None, :], 0.0)
-        column = block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
-        v_rows = (pair * BLOCK_D + cols)[:, None] * n_k_blocks * SIZE
-        tl.store(v_out_ptr + v_rows + column[None, :], tl.trans(v.to(v_out_ptr.dtype.element_ty)))
+    within = tl.arange(0, SIZE)
+    centres_ptr += pair * 3 * BLOCK_D + cols
+    x -= tl.load(centres_ptr + BLOCK_D)[None, :]
+    x *= 1.0 / tl.load(centres_ptr + 2 * BLOCK_D)[None, :]
+    x = tl.where((within < stop - start)[:, None], x, 0.0).to(out_ptr.dtype.element_ty)
+    out_ptr += (pair * tl.num_programs(1) + block) * SIZE * BLOCK_D
+    tl.store(out_ptr + cols[:, None] * SIZE + within[None, :], tl.trans(x))

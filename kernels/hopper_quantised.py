@@ -64,7 +64,9 @@ def _launch(
     order = starts if plan.order is None else plan.order.index
     if vm is None:
         assert quantised.v is not None
-        v_desc, v_origin = _rows(quantised.v, [width, keys]), (heads * width, width, 0)
+        rows_of_head = plan.k_blocks.n * width
+        v_desc = _rows(quantised.v, [width, keys])
+        v_origin = (heads * rows_of_head, rows_of_head, 0)
     else:
         v_desc, v_origin = vm.describe([keys, padded(head_dim)]), vm.origin
     arguments = (

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
+from dit_sparse.kernels._quantise import (
+    _centres_fwd,
+    _extremes_fwd,
+    _quantise_rows_fwd,
+    _quantise_values_fwd,
+)
 from dit_sparse.kernels.launch import Launch, launch
 from dit_sparse.kernels.portable import padded
-from dit_sparse.plan import BlockPlan
+from dit_sparse.plan import BlockPlan, Blocks
 
 _ROWS = 32  # rows of a tile of the first pass
+_STAGES = 3  # tiles of the first pass that are on their way, and the one that is added
 _CHUNKS = 64  # programs of a head in the first pass
 _SAMPLE = 8192  # keys whose mean is near enough to that of all of them
 _E4M3_MAX = 448.0
@@ -21,7 +28,7 @@ _E4M3_MAX = 448.0
 @dataclass(frozen=True, eq=False)
 class Quantised:
     """Blocks of a plan in 8 bits; `W` is the head dim, padded, and short blocks are padded too:
-    keys with copies of the last one, queries and values with 0.
+    keys and queries with copies of the last one, values with 0.
 
     Args:
         q, k: int8 or e4m3 `[B, H, n, size, W]`, in plan order; keys less the mean key, or one near
@@ -30,7 +37,7 @@ class Quantised:
         q_step, k_step: fp32 `[B, H, n]`, what a block was divided by.
         shift: fp32 `[B, H, N_q]` in plan order, products of queries and the mean key, which all
             scores of a query have lost.
-        v: e4m3 `[B, H, W, n_k * size]`, keys along the last dimension; `None`: not quantised.
+        v: e4m3 `[B, H, n_k, W, size]`, keys along the last dimension; `None`: not quantised.
         centres: fp32 `[B, H, 3, W]`: mean key; mean value, which `v` is without; and what each
             channel of `v` was divided by.
         parts: fp32 `[B, H, chunks, 6, W]`, what the centres are made of.
@@ -86,7 +93,6 @@ def empty(q: Tensor, v: Tensor, plan: BlockPlan, *, integers: bool, values: bool
     q_step, k_step, shift = (
         q.new_empty(*of_head, n, dtype=torch.float32) for n in (n_q, n_k, n_queries)
     )
-    columns = (*of_head, width, n_k * size)
     per_chunk = _per_chunk(v.shape[2])
     parts = (*of_head, -(-v.shape[2] // per_chunk), 6, width)
     return Quantised(
@@ -95,7 +101,7 @@ def empty(q: Tensor, v: Tensor, plan: BlockPlan, *, integers: bool, values: bool
         q_step=q_step,
         k_step=k_step,
         shift=shift,
-        v=q.new_empty(columns, dtype=torch.float8_e4m3fn) if values else None,
+        v=q.new_empty(*of_head, n_k, width, size, dtype=torch.float8_e4m3fn) if values else None,
         centres=q.new_empty(*of_head, 3, width, dtype=torch.float32),
         parts=q.new_empty(parts, dtype=torch.float32),
     )
@@ -103,28 +109,37 @@ def empty(q: Tensor, v: Tensor, plan: BlockPlan, *, integers: bool, values: bool
 
 def fill(into: Quantised, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[Launch]:
     """Writes everything that `into` has room for; see `quantise`."""
-    batch, heads, n_queries, dim = q.shape
-    n_q, n_k, width = plan.q_blocks.n, plan.k_blocks.n, into.q.shape[-1]
-    index = plan.q_blocks.starts if plan.order is None else plan.order.index
-    arguments = (
-        q, k, v, into.q, into.k, into.shift if into.v is None else into.v,
-        into.q_step, into.k_step, into.shift, into.centres,
-        plan.q_blocks.starts, plan.k_blocks.starts, index,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        index.stride(0) if index.ndim == 2 else 0, heads, n_q, n_k, n_queries,
-    )  # fmt: skip
-    constants = {
-        "D": dim,
-        "DV": v.shape[-1],
-        "BLOCK_D": width,
-        "SIZE": plan.q_blocks.size,
-        "INTEGERS": into.q.dtype == torch.int8,
+    launches = _centres(into, k, v, hidden_tokens(plan))
+    for x, out, steps, blocks, keys in (
+        (k, into.k, into.k_step, plan.k_blocks, True),
+        (q, into.q, into.q_step, plan.q_blocks, False),
+    ):
+        places, strides, constants = _placed(x, into, blocks, plan)
+        arguments = (x, out, steps, into.shift, into.centres, *places, *strides, x.shape[2])
+        constants |= {"KEYS": keys, "INTEGERS": out.dtype == torch.int8}
+        grid = (x.shape[0] * x.shape[1], blocks.n, 1)
+        launches.append(launch(_quantise_rows_fwd, grid, arguments, constants, warps=8, stages=1))
+    if into.v is not None:
+        places, strides, constants = _placed(v, into, plan.k_blocks, plan)
+        arguments = (v, into.v, into.centres, *places, *strides)
+        grid = (v.shape[0] * v.shape[1], plan.k_blocks.n, 1)
+        launches.append(launch(_quantise_values_fwd, grid, arguments, constants, warps=8, stages=1))
+    return launches
+
+
+def _placed(
+    x: Tensor, into: Quantised, blocks: Blocks, plan: BlockPlan
+) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
+    """Where the rows of a block stand: blocks and order, strides and heads, and constants."""
+    index = blocks.starts if plan.order is None else plan.order.index
+    strides = (*x.stride()[:3], index.stride(0) if index.ndim == 2 else 0, x.shape[1])
+    constants: dict[str, Any] = {
+        "D": x.shape[-1],
+        "BLOCK_D": into.q.shape[-1],
+        "SIZE": blocks.size,
         "HAS_ORDER": plan.order is not None,
     }
-    launches = _centres(into, k, v, hidden_tokens(plan))
-    grid = (max(n_q, n_k), batch * heads, 2 if into.v is None else 3)
-    launches.append(launch(_quantise_fwd, grid, arguments, constants, warps=8, stages=3))
-    return launches
+    return (blocks.starts, index), strides, constants
 
 
 def hidden_tokens(plan: BlockPlan) -> Tensor | None:
@@ -149,7 +164,7 @@ def _centres(into: Quantised, k: Tensor, v: Tensor, hidden: Tensor | None) -> li
         strides = (b, h)
     of_parts = launch(
         _extremes_fwd,
-        (chunks, batch * heads, 1),
+        (batch * heads, chunks, 1),
         (
             *(k, v, into.parts if hidden is None else hidden, into.parts),
             *(*k.stride()[:3], *v.stride()[:3], *strides),
@@ -163,6 +178,7 @@ def _centres(into: Quantised, k: Tensor, v: Tensor, hidden: Tensor | None) -> li
             "EVERY": max(1, min(8, n_keys // _SAMPLE)),
             "VALUES": values,
             "HAS_HIDDEN": hidden is not None,
+            "STAGES": _STAGES,
         },
         warps=8,
         stages=3,

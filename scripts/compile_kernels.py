@@ -42,7 +42,12 @@ from dit_sparse.kernels._permute import _permute_blocks
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
 from dit_sparse.kernels._portable import _portable_fwd
-from dit_sparse.kernels._quantise import _centres_fwd, _extremes_fwd, _quantise_fwd
+from dit_sparse.kernels._quantise import (
+    _centres_fwd,
+    _extremes_fwd,
+    _quantise_rows_fwd,
+    _quantise_values_fwd,
+)
 from dit_sparse.kernels._slope import _slope_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
@@ -206,9 +211,11 @@ def in_eight_bits() -> Iterator[Variant]:
         for ragged in (False, True):
             yield Variant(precision, 90, 128, ragged)
         yield Variant(precision, 90, 128, ragged=True, box=True)
-        yield Variant(f"quantise {precision}", 90, 128, ragged=True)
+        yield Variant(f"keys {precision}", 90, 128, ragged=True)
+        yield Variant(f"queries {precision}", 90, 128, ragged=True)
     for hidden in (False, True):
         yield Variant("extremes", 90, 128, ragged=hidden)
+    yield Variant("values", 90, 128, ragged=True)
     yield Variant("centres", 90, 128, ragged=True)
 
 
@@ -216,13 +223,18 @@ def eight_bits(variant: Variant) -> Report:
     """Compiles one of `in_eight_bits` as its launcher would."""
     dim, integers = variant.head_dim, variant.kernel.endswith("int8")
     attends = variant.kernel in ("fp8", "int8")
-    functions = {"extremes": (_extremes_fwd, 8), "centres": (_centres_fwd, 4)}
-    function, warps = functions.get(variant.kernel, (_quantise_fwd, 8))
+    functions = {
+        "extremes": (_extremes_fwd, 8),
+        "centres": (_centres_fwd, 4),
+        "values": (_quantise_values_fwd, 8),
+    }
+    function, warps = functions.get(variant.kernel, (_quantise_rows_fwd, 8))
     if attends:
         function, warps = _quantised_fwd_hopper, 4
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": K_BLOCK}
     constants |= {"SIZE": K_BLOCK, "ROWS": 32, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
     constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
+    constants |= {"STAGES": 3, "KEYS": variant.kernel.startswith("keys")}
     constants |= {"INTEGERS": integers, "V_8BIT": not integers, "HAS_HIDDEN": variant.ragged}
     constants |= {"FRESH": not integers and not variant.box}
     element = "i8" if integers else "fp8e4nv"
@@ -230,8 +242,9 @@ def eight_bits(variant: Variant) -> Report:
     descriptors["v_desc"] = f"tensordesc<{'bf16' if integers else 'fp8e4nv'}[{K_BLOCK}, {dim}]>"
     if not variant.box:
         constants |= {"above_desc": None, "below_desc": None}
-    eight = ("q_out_ptr", "k_out_ptr", "q_ptr") if attends else ("q_out_ptr", "k_out_ptr")
-    pointers = dict.fromkeys(eight, f"*{element}") | {"v_out_ptr": "*fp8e4nv"}
+    pointers = {"q_ptr": f"*{element}"} if attends else {"x_ptr": "*bf16", "k_ptr": "*bf16"}
+    if not attends:
+        pointers["out_ptr"] = f"*{element}"
     source = _source(function, constants, descriptors, pointers)
     return _report(variant, source, warps, 2)
 
@@ -307,6 +320,7 @@ _POINTERS = {
     **dict.fromkeys(("importance_ptr", "scores_ptr", "sums_ptr", "maxima_ptr"), "*fp32"),
     **dict.fromkeys(("small_ptr", "lse_ptr", "share_ptr", "norm_ptr", "longest_ptr"), "*fp32"),
     **dict.fromkeys(("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr"), "*fp32"),
+    "step_ptr": "*fp32",
     **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
     **dict.fromkeys(("order_ptr", "index_ptr"), "*i64"),
     "classes_ptr": "*fp8e5",

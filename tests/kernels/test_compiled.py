@@ -154,7 +154,8 @@ def test_the_8_bit_kernel_is_specialised_and_multiplies_in_8_bits(reports):
 
 
 def test_quantising_takes_no_local_memory(reports):
-    for kernel in ("quantise fp8", "quantise int8", "extremes", "centres"):
+    rows = (f"{what} {precision}" for what in ("keys", "queries") for precision in ("fp8", "int8"))
+    for kernel in (*rows, "values", "extremes", "centres"):
         for report in chosen(reports, kernel, 90):
             assert report["counts"]["spills"] == 0, report
 
