@@ -111,10 +111,11 @@ def _last_product(
 
 
 @triton.jit
-def _restored(acc, empty, channels_ptr, BLOCK_D: tl.constexpr):
+def _restored(acc, empty, channels_ptr, excess_ptr, BLOCK_D: tl.constexpr):
     """Sums over values in 8 bits in their own unit, about their own centre."""
     channels = channels_ptr + tl.arange(0, BLOCK_D)
-    acc = acc * tl.load(channels + 2 * BLOCK_D)[None, :]
+    step = tl.load(channels + 2 * BLOCK_D) * (tl.maximum(tl.load(excess_ptr), 448.0) / 448.0)
+    acc = acc * step[None, :]
     centre = tl.load(channels + BLOCK_D)[None, :]
     return acc + tl.where(empty, 0.0, 1.0)[:, None] * centre
 
@@ -139,7 +140,7 @@ def _merged(acc, m_i, empty, out_ptrs, out_inside, lse_ptrs, row_inside):
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _quantised_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
-    q_step_ptr, k_step_ptr, centres_ptr, shift_ptr,
+    q_step_ptr, k_step_ptr, centres_ptr, excess_ptr, shift_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
     q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
     q_rows, k_rows,
@@ -253,7 +254,8 @@ def _quantised_fwd_hopper(
     l_safe = tl.where(empty, 1.0, l_i)
     acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])  # a weight of 0 hides no NaN
     if V_8BIT:
-        acc = _restored(acc, empty, centres_ptr + pair * 3 * BLOCK_D, BLOCK_D)
+        channels_ptr = centres_ptr + pair * 3 * BLOCK_D
+        acc = _restored(acc, empty, channels_ptr, excess_ptr + pair, BLOCK_D)
     m_i += tl.math.log2(l_safe)
     # What all scores of the row lost with the mean key.
     # Triton moves the row of `q_desc.load` for its second half: nothing else may be made of it.

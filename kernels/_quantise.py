@@ -13,8 +13,8 @@ def _extremes_fwd(
     EVERY: tl.constexpr, VALUES: tl.constexpr, HAS_HIDDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """For a chunk of the keys, channel by channel: the sum of every EVERY-th tile of keys and, with
-    VALUES, the sum, the least and the greatest of all values; and how many keys and values those
-    sums are of."""
+    VALUES, the sum, the least and the greatest of every EVERY-th tile of values; and how many keys
+    and values those sums are of."""
     pair, chunk = tl.program_id(0), tl.program_id(1)
     head = (pair % n_heads).to(tl.int64)
     batch = (pair // n_heads).to(tl.int64)
@@ -45,7 +45,7 @@ def _extremes_fwd(
         v_count = tl.zeros([ROWS, 1], tl.float32)
         least = tl.full([ROWS, BLOCK_D], float("inf"), tl.float32)
         most = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
-        for start in tl.range(first, stop, ROWS, num_stages=STAGES):
+        for start in tl.range(first, stop, ROWS * EVERY, num_stages=STAGES):
             rows = (start + within).to(tl.int64)
             seen = rows < n_keys
             # Rows past the end repeat the last one: that alters no extreme, and needs no select.
@@ -69,11 +69,13 @@ def _extremes_fwd(
 
 @triton.jit
 def _centres_fwd(
-    parts_ptr, centres_ptr, n_chunks, range_v,
+    parts_ptr, centres_ptr, excess_ptr, n_chunks, range_v, floor,
     BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Of each head: the mean key, the mean value, and the step of each channel of the values."""
+    """Of each head: the mean key, the mean value, and the step of each channel of the values, of
+    which none is known to be out of range yet."""
     pair = tl.program_id(0).to(tl.int64)
+    tl.store(excess_ptr + pair, 0.0)
     cols = tl.arange(0, BLOCK_D)
     chunk = tl.arange(0, CHUNKS)
     inside = tl.broadcast_to((chunk < n_chunks)[:, None], [CHUNKS, BLOCK_D])
@@ -89,6 +91,8 @@ def _centres_fwd(
         least = tl.min(tl.load(ptrs + 2 * BLOCK_D, mask=inside, other=float("inf")), 0)
         most = tl.max(tl.load(ptrs + 3 * BLOCK_D, mask=inside, other=float("-inf")), 0)
         reach = tl.maximum(tl.maximum(most - mean, mean - least), 1e-12)
+        # A channel that is nearly constant in a sample need not be so elsewhere.
+        reach = tl.maximum(reach, tl.max(reach, 0) * floor)
         tl.store(centres_ptr + BLOCK_D, mean)
         tl.store(centres_ptr + 2 * BLOCK_D, reach / range_v)
 
@@ -149,13 +153,22 @@ def _quantise_rows_fwd(
 
 @triton.jit
 def _quantise_values_fwd(
-    x_ptr, out_ptr, centres_ptr, starts_ptr, order_ptr,
-    stride_b, stride_h, stride_n, order_stride_h, n_heads,
+    x_ptr, out_ptr, centres_ptr, excess_ptr, hidden_ptr, starts_ptr, order_ptr,
+    stride_b, stride_h, stride_n, order_stride_h, n_heads, hidden_stride_b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr, HAS_ORDER: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr, SAMPLED: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """A block of values, transposed; see `_quantise_rows_fwd`."""
+    """A block of values, transposed; see `_quantise_rows_fwd`.
+
+    SAMPLED: steps are of some of the values, with room for others; should one have none, the head's
+    greatest is noted, and the launch that does it AGAIN makes all of the head's steps longer.
+    """
     pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = pair % n_heads
+    if AGAIN:
+        excess = tl.load(excess_ptr + pair)
+        if excess == 0.0:
+            return
     x_ptr += (pair // n_heads) * stride_b + head * stride_h
     start, stop = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
     x = _block(x_ptr, stride_n, order_ptr + head * order_stride_h, start, stop,
@@ -165,6 +178,17 @@ def _quantise_values_fwd(
     centres_ptr += pair * 3 * BLOCK_D + cols
     x -= tl.load(centres_ptr + BLOCK_D)[None, :]
     x *= 1.0 / tl.load(centres_ptr + 2 * BLOCK_D)[None, :]
-    x = tl.where((within < stop - start)[:, None], x, 0.0).to(out_ptr.dtype.element_ty)
+    x = tl.where((within < stop - start)[:, None], x, 0.0)
+    if AGAIN:
+        x *= 448.0 / excess
+    elif SAMPLED:
+        most = tl.max(tl.max(tl.abs(x), 1), 0)
+        counts = most > 448.0
+        if HAS_HIDDEN:
+            hidden_ptr += (pair // n_heads) * hidden_stride_b + block
+            counts &= tl.load(hidden_ptr) == 0
+        if counts:
+            tl.atomic_max(excess_ptr + pair, most)
+    x = x.to(out_ptr.dtype.element_ty)
     out_ptr += (pair * tl.num_programs(1) + block) * SIZE * BLOCK_D
     tl.store(out_ptr + cols[:, None] * SIZE + within[None, :], tl.trans(x))

@@ -72,7 +72,8 @@ def _launch(
     arguments = (
         q, _rows(k, [keys, width]), v_desc,
         *(_coordinates(plan) if box else (None, None)),
-        out, lse, quantised.q_step, quantised.k_step, quantised.centres, quantised.shift,
+        out, lse, quantised.q_step, quantised.k_step, quantised.centres, quantised.excess,
+        quantised.shift,
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
         plan.q_blocks.starts, rows, order,
         box.lower if box else starts, box.upper if box else starts,

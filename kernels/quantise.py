@@ -22,6 +22,8 @@ _ROWS = 32  # rows of a tile of the first pass
 _STAGES = 3  # tiles of the first pass that are on their way, and the one that is added
 _CHUNKS = 64  # programs of a head in the first pass
 _SAMPLE = 8192  # keys whose mean is near enough to that of all of them
+_ROOM = 8.0  # how far values may be beyond those of the sample: e4m3 has small numbers to spare
+_FLOOR = 2.0**-10  # least reach of a channel in a sample, in that of the head's widest
 _E4M3_MAX = 448.0
 
 
@@ -40,6 +42,8 @@ class Quantised:
         v: e4m3 `[B, H, n_k, W, size]`, keys along the last dimension; `None`: not quantised.
         centres: fp32 `[B, H, 3, W]`: mean key; mean value, which `v` is without; and what each
             channel of `v` was divided by.
+        excess: fp32 `[B, H]`: the greatest of the values after that division where that is more
+            than e4m3 holds, or 0; then all values of the head were divided by `excess / 448` too.
         parts: fp32 `[B, H, chunks, 6, W]`, what the centres are made of.
     """
 
@@ -50,6 +54,7 @@ class Quantised:
     shift: Tensor
     v: Tensor | None
     centres: Tensor
+    excess: Tensor
     parts: Tensor
 
     @property
@@ -57,7 +62,7 @@ class Quantised:
         values = () if self.v is None else (self.v,)
         return (
             *(self.q, self.k, self.q_step, self.k_step, self.shift),
-            *(*values, self.centres, self.parts),
+            *(*values, self.centres, self.excess, self.parts),
         )
 
 
@@ -103,6 +108,7 @@ def empty(q: Tensor, v: Tensor, plan: BlockPlan, *, integers: bool, values: bool
         shift=shift,
         v=q.new_empty(*of_head, n_k, width, size, dtype=torch.float8_e4m3fn) if values else None,
         centres=q.new_empty(*of_head, 3, width, dtype=torch.float32),
+        excess=q.new_empty(of_head, dtype=torch.float32),
         parts=q.new_empty(parts, dtype=torch.float32),
     )
 
@@ -120,11 +126,24 @@ def fill(into: Quantised, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> l
         grid = (x.shape[0] * x.shape[1], blocks.n, 1)
         launches.append(launch(_quantise_rows_fwd, grid, arguments, constants, warps=8, stages=1))
     if into.v is not None:
-        places, strides, constants = _placed(v, into, plan.k_blocks, plan)
-        arguments = (v, into.v, into.centres, *places, *strides)
-        grid = (v.shape[0] * v.shape[1], plan.k_blocks.n, 1)
-        launches.append(launch(_quantise_values_fwd, grid, arguments, constants, warps=8, stages=1))
+        launches += _values(into, into.v, v, plan)
     return launches
+
+
+def _values(into: Quantised, out: Tensor, v: Tensor, plan: BlockPlan) -> list[Launch]:
+    places, strides, constants = _placed(v, into, plan.k_blocks, plan)
+    hidden = out if plan.hidden is None else plan.hidden.view(torch.uint8)
+    by_batch = 0 if plan.hidden is None or plan.hidden.shape[0] == 1 else plan.k_blocks.n
+    arguments = (v, out, into.centres, into.excess, hidden, *places, *strides, by_batch)
+    sampled = _every(v.shape[2]) > 1
+    constants |= {"HAS_HIDDEN": plan.hidden is not None, "SAMPLED": sampled}
+    grid = (v.shape[0] * v.shape[1], plan.k_blocks.n, 1)
+    return [
+        launch(
+            _quantise_values_fwd, grid, arguments, constants | {"AGAIN": again}, warps=8, stages=1
+        )
+        for again in ((False, True) if sampled else (False,))
+    ]
 
 
 def _placed(
@@ -175,7 +194,7 @@ def _centres(into: Quantised, k: Tensor, v: Tensor, hidden: Tensor | None) -> li
             "DV": v.shape[-1],
             "BLOCK_D": width,
             "ROWS": _ROWS,
-            "EVERY": max(1, min(8, n_keys // _SAMPLE)),
+            "EVERY": _every(n_keys),
             "VALUES": values,
             "HAS_HIDDEN": hidden is not None,
             "STAGES": _STAGES,
@@ -183,15 +202,21 @@ def _centres(into: Quantised, k: Tensor, v: Tensor, hidden: Tensor | None) -> li
         warps=8,
         stages=3,
     )
+    range_v, floor = (_E4M3_MAX / _ROOM, _FLOOR) if _every(n_keys) > 1 else (_E4M3_MAX, 0.0)
     of_whole = launch(
         _centres_fwd,
         (batch * heads, 1, 1),
-        (into.parts, into.centres, chunks, _E4M3_MAX),
+        (into.parts, into.centres, into.excess, chunks, range_v, floor),
         {"BLOCK_D": width, "CHUNKS": _CHUNKS, "VALUES": values},
         warps=4,
         stages=3,
     )
     return [of_parts, of_whole]
+
+
+def _every(n_keys: int) -> int:
+    """Of so many tiles one is looked at for means and steps."""
+    return max(1, min(8, n_keys // _SAMPLE))
 
 
 def _per_chunk(n_keys: int) -> int:

@@ -215,7 +215,8 @@ def in_eight_bits() -> Iterator[Variant]:
         yield Variant(f"queries {precision}", 90, 128, ragged=True)
     for hidden in (False, True):
         yield Variant("extremes", 90, 128, ragged=hidden)
-    yield Variant("values", 90, 128, ragged=True)
+    for hidden in (False, True):
+        yield Variant("values", 90, 128, ragged=hidden)
     yield Variant("centres", 90, 128, ragged=True)
 
 
@@ -235,6 +236,7 @@ def eight_bits(variant: Variant) -> Report:
     constants |= {"SIZE": K_BLOCK, "ROWS": 32, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
     constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
     constants |= {"STAGES": 3, "KEYS": variant.kernel.startswith("keys")}
+    constants |= {"SAMPLED": True, "AGAIN": False}
     constants |= {"INTEGERS": integers, "V_8BIT": not integers, "HAS_HIDDEN": variant.ragged}
     constants |= {"FRESH": not integers and not variant.box}
     element = "i8" if integers else "fp8e4nv"
@@ -320,7 +322,7 @@ _POINTERS = {
     **dict.fromkeys(("importance_ptr", "scores_ptr", "sums_ptr", "maxima_ptr"), "*fp32"),
     **dict.fromkeys(("small_ptr", "lse_ptr", "share_ptr", "norm_ptr", "longest_ptr"), "*fp32"),
     **dict.fromkeys(("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr"), "*fp32"),
-    "step_ptr": "*fp32",
+    **dict.fromkeys(("step_ptr", "excess_ptr"), "*fp32"),
     **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
     **dict.fromkeys(("order_ptr", "index_ptr"), "*i64"),
     "classes_ptr": "*fp8e5",

@@ -91,3 +91,21 @@ def test_a_short_last_block(tokens: int):
     mask[0, 0, 0] = False
     plan = BlockPlan.from_mask(mask, blocks, blocks)
     run(plan, case, integers=True, values=True)
+
+
+def test_values_that_were_beyond_the_sample():
+    """What all values of a head were divided by once more, the result is multiplied by."""
+    case = Case(32, 32, 32, torch.float16, box=False)
+    plan = plan_of(case)
+    q, k, v = tensors_of(case, plan)
+    quantised = quantise(q, k, v, plan)
+    outs = []
+    for excess in (0.0, 448.0, 896.0):
+        quantised.excess.fill_(excess)
+        got = AttentionOutput(torch.empty_like(q), torch.empty(q.shape[:3]))
+        assert hopper_quantised.launch(quantised, v, plan, 0.2, got) is not None
+        outs.append(got.out.float())
+    centre = quantised.centres[:, :, None, 1] * got.lse.isfinite()[..., None]
+    torch.testing.assert_close(outs[1], outs[0])
+    torch.testing.assert_close(outs[2] - centre, 2 * (outs[0] - centre), rtol=1e-2, atol=1e-2)
+    assert (outs[2] - outs[0]).abs().max() > 0.1

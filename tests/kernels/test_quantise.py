@@ -80,6 +80,7 @@ def test_e4m3(order: str, value_dim: int):
     centre, step = got.centres[:, :, None, 1, :value_dim], got.centres[:, :, None, 2, :value_dim]
     torch.testing.assert_close(centre, v.mean(2, keepdim=True))
     torch.testing.assert_close(step, (v - centre).abs().amax(2, keepdim=True) / 448)
+    assert not got.excess.any()
     torch.testing.assert_close(rows_of(got.k, got.k_step, plan.k_blocks, 32), k, **E4M3)
     values = columns_of(got.v[:, :, :, :value_dim], plan.k_blocks) * step
     torch.testing.assert_close(values, v - centre, **E4M3)
@@ -175,3 +176,33 @@ def test_many_keys_have_the_mean_of_some():
     plan = replace(BlockPlan.from_mask(mask, blocks, blocks), order=None)
     got = quantise(k, k, k, plan, values=False, integers=True)
     assert (got.centres[0, 0, 0] - k.mean((0, 1, 2))).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_values_beyond_the_sample(hides: bool):
+    """Steps of long sequences are of a sample: nothing is cut off where it lacks the greatest, and
+    heads that lack nothing, or only what nobody reads, keep their steps."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = 16384
+    v = torch.randn(1, 2, tokens, 16, generator=generator).to(DEVICE)
+    v[..., 3] = 1.0  # constant in the sample
+    v[0, 1, 63] = 5000.0  # in a tile that is not in the sample
+    v[0, 1, 63, 3] = -9.0
+    blocks = Blocks.uniform(tokens, 128).to(DEVICE)
+    mask = torch.ones(1, 1, blocks.n, blocks.n, dtype=torch.bool, device=DEVICE)
+    hidden = torch.zeros(1, blocks.n, dtype=torch.bool, device=DEVICE)
+    hidden[0, 0] = hides
+    mask &= ~hidden[:, None, None]
+    plan = replace(
+        BlockPlan.from_mask(mask, blocks, blocks), hidden=hidden if hides else None, order=None
+    )
+    got = quantise(v, v, v, plan)
+    assert got.excess[0, 0] == 0
+    assert bool(got.excess[0, 1] > 448) != hides
+    step = got.centres[:, :, None, 2] * got.excess.clamp(min=448)[..., None, None] / 448
+    values = columns_of(got.v, blocks) * step + got.centres[:, :, None, 1]
+    first = 128 if hides else 0
+    near = {"rtol": E4M3["rtol"], "atol": 0.3 if DEVICE == "cpu" else 0.05}
+    torch.testing.assert_close(values[..., first:, :3], v[..., first:, :3], **near)
+    if not hides:  # the one that was lacking is the coarsest that there is
+        torch.testing.assert_close(values[0, 1, 63], v[0, 1, 63], rtol=0.5, atol=0.1)
