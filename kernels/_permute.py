@@ -86,8 +86,8 @@ def _permute_blocks(
         out_row = first + start + within
         tl.store(out_ptr + out_row[:, None] * D + cols[None, :], tile, mask=inside)
     if HAS_HIDDEN:  # it may hold anything, also NaN, which no weight of 0 hides
-        at = hidden_ptr + batch * hidden_stride_b + block
-        hides = (which > 0) & (tl.load(at, mask=block < n_blocks, other=1) != 0)
+        hidden_ptr += batch * hidden_stride_b + block
+        hides = (which > 0) & (tl.load(hidden_ptr, mask=block < n_blocks, other=1) != 0)
         wide = tl.where(hides, 0.0, wide)
     if which > 0:
         mean = tl.sum(wide, 0) / tl.maximum(length, 1)

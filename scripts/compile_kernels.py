@@ -85,6 +85,7 @@ class Variant:
     order: bool = True
     tail: int = 0
     block: int = K_BLOCK
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def approximations() -> Iterator[Variant]:
             yield Variant("tail_bias", capability, head_dim, ragged=True)
             yield Variant("pooled_tiles", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True)
+            yield Variant("permute_blocks", capability, head_dim, ragged=True, hidden=True)
             yield Variant("slope", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
@@ -169,7 +171,7 @@ def approximation(variant: Variant) -> Report:
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVED": 3, "SKIPPED": 0, "NORMS": True}
     constants |= {"N_TILES": 2, "KEYS": K_BLOCK, "PER_ENTRY": 2}
-    constants |= {"HAS_HIDDEN": False, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
+    constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False}
     constants |= {"TMA": variant.capability == 90, "WHOLE": True}
     others = {"bias_ptr": "*bf16"} if variant.kernel == "tail_bias" else {}
