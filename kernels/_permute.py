@@ -44,18 +44,22 @@ def _permute_rows(
 
 @triton.jit
 def _permute_blocks(
-    x0_ptr, x1_ptr, x2_ptr, out_ptr, index_ptr, starts_ptr, hidden_ptr, norm_ptr, longest_ptr,
+    x0_ptr, x1_ptr, x2_ptr, out_ptr, means_ptr, centres_ptr, index_ptr, starts_ptr, hidden_ptr,
+    norm_ptr, longest_ptr,
     x0_stride_b, x0_stride_h, x0_stride_n,
     x1_stride_b, x1_stride_h, x1_stride_n,
     x2_stride_b, x2_stride_h, x2_stride_n,
-    index_stride_h, hidden_stride_b, n_heads, n_tokens, n_blocks, out_rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr, MOVED: tl.constexpr,
-    SKIPPED: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_HIDDEN: tl.constexpr, NORMS: tl.constexpr,
+    index_stride_h, hidden_stride_b, n_heads, n_tokens, n_blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    SKIPPED: tl.constexpr, MOVE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    NORMS: tl.constexpr, CENTRES: tl.constexpr,
 ):  # fmt: skip
-    """Puts the last MOVED of x0, x1, x2 in order, block by block, and behind each head of the last
-    two the means of all blocks; blocks beyond the last are zeros there.
+    """Puts x0, x1, x2 in order block by block, and makes the means of the blocks of the last two.
 
-    NORMS: as in `_permute_rows`. The first SKIPPED tensors have no programs.
+    A block is read in runs of ROWS rows, so that many programs have loads under way.
+
+    The first SKIPPED tensors have no programs. MOVE: write the tensors in order. NORMS: as in
+    `_permute_rows`. CENTRES: write the means of x1 in fp32 too.
     """
     which = tl.program_id(2) + SKIPPED
     x_ptr, stride_b, stride_h, stride_n = x0_ptr, x0_stride_b, x0_stride_h, x0_stride_n
@@ -63,40 +67,57 @@ def _permute_blocks(
         x_ptr, stride_b, stride_h, stride_n = x1_ptr, x1_stride_b, x1_stride_h, x1_stride_n
     if which == 2:
         x_ptr, stride_b, stride_h, stride_n = x2_ptr, x2_stride_b, x2_stride_h, x2_stride_n
-    block = tl.program_id(0)
-    pair = tl.program_id(1)
+    # Heads are neighbours in the launch order, as they mostly are in memory.
+    pair = tl.program_id(0)
+    pairs = tl.num_programs(0)
+    block = tl.program_id(1)
     head = pair % n_heads
     batch = pair // n_heads
-    start = tl.load(starts_ptr + block, mask=block < n_blocks, other=0)
-    length = tl.load(starts_ptr + block + 1, mask=block < n_blocks, other=0) - start
-    within = tl.arange(0, SIZE)
-    cols = tl.arange(0, BLOCK_D)
-    row_inside = within < length
-    inside = row_inside[:, None] & (cols < D)[None, :]
-    source = (start + within).to(tl.int64)
-    if HAS_ORDER:
-        index_ptr += head.to(tl.int64) * index_stride_h
-        source = tl.load(index_ptr + start + within, mask=row_inside, other=0)
+    start = tl.load(starts_ptr + block)
+    length = tl.load(starts_ptr + block + 1) - start
+    index_ptr += head.to(tl.int64) * index_stride_h
     x_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    tile = tl.load(x_ptr + source[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
-    wide = tile.to(tl.float32)
-    # The results stand behind one another, each [B, H, out_rows, D].
-    first = ((which - (3 - MOVED)) * tl.num_programs(1) + pair).to(tl.int64) * out_rows
-    if which >= 3 - MOVED:
-        out_row = first + start + within
-        tl.store(out_ptr + out_row[:, None] * D + cols[None, :], tile, mask=inside)
+    cols = tl.arange(0, BLOCK_D)
+    # The results stand behind one another, each [B, H, N, D].
+    first = (which * pairs + pair).to(tl.int64) * n_tokens
+    norm_ptr += pair.to(tl.int64) * n_tokens
+    hides = False
     if HAS_HIDDEN:  # it may hold anything, also NaN, which no weight of 0 hides
         hidden_ptr += batch * hidden_stride_b + block
-        hides = (which > 0) & (tl.load(hidden_ptr, mask=block < n_blocks, other=1) != 0)
-        wide = tl.where(hides, 0.0, wide)
+        hides = (which > 0) & (tl.load(hidden_ptr) != 0)
+
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    longest = tl.zeros([ROWS], tl.float32)
+    for row in tl.static_range(0, SIZE, ROWS):
+        within = row + tl.arange(0, ROWS)
+        row_inside = within < length
+        inside = row_inside[:, None] & (cols < D)[None, :]
+        places = start + within
+        source = places.to(tl.int64)
+        if HAS_ORDER:
+            source = tl.load(index_ptr + places, mask=row_inside, other=0)
+        tile = tl.load(x_ptr + source[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
+        if MOVE:
+            out_row = first + places
+            tl.store(out_ptr + out_row[:, None] * D + cols[None, :], tile, mask=inside)
+        wide = tile.to(tl.float32)
+        if HAS_HIDDEN:
+            wide = tl.where(hides, 0.0, wide)
+        total += wide
+        if NORMS:
+            norm = tl.sqrt(tl.sum(wide * wide, 1))
+            longest = tl.maximum(longest, norm)
+            if which == 0:
+                tl.store(norm_ptr + places, norm, mask=row_inside)
+
     if which > 0:
-        mean = tl.sum(wide, 0) / tl.maximum(length, 1)
-        out_ptr += (first + n_tokens + block) * D
-        tl.store(out_ptr + cols, mean.to(out_ptr.dtype.element_ty), mask=cols < D)
-    if NORMS and which < 2:
-        norm = tl.sqrt(tl.sum(wide * wide, 1))
-        if which == 0:
-            at = pair.to(tl.int64) * n_tokens + start + within
-            tl.store(norm_ptr + at, norm, mask=row_inside)
-        else:
-            tl.atomic_max(longest_ptr + pair, tl.max(norm, 0))
+        mean = tl.sum(total, 0) / tl.maximum(length, 1)
+        at = pair.to(tl.int64) * n_blocks + block
+        if CENTRES:  # noqa: SIM102 (compile-time and run-time conditions do not mix)
+            if which == 1:
+                tl.store(centres_ptr + at * D + cols, mean, mask=cols < D)
+        at += (which - 1) * pairs.to(tl.int64) * n_blocks
+        tl.store(means_ptr + at * D + cols, mean.to(means_ptr.dtype.element_ty), mask=cols < D)
+    if NORMS:  # noqa: SIM102
+        if which == 1:
+            tl.atomic_max(longest_ptr + pair, tl.max(longest, 0))

@@ -50,11 +50,14 @@ def _means_fwd(
     FACTORS has bit s set for factor 2**s. The rows of a factor begin behind those of the smaller
     ones, and a block has as many as a whole block would, so that rows are found by arithmetic.
     """
-    pid = tl.program_id(0)
-    block = pid % n_blocks
-    head = (pid // n_blocks) % n_heads
-    batch = pid // n_blocks // n_heads
-    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # Columns, then heads are neighbours in the launch order, as they mostly are in memory.
+    PARTS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    part = tl.program_id(0) % PARTS
+    pid = tl.program_id(0) // PARTS
+    head = pid % n_heads
+    block = (pid // n_heads) % n_blocks
+    batch = pid // n_heads // n_blocks
+    cols = part * COLUMNS + tl.arange(0, COLUMNS)
     col_inside = cols < D
 
     start = tl.load(starts_ptr + block)
@@ -63,7 +66,7 @@ def _means_fwd(
     tokens = (start + within).to(tl.int64)
     if HAS_ORDER:
         tokens = tl.load(order_ptr + head * order_stride_h + tokens, mask=within < length, other=0)
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         x_ptr = x0_ptr + batch.to(tl.int64) * x0_stride_b + head.to(tl.int64) * x0_stride_h
         stride_n = x0_stride_n
     else:
@@ -72,14 +75,14 @@ def _means_fwd(
     inside = (within < length)[:, None] & col_inside[None, :]
     x = tl.load(x_ptr + tokens[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
     # Outputs of the second tensor stand behind those of the first.
-    entry = (tl.program_id(2) * n_pairs + batch * n_heads + head).to(tl.int64)
+    entry = (tl.program_id(1) * n_pairs + batch * n_heads + head).to(tl.int64)
     sums = x.to(tl.float32)
     if MEANS:  # in fp32: covariances are taken about it
         mean = tl.sum(sums, 0) / tl.maximum(length, 1)
         means_ptr += (entry * n_blocks + block) * D
         tl.store(means_ptr + cols, mean, mask=col_inside)
     pooled_ptr += entry * pooled_rows * D
-    first = (entry == 0) & (tl.program_id(1) == 0)
+    first = (entry == 0) & (part == 0)
     for s in tl.static_range(1, 8):
         if FACTORS >> s:  # no larger factor, no more sums
             if s <= LOG_SIZE:

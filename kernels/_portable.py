@@ -79,60 +79,30 @@ def _results(ptr, tokens, cols, row_inside, stride_n, DV: tl.constexpr):
 
 @triton.jit
 def _divided(m_i, l_i, acc):
-    """Rows of the result, their LSE and what they were divided by; 0 and -inf for empty ones."""
+    """Rows of the result and their LSE; 0 and -inf for empty ones."""
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])  # no weight of 0 hides a NaN
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
-    return acc, lse, l_safe
-
-
-@triton.jit
-def _add_means(m_i, l_i, acc, q, k_ptr, v_ptr, k_desc, v_desc, pairs_ptr, pair, batch, head,
-               first, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-               n_keys, n_tiles, scale_log2, D: tl.constexpr, DV: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_DV: tl.constexpr, SUB: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """The means that are rows of k and v from `first` on, with the biases of `_tail.py`; returns
-    their own mass too."""
-    SIZE: tl.constexpr = SUB * BLOCK_N
-    pairs_ptr += (SIZE + pair).to(tl.int64) * (2 * SIZE)
-    of_means = tl.zeros([BLOCK_M], tl.float32)
-    for it in tl.range(0, n_tiles * SUB):
-        start = first + it * BLOCK_N
-        k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
-                       n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
-        v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
-                       n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
-        at = pairs_ptr + it // SUB * (2 * SIZE) + it % SUB * BLOCK_N + tl.arange(0, BLOCK_N)
-        bias = tl.load(at).to(tl.float32) + tl.load(at + SIZE).to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") + bias[None, :]
-        # Far above the scores of what does not count, so that it has no weight anywhere.
-        m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) * scale_log2), -1e25)
-        p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
-        alpha = tl.math.exp2(m_i - m_new)
-        acc, l_i = _accumulate(acc, l_i, alpha, p, v)
-        of_means = of_means * alpha + tl.sum(p, 1)
-        m_i = m_new
-    return m_i, l_i, of_means, acc
+    return acc, lse
 
 
 @triton.jit
 def _portable_fwd(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
-    lower_ptr, upper_ptr, above_ptr, below_ptr, words_ptr, bias_ptr, pairs_ptr, share_ptr,
+    lower_ptr, upper_ptr, above_ptr, below_ptr, words_ptr, bias_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, order_stride_h, box_stride_h, pairs_stride_b, pairs_stride_h,
-    n_heads, n_q_blocks, n_queries, n_keys, n_tiles, scale_log2, guard,
+    list_stride_b, list_stride_h, order_stride_h, box_stride_h,
+    n_heads, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
     HAS_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    TMA: tl.constexpr, REPAIR: tl.constexpr, TAIL: tl.constexpr, SHARE: tl.constexpr,
+    TMA: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0)
@@ -178,7 +148,6 @@ def _portable_fwd(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    of_means = tl.zeros([BLOCK_M], tl.float32)
 
     if FULL:
         # A key block of the plan is SUB tiles of this kernel.
@@ -203,13 +172,6 @@ def _portable_fwd(
                 p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
             acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_new), p, v)
             m_i = m_new
-        if TAIL:
-            pair = batch * pairs_stride_b + head * pairs_stride_h + block * n_tiles
-            m_i, l_i, of_means, acc = _add_means(
-                m_i, l_i, acc, q, k_ptr, v_ptr, k_desc, v_desc, pairs_ptr, pair, batch, head,
-                n_queries, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-                n_keys, n_tiles, scale_log2, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                SUB, TMA)  # fmt: skip
     else:  # go on from the result so far, as if it were one key of the row
         m_i = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
         l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
@@ -246,12 +208,9 @@ def _portable_fwd(
             scores = tl.where(inside, scores, float("-inf"))
             m_i, l_i, acc = _accumulate_masked(m_i, l_i, acc, scores, v)
 
-    acc, lse, l_safe = _divided(m_i, l_i, acc)
+    acc, lse = _divided(m_i, l_i, acc)
     if HAS_ORDER:  # read again rather than held in registers through the loops
         tokens = tl.load(order_ptr + rows, mask=row_inside, other=0)
     out_ptrs, out_inside = _results(out_ptr, tokens, v_cols, row_inside, out_stride_n, DV)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptr + tokens, lse, mask=row_inside)
-    if SHARE:
-        share_ptr += (batch.to(tl.int64) * n_heads + head) * n_queries
-        tl.store(share_ptr + tokens, of_means / l_safe, mask=row_inside)

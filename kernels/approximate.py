@@ -82,4 +82,4 @@ def _slope(k: Tensor, v: Tensor, plan: BlockPlan, keys: Means) -> Tensor | None:
         return covariances(k, v, plan.k_blocks, keys.blocks)
     if plan.tail != "first":
         return None
-    return slope(k, v, plan.k_blocks, keys, plan.hidden)
+    return slope(k, v, plan.k_blocks, keys.blocks, plan.hidden)

@@ -18,9 +18,9 @@ from dit_sparse.kernels import (
     hopper,
     hopper_persistent,
     norms,
+    pool,
     pooled,
     portable,
-    slope,
     tail,
 )
 from dit_sparse.kernels.launch import Launch, Repeat
@@ -42,10 +42,11 @@ class _Room(NamedTuple):
     Args:
         q, k, v: the caller's.
         moved: those that were put into plan order, as one tensor; `None` if none were.
-        ordered: q, k and v as the kernels get them: k and v with means behind them, if asked for.
+        ordered: q, k and v as the kernels get them.
         result: what the kernels write.
         lengths: of the queries and of the longest key, if kernels subtract a bound.
-        share: of the softmax that means have, if a slope is to follow.
+        means: of the blocks of k and v, if a tail of them is to follow.
+        centres: those of k in fp32, if its slope is to follow too.
     """
 
     q: Tensor
@@ -55,7 +56,8 @@ class _Room(NamedTuple):
     ordered: tuple[Tensor, Tensor, Tensor]
     result: AttentionOutput
     lengths: tuple[Tensor, Tensor] | None
-    share: Tensor | None = None
+    means: Tensor | None = None
+    centres: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -63,7 +65,7 @@ class _Room(NamedTuple):
         return [
             *(self.q, self.k, self.v, *moved, *self.ordered, *self.result),
             *(self.lengths or ()),
-            *(() if self.share is None else (self.share,)),
+            *(x for x in (self.means, self.centres) if x is not None),
         ]
 
 
@@ -71,8 +73,8 @@ class _Made(NamedTuple):
     """What a call did.
 
     Args:
-        launches: those for exact entries.
-        rest: what adds pooled entries and the tail to the result; `None` if there are none.
+        launches: those for exact entries, and for a tail of means alone.
+        rest: what adds pooled entries and the tail to the result, if no launch does.
     """
 
     room: _Room
@@ -95,19 +97,21 @@ def _room(
         q, k, v: the caller's.
         moved: how many of them, the last ones, are put into plan order.
         bounded: whether lengths are needed.
-        means: rows behind each head of k and v.
-        sloped: whether the share of the means is needed.
+        means: how many blocks of k and v have means; 0 if none are needed.
+        sloped: whether a slope is to follow them.
     """
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     result = AttentionOutput(like(q, v.shape[-1]), lse)
     lengths = norms.empty(q) if bounded else None
+    shape = (*k.shape[:2], means, k.shape[3])
+    of_blocks = k.new_empty(2, *shape) if means else None
+    centres = k.new_empty(shape, dtype=torch.float32) if sloped else None
     if not moved:
-        return _Room(q, k, v, None, (q, k, v), result, lengths)
-    room = empty((q, k, v)[-moved:], means)
+        return _Room(q, k, v, None, (q, k, v), result, lengths, of_blocks, centres)
+    room = empty((q, k, v)[-moved:])
     *first, k_ordered, v_ordered = room.unbind()
-    q_ordered = first[0][:, :, : q.shape[2]] if first else q
-    share = torch.empty_like(lse) if sloped else None
-    return _Room(q, k, v, room, (q_ordered, k_ordered, v_ordered), result, lengths, share)
+    ordered = (first[0] if first else q, k_ordered, v_ordered)
+    return _Room(q, k, v, room, ordered, result, lengths, of_blocks, centres)
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,9 @@ class TritonBackend:
         if len(ready) < len(repeats) or (plan.order is not None and room.moved is None):
             return room.result, None
         moved = 0 if room.moved is None else len(room.moved)
-        bounded, means = room.lengths is not None, room.ordered[1].shape[2] - k.shape[2]
-        sloped = room.share is not None
+        bounded = room.lengths is not None
+        means = 0 if room.means is None else room.means.shape[3]
+        sloped = room.centres is not None
         again = partial(_again, ready, moved, bounded, means=means, sloped=sloped, rest=rest)
         return room.result, again
 
@@ -198,20 +203,23 @@ class TritonBackend:
     def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
         bounded = on_hopper and scale > 0 and self._bounded(q, plan)
-        of_means = on_hopper and hopper.adds_biases(q, scale) and tail.runs(q, k, v, plan)
-        means = tail.rows(plan) if of_means else 0
+        means = on_hopper and tail.runs(q, k, v, plan)
         room, launches = _in_order(q, k, v, plan, queries=on_hopper, bounded=bounded, means=means)
-        main = self._specialised(room, plan, scale, means > 0) if on_hopper else []
+        main = self._specialised(room, plan, scale) if on_hopper else []
         specialised = bool(main)
         if not specialised:
             _, k, v = room.ordered
             main = [portable.launch(q, k, v, plan, scale, self._tile(q, v, plan), room.result)]
-        of_tail = plan.tail != "none" and not (specialised and means)
-        if plan.pools is None and not of_tail and room.share is None:
-            return _Made(room, launches + main, None)
+        launches += main
+        of_tail = plan.tail != "none"
+        if room.means is not None and not tail.has_slope(plan):
+            launches.append(tail.launch(room.ordered[0], room.means, plan, scale, room.result))
+            of_tail = False
+        if plan.pools is None and not of_tail:
+            return _Made(room, launches, None)
         rest = partial(_approximate, plan, scale, specialised, of_tail)
         rest(room)
-        return _Made(room, launches + main, rest)
+        return _Made(room, launches, rest)
 
     def _bounded(self, q: Tensor, plan: BlockPlan) -> bool:
         if q.dtype != torch.bfloat16:
@@ -219,18 +227,11 @@ class TritonBackend:
         tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
         return tiles >= _TILES_WORTH_A_BOUND if self.bound is None else self.bound
 
-    def _specialised(
-        self, room: _Room, plan: BlockPlan, scale: float, with_tail: bool = False
-    ) -> list[Launch]:
+    def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
-        q, (ordered, k, v), result = room.q, room.ordered, room.result
-        mask = means = None
-        if with_tail:
-            means = tail.bias_of(plan, scale)
-            main = tail.launch(ordered, k, v, means, plan, scale, result, room.lengths, room.share)
-        else:
-            mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
-            main = self._main(room, plan, scale, mask)
+        q, (_, k, v), result = room.q, room.ordered, room.result
+        mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
+        main = self._main(room, plan, scale, mask)
         if main is None:
             return []
         parts: list[portable.Part] = []
@@ -242,12 +243,7 @@ class TritonBackend:
         tile = self._tile(q, v, plan)
         return [
             main,
-            *(
-                portable.launch(
-                    q, k, v, plan, scale, tile, result, part=part, means=means, share=room.share
-                )
-                for part in parts
-            ),
+            *(portable.launch(q, k, v, plan, scale, tile, result, part=part) for part in parts),
         ]
 
     def _main(
@@ -288,20 +284,23 @@ def _in_order(
     *,
     queries: bool,
     bounded: bool,
-    means: int = 0,
+    means: bool = False,
 ) -> tuple[_Room, list[Launch]]:
     """Room for a call, with q, k and v in plan order and lengths measured.
 
     Args:
         queries: put q into order too; the portable kernel gathers queries itself.
         bounded: measure lengths.
-        means: rows for means behind k and v, which are then copied even where they are in order.
+        means: make those of the blocks of k and v, for a tail; queries are then put in order.
     """
     if means:
-        moved, sloped = 2 if plan.order is None else 3, tail.has_slope(plan)
-        room = _room(q, k, v, moved, bounded, means, sloped)
-        assert room.moved is not None
-        return room, [gather_with_means(q, k, v, plan, room.moved, room.lengths)]
+        moved = 0 if plan.order is None else 3
+        room = _room(q, k, v, moved, bounded, plan.k_blocks.n, tail.has_slope(plan))
+        assert room.means is not None
+        made = gather_with_means(
+            q, k, v, plan, room.means, out=room.moved, lengths=room.lengths, centres=room.centres
+        )
+        return room, [made]
     if plan.order is None:
         room = _room(q, k, v, 0, bounded)
         if room.lengths is None:
@@ -329,9 +328,11 @@ def _approximate(
         specialised: whether the Hopper kernel may add pooled entries: queries are in order.
         of_tail: whether the result is without the tail.
     """
-    _, k, v = room.ordered
-    if room.share is not None and not of_tail:  # before anything else shares the softmax
-        slope.add(room.q, k, v, plan, scale, room.share, room.result.out)
+    q, k, v = room.ordered
+    if of_tail and room.means is not None and room.centres is not None:
+        slope = pool.slope(k, v, plan.k_blocks, room.centres, plan.hidden)
+        tail.launch(q, room.means, plan, scale, room.result, slope)
+        of_tail = False
     pools = plan.pools is not None
     specialised = specialised and hopper.adds_biases(room.q, scale)
     if pools and specialised and pooled.launch(*room.ordered, plan, scale, room.result):

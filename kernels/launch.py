@@ -95,6 +95,7 @@ def launch(
     *,
     warps: int,
     stages: int,
+    registers: int | None = None,
 ) -> Launch:
     """Launches a Triton function.
 
@@ -102,8 +103,11 @@ def launch(
         grid: number of programs along three axes.
         arguments: the first parameters, in order.
         constants: all others, by name.
+        registers: of a thread at most; `None`: as many as the compiler likes.
     """
-    kernel = jit[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+    kernel = jit[grid](
+        *arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers
+    )
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
     return Launch(kernel if _REPEATS else None, grid, whole)

@@ -12,6 +12,8 @@ from dit_sparse.kernels._permute import _permute_blocks, _permute_rows
 from dit_sparse.kernels.launch import Launch, launch
 from dit_sparse.plan import BlockPlan
 
+_ROWS, _WARPS = 32, 4  # of a program that forms means
+
 
 def permute(tensors: Sequence[Tensor], order: Permutation) -> list[Tensor]:
     """`order(x)` of one to three tensors in one launch.
@@ -64,50 +66,52 @@ def gather_with_means(
     k: Tensor,
     v: Tensor,
     plan: BlockPlan,
-    out: Tensor,
+    means: Tensor,
+    *,
+    out: Tensor | None = None,
     lengths: tuple[Tensor, Tensor] | None = None,
+    centres: Tensor | None = None,
 ) -> Launch:
-    """`gather` of the last two or all of q, k and v, each read once for all that is needed of it.
-
-    Behind the tokens of each head of k and v come the means of the plan's key blocks, summed in
-    fp32, zeros for hidden ones and for places beyond the last.
+    """Means of the plan's key blocks, and on the way whatever else q, k and v are read for.
 
     Args:
         q, k, v: of one shape, in the caller's order, unit stride along D.
-        plan: with key blocks of at most 128 tokens.
-        out: `[2 or 3, B, H, N + means, D]`, see `empty`.
+        plan: with key blocks that cut the queries too.
+        means: `[2, B, H, n, D]`, gets those of k and of v, summed in fp32; zeros for hidden blocks.
+        out: `[3, B, H, N, D]`, gets q, k and v in plan order.
         lengths: of the rows of q, in plan order, and of the longest of k; see `norms.empty`.
+        centres: fp32 `[B, H, n, D]`, gets the means of k.
     """
     batch, heads, tokens, dim = q.shape
     blocks, hidden = plan.k_blocks, plan.hidden
     index = blocks.starts if plan.order is None else plan.order.index
-    moved = len(out)
-    skipped = 1 if moved == 2 and lengths is None else 0
+    skipped = 1 if out is None and lengths is None else 0
     arguments = (
-        q, k, v, out, index, blocks.starts,
-        out if hidden is None else hidden.view(torch.uint8), *(lengths or (out, out)),
+        q, k, v, means if out is None else out, means, means if centres is None else centres,
+        index, blocks.starts, means if hidden is None else hidden.view(torch.uint8),
+        *(lengths or (means, means)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         index.stride(0) if index.ndim == 2 else 0,
         blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
-        heads, tokens, blocks.n, out.shape[3],
+        heads, tokens, blocks.n,
     )  # fmt: skip
     constants = {
         "D": dim,
         "BLOCK_D": 1 << (dim - 1).bit_length(),
         "SIZE": blocks.size,
-        "MOVED": moved,
+        "ROWS": min(_ROWS, blocks.size),
         "SKIPPED": skipped,
+        "MOVE": out is not None,
         "HAS_ORDER": plan.order is not None,
         "HAS_HIDDEN": hidden is not None,
         "NORMS": lengths is not None,
+        "CENTRES": centres is not None,
     }
-    grid = (out.shape[3] - tokens, batch * heads, 3 - skipped)
-    return launch(_permute_blocks, grid, arguments, constants, warps=8, stages=2)
+    grid = (batch * heads, blocks.n, 3 - skipped)
+    return launch(_permute_blocks, grid, arguments, constants, warps=_WARPS, stages=1)
 
 
-def empty(tensors: Sequence[Tensor], means: int = 0) -> Tensor:
-    """Where `gather` puts tensors of one shape, with room for means behind the tokens."""
+def empty(tensors: Sequence[Tensor]) -> Tensor:
+    """Where `gather` puts tensors of one shape."""
     first = tensors[0]
-    batch, heads, tokens, dim = first.shape
-    shape = (len(tensors), batch, heads, tokens + means, dim)
-    return torch.empty(shape, dtype=first.dtype, device=first.device)
+    return torch.empty((len(tensors), *first.shape), dtype=first.dtype, device=first.device)

@@ -90,7 +90,7 @@ def _pool(
     of_blocks = x0.new_empty(*lead, blocks.n if means else 0, dim, dtype=torch.float32)
     index = blocks.starts if order is None else order.index
     columns = min(padded(dim), _COLUMNS)
-    _means_fwd[(batch * heads * blocks.n, -(-dim // columns), len(tensors))](
+    _means_fwd[(batch * heads * blocks.n * -(-dim // columns), len(tensors))](
         x0, x1, pooled, bias, of_blocks, blocks.starts, index,
         *x0.stride()[:3], *x1.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
         heads, batch * heads, blocks.n, rows,
@@ -102,10 +102,11 @@ def _pool(
 
 
 def slope(
-    k: Tensor, v: Tensor, blocks: Blocks, keys: Means, hidden: Tensor | None = None
+    k: Tensor, v: Tensor, blocks: Blocks, means: Tensor, hidden: Tensor | None = None
 ) -> Tensor:
-    """Mean key-value covariance per token, in the dtype of k: `[B, H, D, D_v]`."""
-    total = covariance_sum(k, v, blocks, keys.blocks, hidden)
+    """Mean key-value covariance per token, in the dtype of k: `[B, H, D, D_v]`; the arguments are
+    those of `covariance_sum`."""
+    total = covariance_sum(k, v, blocks, means, hidden)
     lengths = blocks.lengths
     if hidden is not None:
         lengths = lengths * ~hidden

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.kernels import tail
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
 from dit_sparse.kernels.hopper import Matrix, with_scratch
@@ -22,6 +21,7 @@ from dit_sparse.kernels.pool import Means, pool_all
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.plan import BlockPlan, Pools
 
+_BLOCK = 128  # keys
 #: Pooled rows of a tile: 4-fold pooling leaves 32 of a block of 128.
 ROWS = 32
 #: Steps in flight. The kernel counts on as many stale barriers.
@@ -54,7 +54,7 @@ def launch(
         q, k, v: `[B, H, N, D]` in plan order, unit stride along D and one head dim.
     """
     qm, size = Matrix.of(q), plan.k_blocks.size
-    if qm is None or plan.pools is None or size != tail.TILE:
+    if qm is None or plan.pools is None or size != _BLOCK:
         return False
     if plan.k_blocks.n * sum(max(1, size // g // ROWS) for g in plan.pools.factors) >= _MOST_TILES:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,21 +18,6 @@ LOG2_E = 1.4426950408889634
 Part = Literal["all", "partial", "repair", "repair full"]
 
 
-class MeanBiases(NamedTuple):
-    """Which of the means behind k and v count for a query block, and as how many keys.
-
-    Args:
-        pairs: `[R, 2, keys of a block]`, see `tail.bias_of`.
-        stride_b, stride_h: pairs from one batch entry, and one head, to the next.
-        tiles: pairs of a query block.
-    """
-
-    pairs: Tensor
-    stride_b: int
-    stride_h: int
-    tiles: int
-
-
 def launch(
     q: Tensor,
     k: Tensor,
@@ -43,8 +28,6 @@ def launch(
     result: AttentionOutput,
     *,
     part: Part = "all",
-    means: MeanBiases | None = None,
-    share: Tensor | None = None,
 ) -> Launch:
     """Writes `result`, or what another kernel has left of it.
 
@@ -54,8 +37,6 @@ def launch(
         part: `"all"`; `"partial"` where `result` already holds the full entries and the partial
             ones are added to it; `"repair"` to compute query blocks with an infinite LSE in
             `result` again; `"repair full"` to do so from their full entries alone.
-        means: for a repair, of the means that stand behind k and v.
-        share: fp32 `[B, H, N_q]`, gets the share of the softmax that those means have.
     """
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
@@ -74,14 +55,11 @@ def launch(
         plan.offsets, plan.full, plan.partial, starts, lengths, plan.q_blocks.starts, order,
         lower, upper, above, below,
         starts if plan.words is None else plan.words, starts if plan.bias is None else plan.bias,
-        starts if means is None else means.pairs, lse if share is None else share,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *list_strides(plan),
         order.stride(0) if order.ndim == 2 else 0,
         0 if lower.shape[0] == 1 else lower.stride(0),
-        *((0, 0) if means is None else (means.stride_b, means.stride_h)),
-        heads, plan.q_blocks.n, n_queries, k.shape[2], 0 if means is None else means.tiles,
-        scale * LOG2_E, masks.guard if masks else 0,
+        heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, masks.guard if masks else 0,
     )  # fmt: skip
     constants = {
         "D": head_dim,
@@ -100,8 +78,6 @@ def launch(
         "HAS_ORDER": plan.order is not None,
         "TMA": tma,
         "REPAIR": part in ("repair", "repair full"),
-        "TAIL": means is not None,
-        "SHARE": share is not None,
     }
     grid = (batch * heads * plan.q_blocks.n, 1, 1)
     return launch_kernel(

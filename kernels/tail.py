@@ -1,148 +1,101 @@
-"""Runs a plan's full entries and the means of its tail with one specialised Hopper kernel.
+"""Adds a tail of block means, with a slope for all of them or without, to the result for what a
+plan lists.
 
-Means of blocks stand behind the keys and values as further rows of theirs.
+A pass of its own over the queries, behind the kernels for exact entries: in their loop the means
+cost every block a bias.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.kernels._hopper_tail import _tail_fwd_hopper
-from dit_sparse.kernels._tail import _tail_bias_fwd
-from dit_sparse.kernels.hopper import Matrix, with_scratch
-from dit_sparse.kernels.launch import Launch, TensorDescriptor, launch_specialised
-from dit_sparse.kernels.portable import LOG2_E, MeanBiases, list_strides, padded
+from dit_sparse.kernels._tail import _tail_fwd
+from dit_sparse.kernels.launch import Launch, TensorDescriptor
+from dit_sparse.kernels.launch import launch as launch_kernel
+from dit_sparse.kernels.portable import LOG2_E, padded
 from dit_sparse.plan import BlockPlan
 
-#: Means of a tile, and keys of a block.
-TILE = 128
+
+class Tile(NamedTuple):
+    """What a program works in.
+
+    Args:
+        means: in one product.
+        registers: of a thread at most; with 128 two programs share a multiprocessor.
+    """
+
+    means: int
+    warps: int
+    stages: int
+    registers: int | None
 
 
 def runs(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> bool:
-    """Whether the plan has a tail of means, with a slope for all of them or without, and no masks,
-    and its tensors can stand in one buffer."""
-    alike = q.shape == k.shape == v.shape and plan.k_blocks.size == TILE
-    return alike and plan.predicate is None and plan.tail in ("zeroth", "first")
+    """Whether the plan has a tail of means, with a slope for all of them or without, and its
+    tensors can stand in one buffer."""
+    alike = q.shape == k.shape == v.shape and plan.q_blocks.size == plan.k_blocks.size
+    return alike and plan.tail in ("zeroth", "first")
 
 
 def has_slope(plan: BlockPlan) -> bool:
-    """Whether `slope.add` is to follow."""
+    """Whether `launch` needs a slope."""
     return plan.tail == "first"
-
-
-def rows(plan: BlockPlan) -> int:
-    """Means behind the tokens of a head: those of all blocks, and zeros up to whole tiles."""
-    return -(-plan.k_blocks.n // TILE) * TILE
 
 
 def launch(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    biases: MeanBiases,
+    means: Tensor,
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
-    lengths: tuple[Tensor, Tensor] | None = None,
-    share: Tensor | None = None,
-) -> Launch | None:
-    """Writes `result`; `None`, and nothing written, if the strides of q do not allow it, or Triton
-    compiles the kernel badly.
+    slope: Tensor | None = None,
+) -> Launch:
+    """Goes on from `result`, which holds the softmax over the plan's exact entries.
 
     Args:
-        q: `[B, H, N, D]` in plan order.
-        k, v: `[B, H, N + rows, D]`, contiguous, see `permute.gather_with_means`.
-        biases: see `bias_of`.
-        lengths: see `hopper.launch`; rows that are left are for the portable kernel's repair.
-        share: fp32 `[B, H, N]`, gets the share of the softmax that the means have.
+        q: `[B, H, N, D]` in plan order, unit stride along D.
+        means: `[2, B, H, n, D]`, of key blocks of k and of v, see `permute.gather_with_means`.
+        slope: see `pool.slope`; `None` for a tail of zeroth order.
     """
-    qm = Matrix.of(q)
-    if qm is None:
-        return None
-    return with_scratch(
-        functools.partial(_launch, q, qm, k, v, biases, plan, scale, result, lengths, share)
-    )
-
-
-def _launch(
-    q: Tensor,
-    qm: Matrix,
-    k: Tensor,
-    v: Tensor,
-    biases: MeanBiases,
-    plan: BlockPlan,
-    scale: float,
-    result: AttentionOutput,
-    lengths: tuple[Tensor, Tensor] | None,
-    share: Tensor | None,
-) -> Launch | None:
     out, lse = result
-    batch, heads, n_queries, head_dim = q.shape
-    dim, n_blocks = padded(head_dim), plan.q_blocks.n
-    everything = range(n_blocks)
-    picture = plan.q_blocks.picture or everything
-    starts, counts = plan.spans
-    order = starts if plan.order is None else plan.order.index
-    keys = [k.numel() // head_dim, head_dim]
-    described = [TensorDescriptor(x, keys, [head_dim, 1], [TILE, dim]) for x in (k, v)]
+    batch, heads, n_queries, dim = q.shape
+    visited, hidden = plan.visited, plan.hidden
+    blocks = plan.k_blocks
+    order = blocks.starts if plan.order is None else plan.order.index
+    tile = choose_tile(sloped=slope is not None)
+    shape, box = [2 * batch * heads, blocks.n, dim], [1, tile.means, padded(dim)]
+    described = TensorDescriptor(means, shape, [blocks.n * dim, dim, 1], box)
     arguments = (
-        q, *described, describe(biases.pairs), out, lse,
-        lse if share is None else share, *(lengths or (lse, lse)),
-        plan.offsets, plan.full, starts, counts, plan.q_blocks.starts, order,
-        *qm.shape, qm.row_stride, *qm.origin, k.shape[2], *out.stride()[:3],
-        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-        biases.stride_b, biases.stride_h,
-        heads, n_blocks, n_blocks - len(picture), picture.start, n_queries,
-        biases.tiles, n_queries, scale * LOG2_E,
+        q, described, means if slope is None else slope, out, lse,
+        visited.view(torch.uint8), blocks.starts if hidden is None else hidden.view(torch.uint8),
+        blocks.starts, plan.q_blocks.starts, order,
+        *q.stride()[:3], *out.stride()[:3],
+        visited.stride(0) if visited.shape[0] > 1 else 0,
+        visited.stride(1) if visited.shape[1] > 1 else 0,
+        blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
+        order.stride(0) if order.ndim == 2 else 0,
+        batch * heads, heads, plan.q_blocks.n, blocks.n, n_queries, scale, scale * LOG2_E,
     )  # fmt: skip
     constants = {
-        "D": head_dim,
-        "BLOCK_D": dim,
+        "D": dim,
+        "BLOCK_D": padded(dim),
         "BLOCK_M": plan.q_blocks.size,
-        "BLOCK_N": TILE,
+        "BLOCK_N": tile.means,
+        "HAS_HIDDEN": hidden is not None,
         "HAS_ORDER": plan.order is not None,
-        "BOUND": lengths is not None,
-        "SHARE": share is not None,
+        "SLOPE": slope is not None,
     }
-    grid = (batch * heads * n_blocks, 1, 1)
-    return launch_specialised(_tail_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
-
-
-def describe(pairs: Tensor) -> Any:
-    """A descriptor of biases: tiles of 16 rows, the first pair of which counts."""
-    keys = pairs.shape[-1]
-    return TensorDescriptor(pairs, [pairs.numel() // keys, keys], [keys, 1], [16, keys])
-
-
-def bias_of(plan: BlockPlan, scale: float, dtype: torch.dtype = torch.bfloat16) -> MeanBiases:
-    """Biases of the scores before they are scaled, each as a sum of two.
-
-    The first TILE pairs hide the last keys of a tile, 0 and more; then come those of every query
-    block of `[1 or B, 1 or H]`: log2 of the tokens of every block that the tail stands for, -1e30
-    for all others and for what is beyond the last block.
-
-    Args:
-        scale: factor of the scores.
-    """
-    visited, hidden = plan.visited, plan.hidden
-    batch, heads, n_q, n_k = visited.shape
-    batch = max(batch, 1 if hidden is None else hidden.shape[0])
-    tiles = rows(plan) // TILE
-    n_rows = batch * heads * n_q
-    pairs = torch.empty(TILE + n_rows * tiles, 2, TILE, dtype=dtype, device=visited.device)
-    _tail_bias_fwd[(TILE + n_rows,)](
-        visited.view(torch.uint8), plan.offsets if hidden is None else hidden.view(torch.uint8),
-        plan.k_blocks.starts, pairs,
-        heads * n_q * n_k if visited.shape[0] > 1 else 0, n_q * n_k if heads > 1 else 0,
-        n_k if hidden is not None and hidden.shape[0] > 1 else 0, heads, n_q, n_k,
-        1.0 / (scale * LOG2_E),
-        N_TILES=tiles, KEYS=TILE, HAS_HIDDEN=hidden is not None, num_warps=1,
+    grid = (batch * heads * plan.q_blocks.n, 1, 1)
+    return launch_kernel(
+        _tail_fwd, grid, arguments, constants,
+        warps=tile.warps, stages=tile.stages, registers=tile.registers,
     )  # fmt: skip
-    of_head = n_q * tiles
-    stride_b = heads * of_head if batch > 1 else 0
-    return MeanBiases(pairs, stride_b, of_head if heads > 1 else 0, tiles)
+
+
+def choose_tile(*, sloped: bool) -> Tile:
+    """The product with a slope takes the registers of a second program."""
+    return Tile(64, 8, 2, None) if sloped else Tile(32, 8, 2, 128)

@@ -36,7 +36,6 @@ from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
-from dit_sparse.kernels._hopper_tail import _tail_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
 from dit_sparse.kernels._permute import _permute_blocks
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
@@ -48,11 +47,11 @@ from dit_sparse.kernels._quantise import (
     _quantise_rows_fwd,
     _quantise_values_fwd,
 )
-from dit_sparse.kernels._slope import _slope_fwd
-from dit_sparse.kernels._tail import _tail_bias_fwd
+from dit_sparse.kernels._tail import _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
+from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
 from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
@@ -114,7 +113,6 @@ def variants() -> Iterator[Variant]:
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
-        yield Variant("portable", 90, head_dim, ragged=True, tail=2)
         for capability in (80, 90):
             yield Variant("portable", capability, head_dim, ragged=True)
             yield Variant("portable", capability, head_dim, ragged=True, box=True)
@@ -131,11 +129,9 @@ def approximations() -> Iterator[Variant]:
             yield Variant("take", capability, head_dim, ragged=True)
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
-            yield Variant("tail_bias", capability, head_dim, ragged=True)
             yield Variant("pooled_tiles", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True, hidden=True)
-            yield Variant("slope", capability, head_dim, ragged=True)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
 
@@ -149,10 +145,8 @@ def approximation(variant: Variant) -> Report:
         "take": (_take_fwd, 4),
         "choose": (_choose_fwd, 4),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
-        "tail_bias": (_tail_bias_fwd, 1),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
-        "permute_blocks": (_permute_blocks, 8),
-        "slope": (_slope_fwd, 8),
+        "permute_blocks": (_permute_blocks, 4),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]
@@ -161,7 +155,7 @@ def approximation(variant: Variant) -> Report:
     constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True}
-    rows = {"importance": 128, "slope": 128, "pooled_tiles": POOLED_ROWS}
+    rows = {"importance": 128, "permute_blocks": 32, "pooled_tiles": POOLED_ROWS}
     constants |= {
         "ROWS": rows.get(variant.kernel, 64),
         "SUB": K_BLOCK // 64,
@@ -169,12 +163,12 @@ def approximation(variant: Variant) -> Report:
         "N_FACTORS": 3,
     }
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
-    constants |= {"LEAST": 32, "MOVED": 3, "SKIPPED": 0, "NORMS": True}
-    constants |= {"N_TILES": 2, "KEYS": K_BLOCK, "PER_ENTRY": 2}
+    constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
+    constants |= {"CENTRES": True, "PER_ENTRY": 2}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False}
     constants |= {"TMA": variant.capability == 90, "WHOLE": True}
-    others = {"bias_ptr": "*bf16"} if variant.kernel == "tail_bias" else {}
+    others = {"means_ptr": "*bf16"} if variant.kernel == "permute_blocks" else {}
     if variant.kernel == "importance" and variant.capability == 90:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
     source = _source(function, constants, {}, others)
@@ -182,28 +176,29 @@ def approximation(variant: Variant) -> Report:
 
 
 def with_means() -> Iterator[Variant]:
-    """The specialised kernels that read means of keys beside or behind the keys."""
+    """The kernels that read means of keys through descriptors."""
     for head_dim in (64, 128):
-        yield Variant("tail", 90, head_dim, ragged=True)
-        yield Variant("tail", 90, head_dim, ragged=True, bound=True)
-        yield Variant("tail", 90, head_dim, ragged=True, tail=2)
-        yield Variant("tail", 90, head_dim, ragged=True, bound=True, tail=2)
+        for hidden in (False, True):
+            yield Variant("tail", 90, head_dim, ragged=True, hidden=hidden, tail=1)
+            yield Variant("tail", 90, head_dim, ragged=True, hidden=hidden, tail=2)
         for ragged in (False, True):
             yield Variant("pooled", 90, head_dim, ragged)
 
 
 def means(variant: Variant) -> Report:
     """Compiles one of `with_means` as its launcher would."""
-    dim, pooled = variant.head_dim, variant.kernel == "pooled"
-    keys = POOLED_ROWS if pooled else K_BLOCK
+    dim, keys, sloped = variant.head_dim, POOLED_ROWS, variant.tail > 1
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
+    constants |= {"HAS_ORDER": variant.order, "HAS_HIDDEN": variant.hidden, "SLOPE": sloped}
+    if variant.kernel == "tail":
+        tile = tail_tile(sloped=sloped)
+        described = {"means_desc": f"tensordesc<bf16[1, {tile.means}, {dim}]>"}
+        source = _source(_tail_fwd, constants | {"BLOCK_N": tile.means}, described)
+        return _report(variant, source, tile.warps, tile.stages, tile.registers)
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
-    constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound}
-    constants |= {"SHARE": variant.tail > 1}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
-    described["bias_desc"] = f"tensordesc<bf16[16, {keys}]>"
-    source = _source(_pooled_fwd_hopper if pooled else _tail_fwd_hopper, constants, described)
-    return _report(variant, source, 4, POOLED_STAGES if pooled else 2)
+    source = _source(_pooled_fwd_hopper, constants, described)
+    return _report(variant, source, 4, POOLED_STAGES)
 
 
 def in_eight_bits() -> Iterator[Variant]:
@@ -302,9 +297,7 @@ def compiled(variant: Variant) -> Report:
         "COLUMNS": COLUMNS if variant.box else 0,
         "BOUND": variant.bound,
         **dict.fromkeys(("HAS_WORDS", "HAS_BIAS"), False),
-        "REPAIR": variant.tail > 0,
-        "TAIL": variant.tail > 0,
-        "SHARE": variant.tail > 1,
+        "REPAIR": False,
     }
     constants |= {} if variant.box else {"hidden_desc": None}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
@@ -371,9 +364,11 @@ def _source(
     )
 
 
-def _report(variant: Variant, source: ASTSource, warps: int, stages: int) -> Report:
+def _report(
+    variant: Variant, source: ASTSource, warps: int, stages: int, registers: int | None = None
+) -> Report:
     target = GPUTarget("cuda", variant.capability, 32)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     return _read(variant, triton.compile(source, target=target, options=options))
 
 

@@ -81,17 +81,26 @@ def check_hopper(report: dict[str, Any]) -> None:
     assert report["shared"] <= 232_448, report
 
 
-def test_kernels_that_read_means_are_specialised_and_free_of_spills(reports):
-    for kernel in ("tail", "pooled"):
-        for report in chosen(reports, kernel, 90):
-            counts = report["counts"]
-            assert counts["spills"] == 0, report
-            assert counts["tma"] > 0, report
-            assert counts["setmaxreg"] > 0, report  # warp specialisation
-            assert counts["stale"] == 0, report
-            assert counts["hgmma"] >= 2 * counts["waits"] > 0, report
-            assert kernel == "pooled" or counts["overlapped"] >= 80, report
-            assert report["shared"] <= 232_448, report
+def test_the_kernel_for_pooled_entries_is_specialised_and_free_of_spills(reports):
+    for report in chosen(reports, "pooled", 90):
+        counts = report["counts"]
+        assert counts["spills"] == 0, report
+        assert counts["tma"] > 0, report
+        assert counts["setmaxreg"] > 0, report  # warp specialisation
+        assert counts["stale"] == 0, report
+        assert counts["hgmma"] >= 2 * counts["waits"] > 0, report
+        assert report["shared"] <= 232_448, report
+
+
+def test_two_programs_for_a_tail_of_means_share_a_multiprocessor(reports):
+    for report in chosen(reports, "tail", 90):
+        counts = report["counts"]
+        assert counts["tma"] > 0, report
+        assert counts["hgmma"] >= 3 * counts["waits"] > 0, report  # products are not serialised
+        assert counts["spills"] <= 16, report  # before and behind the loop
+        assert report["shared"] <= 115_712, report
+        if report["variant"]["tail"] == 1:  # a slope takes the registers of a second one
+            assert report["registers"] <= 128, report
 
 
 def test_the_portable_kernel_uses_the_matrix_units_and_descriptors_of_hopper(reports):
@@ -99,8 +108,8 @@ def test_the_portable_kernel_uses_the_matrix_units_and_descriptors_of_hopper(rep
         counts = report["counts"]
         assert counts["hgmma"] > 0, report
         assert counts["tma"] > 0, report
-        # Measured: still the fastest of its tiles. With means it repairs a few blocks only.
-        assert counts["spills"] <= (96 if report["variant"]["tail"] else 80), report
+        # Measured: still the fastest of its tiles.
+        assert counts["spills"] <= 80, report
 
 
 def test_the_portable_kernel_fits_ampere(reports):
@@ -132,7 +141,7 @@ def test_pooled_entries_and_tails_use_the_matrix_units(reports, capability: int)
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_means_and_choices_take_no_local_memory(reports, capability: int):
-    for kernel in ("means", "take", "choose", "tail_bias", "pooled_tiles", "permute_blocks"):
+    for kernel in ("means", "take", "choose", "pooled_tiles", "permute_blocks"):
         for report in chosen(reports, kernel, capability):
             assert report["counts"]["spills"] == 0, report
 

@@ -20,9 +20,7 @@ from tests.problems import pooled
 tail = pytest.importorskip("dit_sparse.kernels.tail")
 pooled_rows = pytest.importorskip("dit_sparse.kernels.pooled")
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
-portable = pytest.importorskip("dit_sparse.kernels.portable")
-slope = pytest.importorskip("dit_sparse.kernels.slope")
-tiles = pytest.importorskip("dit_sparse.kernels.tiles")
+pool = pytest.importorskip("dit_sparse.kernels.pool")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),
     pytest.mark.usefixtures("poisoned"),
@@ -82,76 +80,31 @@ def with_tail(values: dict) -> BlockPlan:
     return check(replace(plan, tail=values["tail"]))
 
 
-def repair(q: Tensor, room: Any, biases: Any, plan: BlockPlan, scale: float) -> None:
-    tile = tiles.Tile(64, 4, 1, tma=False)
-    _, k, v = room.ordered
-    left = {"part": "repair", "means": biases, "share": room.share}
-    portable.launch(q, k, v, plan, scale, tile, room.result, **left)
+def added(room: Any, plan: BlockPlan, scale: float, exact: BlockPlan) -> AttentionOutput:
+    """What the kernel makes of the result for the exact entries."""
+    result = AttentionOutput(
+        *attend(room.q, room.k, room.v, exact, scale=scale, backend="reference")
+    )
+    slope, (q, k, v) = None, room.ordered
+    if room.centres is not None:
+        slope = pool.slope(k, v, plan.k_blocks, room.centres, plan.hidden)
+    assert tail.launch(q, room.means, plan, scale, result, slope)
+    return result
 
 
 @pytest.mark.parametrize("values", TAILS, ids=name)
-def test_listed_blocks_and_a_tail_in_one_loop(values: dict):
+def test_a_tail_of_means(values: dict):
     plan = with_tail(values)
     q, k, v = without_hidden(*(x.contiguous() for x in tensors_of(case_of(values), plan)), plan)
-    scale, bounded = q.shape[-1] ** -0.5, values["bounded"]
-    if bounded:  # what is far below its bound has no weight in float16
-        q = q / 8
     assert tail.runs(q, k, v, plan)
     room, launches = block_sparse._in_order(
-        q, k, v, plan, queries=True, bounded=bounded, means=tail.rows(plan)
+        q, k, v, plan, queries=True, bounded=values["bounded"], means=True
     )
     assert len(launches) == 1  # order, means and lengths in one pass
-    biases = tail.bias_of(plan, scale, torch.float32)
-    assert tail.launch(*room.ordered, biases, plan, scale, *room[5:])
-    if bounded:  # rows without any mass are among those that are left
-        repair(q, room, biases, plan, scale)
-    assert (room.share is None) == (plan.tail == "zeroth")
-    if room.share is not None:
-        slope.add(q, *room.ordered[1:], plan, scale, room.share, room.result.out)
-    compare(room.result, q, k, v, plan)
-
-
-@pytest.mark.parametrize("ragged", [True, False])
-@pytest.mark.parametrize("order", ["none", "head"])
-def test_rows_far_below_their_bound_are_computed_again_with_their_tail(ragged: bool, order: str):
-    values = {"head_dim": 64, "ragged": ragged, "order": order, "lists": "batch", "hidden": False}
-    values["tail"] = "first" if ragged else "zeroth"
-    plan = with_tail(values)
-    q, k, v = (x.contiguous() for x in tensors_of(case_of(values), plan))
-    q, k = 24 * q, k.clone()
-    k[:, :, 0] *= 30  # one key makes the bound useless for all rows that do not point its way
-    scale = 64**-0.5
-    room, _ = block_sparse._in_order(
-        q, k, v, plan, queries=True, bounded=True, means=tail.rows(plan)
-    )
-    biases = tail.bias_of(plan, scale, torch.float32)
-    assert tail.launch(*room.ordered, biases, plan, scale, *room[5:])
-    assert bool((room.result.lse == torch.inf).any())
-    repair(q, room, biases, plan, scale)
-    if room.share is not None:
-        slope.add(q, *room.ordered[1:], plan, scale, room.share, room.result.out)
-    compare(room.result, q, k, v, plan)
-
-
-@pytest.mark.parametrize("kind", ["zeroth", "first"])
-def test_a_kernel_that_is_refused_leaves_all_to_the_portable_ones(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-):
-    values = {"head_dim": 64, "ragged": True, "order": "head", "lists": "batch", "hidden": False}
-    plan = with_tail(values | {"tail": kind})
-    q, k, v = (x.contiguous() for x in tensors_of(case_of(values), plan))
-    scale = 64**-0.5
-    room, _ = block_sparse._in_order(
-        q, k, v, plan, queries=True, bounded=False, means=tail.rows(plan)
-    )
-    monkeypatch.setattr(tail, "launch_specialised", lambda *_, **__: None)
-    biases = tail.bias_of(plan, scale)
-    assert tail.launch(*room.ordered, biases, plan, scale, *room[5:]) is None
-    _, k_ordered, v_ordered = room.ordered  # with means behind them, which nobody reads
-    tile = tiles.Tile(64, 4, 1, tma=False)
-    portable.launch(q, k_ordered, v_ordered, plan, scale, tile, room.result)
-    block_sparse._approximate(plan, scale, False, True, room)
-    compare(room.result, q, k, v, plan)
+    assert (room.moved is None) == (plan.order is None)  # what is in order is not copied
+    assert (room.centres is None) == (plan.tail == "zeroth")
+    exact = replace(plan, tail="none")
+    compare(added(room, plan, q.shape[-1] ** -0.5, exact), q, k, v, plan)
 
 
 @pytest.mark.parametrize("values", POOLS, ids=name)

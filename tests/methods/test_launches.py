@@ -30,7 +30,6 @@ kernels = {
         "pool",
         "pooled",
         "portable",
-        "slope",
         "tail",
     )
 }
@@ -80,7 +79,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             ("importance", "_importance_fwd"),
             ("approximate", "_approximate_fwd"),
         ),
-        *(("tail", "_tail_bias_fwd"), ("pooled", "_pooled_tiles_fwd"), ("slope", "_slope_fwd")),
+        ("pooled", "_pooled_tiles_fwd"),
     ):
         monkeypatch.setattr(kernels[module], name, Kernel(name, found))
 
@@ -88,10 +87,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(kernel.__name__)
         return found[-1]
 
-    for module in ("hopper", "tail", "pooled"):
+    for module in ("hopper", "pooled"):
         monkeypatch.setattr(kernels[module], "launch_specialised", note)
     monkeypatch.setattr(kernels["permute"], "launch", note)
     monkeypatch.setattr(kernels["portable"], "launch_kernel", note)
+    monkeypatch.setattr(kernels["tail"], "launch_kernel", note)
     monkeypatch.setattr(kernels["hopper"], "chosen", lambda *_: "hopper")
     monkeypatch.setattr(kernels["hopper"], "masks", lambda _: True)
     monkeypatch.setattr(block_sparse, "device_of", lambda _: nullcontext())
@@ -117,15 +117,15 @@ CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
 
 SPANS = ["index_select", "index_select"]
 EXACT = ["zeros", "_permute_rows", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
-WITH_MEANS = ["zeros", "_permute_blocks", "_tail_bias_fwd", *SPANS, "_tail_fwd_hopper"]
-WITH_MEANS += ["_portable_fwd"]
-COVARIANCE = ["_means_fwd", "_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
-SLOPE = [*COVARIANCE, "_slope_fwd"]
+LISTED = ["zeros", "_permute_blocks", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
+WITH_MEANS = [*LISTED, "_tail_fwd"]
+COVARIANCE = ["_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
+WITH_SLOPE = [*LISTED, *COVARIANCE, "_tail_fwd"]
 POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper"]
 
 CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("pisa", {"tail": "zeroth"}, [*MEANS, *CHOICE], WITH_MEANS),
-    ("pisa", {}, [*MEANS, *CHOICE], [*WITH_MEANS, *SLOPE]),
+    ("pisa", {}, [*MEANS, *CHOICE], WITH_SLOPE),
     ("pisa", {"mass": 0.8, "tail": "none"}, [*MEANS, *CHOICE], EXACT),
     (
         "pisa",
@@ -168,11 +168,11 @@ def test_launches(
     assert seen == attending
 
 
-#: Where means are not read by specialised kernels, one launch adds all of them.
+#: Where means are not read by specialised kernels, or the scale is not above zero.
 PORTABLE = [
-    ("pisa", {"tail": "zeroth"}, ["_means_fwd", "_approximate_fwd"]),
-    ("pisa", {}, [*COVARIANCE, "_approximate_fwd"]),
-    ("psa", {"skipped": "mean"}, ["_means_fwd", "_approximate_fwd"]),
+    ("pisa", {"tail": "zeroth"}, ["_tail_fwd"]),
+    ("pisa", {}, [*COVARIANCE, "_tail_fwd"]),
+    ("psa", {"skipped": "mean"}, ["_tail_fwd", "_means_fwd", "_approximate_fwd"]),
 ]
 
 
@@ -195,5 +195,5 @@ def test_means_where_they_are_not_trusted_or_the_scale_is_not_above_zero(
         with Operators(seen):
             block_sparse.TritonBackend().run(q, k, v, plan, -0.1 if trusted else 0.1)
     assert seen[-len(added) :] == added
-    assert not {"_tail_fwd_hopper", "_pooled_fwd_hopper"} & set(seen)
+    assert "_pooled_fwd_hopper" not in seen
     assert "_block_sparse_fwd_hopper" in seen
