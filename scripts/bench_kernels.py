@@ -3,11 +3,13 @@
     python scripts/bench_kernels.py --output benchmarks/kernels.jsonl
 
 Every case runs its variants in turn, round by round. Rates count the floating-point operations of
-the visited blocks (4 N_q N_k D per head times the measured density). All times include the
-permutation and its undoing, `total_ms` one plan made from scratch too. `of_bound` is the time over
-that of the sparse kernel reading everything (`full`) times the share of blocks that is visited. The
-error is relative to fp32 on the same inputs. `gemm_tflops` is the rate of a large product of
-matrices in the same rounds: what this GPU reaches under its limits of power and clock.
+the visited blocks (4 N_q N_k D per head times the measured density). Times include the permutation
+and its undoing, but for the variant `ordered`, whose tokens are in the order of the plan, as they
+are where it was put on them at the model's entry. `total_ms` has one plan made from scratch too.
+`of_bound` is the time over that of the sparse kernel reading everything (`full`) times the share of
+blocks that is visited. The error is relative to fp32 on the same inputs. `gemm_tflops` is the rate
+of a large product of matrices in the same rounds: what this GPU reaches under its limits of power
+and clock.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse.attention import attend, select_backend
+from dit_sparse.backend import AttentionOutput
 from dit_sparse.bench import Timing, environment, time_interleaved
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.kernels.block_sparse import TritonBackend
@@ -158,6 +162,24 @@ def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
     return float((out[:, one].float() - exact).norm() / exact.norm())
 
 
+def sparse_variants(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, with_flex: bool
+) -> dict[str, Callable[[], AttentionOutput]]:
+    """Attention through the plan, in the caller's order but for `ordered`."""
+    flex = with_flex and case.tokens <= FLEX_TOKENS and case.density == 0.2
+    variants: dict[str, Callable[[], AttentionOutput]] = {}
+    for name in ("triton", "flex") if flex else ("triton",):
+        backend, _ = select_backend(q, k, v, plan, name)
+        variants[name] = partial(attend, q, k, v, plan, backend=backend)
+    unbounded = TritonBackend(bound=False)  # a running maximum instead of a bound
+    variants["maximum"] = lambda: attend(q, k, v, plan, backend=unbounded)
+    if plan.order is not None:
+        q1, k1, v1 = (plan.order(x) for x in (q, k, v))
+        in_order = replace(plan, order=None)
+        variants["ordered"] = lambda: attend(q1, k1, v1, in_order)
+    return variants
+
+
 def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     """One row per variant."""
     torch.manual_seed(0)
@@ -165,15 +187,8 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     make_plan = planner(case, "cuda", q)
     plan = make_plan()
-    variants: dict[str, Callable[[], Any]] = dict(dense_variants(q, k, v))
-    sparse: tuple[str, ...] = (
-        ("triton", "flex")
-        if with_flex and case.tokens <= FLEX_TOKENS and case.density == 0.2
-        else ("triton",)
-    )
-    for name in sparse:
-        backend, _ = select_backend(q, k, v, plan, name)
-        variants[name] = lambda backend=backend: attend(q, k, v, plan, backend=backend)
+    sparse = sparse_variants(case, q, k, v, plan, with_flex)
+    variants: dict[str, Callable[[], Any]] = {**dense_variants(q, k, v), **sparse}
     if case.window is not None:
         blocks = Blocks.uniform(case.tokens, 128, "cuda")
         everything = torch.ones(1, 1, blocks.n, blocks.n, dtype=torch.bool, device="cuda")
@@ -182,9 +197,6 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     if case.density == 1.0:
         a, b = torch.randn(2, GEMM_SIDE, GEMM_SIDE, device="cuda", dtype=torch.bfloat16)
         variants["gemm"] = lambda: torch.mm(a, b)
-    unbounded = TritonBackend(bound=False)  # a running maximum instead of a bound
-    variants["maximum"] = lambda: attend(q, k, v, plan, backend=unbounded)
-    sparse += ("maximum",)
     variants["plan"] = make_plan
     times = time_interleaved(variants, "cuda", rounds=rounds)
     gemm = times.pop("gemm", None)
@@ -192,8 +204,11 @@ def measure(case: Case, rounds: int, with_flex: bool) -> list[dict[str, Any]]:
     for row in rows:
         if gemm is not None:
             row["gemm_tflops"] = round(2 * GEMM_SIDE**3 / gemm.median * 1e-9, 1)
-        if row["variant"] in sparse:
-            row["relative_error"] = relative_error(variants[row["variant"]]().out, q, k, v, plan)
+        if (name := row["variant"]) in sparse:
+            out = sparse[name]().out
+            if name == "ordered" and plan.order is not None:
+                out = plan.order.undo(out)
+            row["relative_error"] = relative_error(out, q, k, v, plan)
             if "full" in times:
                 share = int(plan.count.sum()) / math.ceil(case.tokens / 128) ** 2
                 row["of_bound"] = round(row["ms"] / (times["full"].median * share), 3)
