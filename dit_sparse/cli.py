@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -162,21 +162,48 @@ def calibrate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the result; goes on where it is.")
     ],
-    method: Annotated[str, typer.Option(help="What to calibrate for: paro.")] = "paro",
+    method: Annotated[
+        str, typer.Option(help="paro: orders and block masks; sta: windows of each head.")
+    ] = "paro",
     density: Annotated[float | None, typer.Option(help="Share of the blocks to read.")] = None,
     mass: Annotated[
-        float | None, typer.Option(help="In place of a density: share of the softmax mass.")
+        float | None, typer.Option(help="paro: in place of a density: share of the softmax mass.")
     ] = None,
-    segments: Annotated[int, typer.Option(help="Parts of the steps with their own masks.")] = 4,
+    time: Annotated[
+        float | None,
+        typer.Option(
+            help="sta: in place of a density: share of the time that reading everything takes; "
+            "measured on a GPU, estimated elsewhere."
+        ),
+    ] = None,
+    segments: Annotated[
+        int, typer.Option(help="Parts of the steps with their own masks or windows.")
+    ] = 4,
     split: Annotated[str, typer.Option(help="Of the steps: uniform or halves.")] = "uniform",
     block: Annotated[int, typer.Option(help="Tokens of a block: 64 or 128.")] = 128,
     criterion: Annotated[
-        str, typer.Option(help="Of orders: concentration, paper, raster.")
-    ] = "concentration",
-    budget: Annotated[str, typer.Option(help="What shares a density: layer or head.")] = "layer",
+        str | None,
+        typer.Option(help="paro: of orders: concentration (default), paper, raster."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="paro: what shares a density: layer (default) or head.")
+    ] = None,
     least_mass: Annotated[
-        float, typer.Option(help="Heads that would keep less of their mass stay dense.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="paro: heads that would keep less of their mass stay dense; 0.5 by default."
+        ),
+    ] = None,
+    tile: Annotated[
+        str | None, typer.Option(help="sta: tokens of a tile, 6x8x8; by default for the grid.")
+    ] = None,
+    window: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sta: a candidate in tiles, 3x3x5; repeatable. By default 1, 3 or all tiles "
+            "along each axis."
+        ),
+    ] = None,
     every: Annotated[int, typer.Option(help="Look at every so many steps.")] = 1,
     component: Annotated[
         str | None, typer.Option(help="Of several transformers: transformer_2.")
@@ -194,28 +221,29 @@ def calibrate(
     quiet: Quiet = False,
     output_format: Format = "text",
 ) -> None:
-    """Find the orders and block masks of a method that decides beforehand."""
+    """Find what a method decides beforehand: PARO's orders and masks, STA's windows."""
     with sentences(output_format):
         from dit_sparse.commands import calibrate as calibrating
-        from dit_sparse.commands.words import device_of, dtype_of, prompts_of
+        from dit_sparse.commands.words import device_of, dtype_of, prompts_of, value_of
 
+        sizes = tuple[int, ...]
+        windows = tuple(value_of(text, sizes, "--window") for text in window or ())
+        edges = None if tile is None else value_of(tile, sizes, "--tile")
+        shared = {"segments": segments, "split": split, "block": block, "every": every}
+        masks = {"mass": mass, "criterion": criterion, "budget": budget, "least_mass": least_mass}
+        job = calibrating.job_of(
+            method,
+            density=density,
+            shared=shared | {"seed": seed},
+            of_paro=masks,
+            of_sta={"time": time, "tile": edges, "windows": windows or None},
+        )
         target = device_of(device)
         report = calibrating.calibrate(
             calibrating.Request(
                 model=model,
-                method=method,
+                job=job,
                 prompts=prompts_of((), prompts, "", "--prompts"),
-                target=calibrating.Target(density, mass),
-                settings=calibrating.Settings(
-                    segments=segments,
-                    split=split,  # type: ignore[arg-type]  # it refuses other words
-                    block=block,
-                    criterion=criterion,  # type: ignore[arg-type]
-                    every=every,
-                    budget=budget,  # type: ignore[arg-type]
-                    least_mass=least_mass,
-                    seed=seed,
-                ),
                 output=output,
                 device=target,
                 dtype=dtype_of(dtype, target),
@@ -237,10 +265,26 @@ def calibrate(
 def plan(
     grid: Annotated[str, typer.Option(help="Tokens: 21x45x80 (frames x rows x columns) or 64x64.")],
     window: Annotated[
-        str | None, typer.Option(help="Tokens (9x15x24) or shares of the grid (1.0x0.3x0.3).")
+        str | None,
+        typer.Option(
+            help="Tokens (9x15x24; 80 for all axes), shares of the grid (1.0x0.3x0.3), or auto for "
+            "one of the density. One window: plan those of several heads one by one."
+        ),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="In place of a window.")] = None,
-    stride: Annotated[str | None, typer.Option(help="Try only this stride: 3x5x8.")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="In place of a window; 0.3 where neither is given."),
+    ] = None,
+    stride: Annotated[
+        str | None, typer.Option(help="Try only this stride: 3x5x8, or 3 for all axes.")
+    ] = None,
+    dilation: Annotated[
+        str, typer.Option(help="Distance of a window's keys: 1x2x2, or 2 for all axes.")
+    ] = "1",
+    causal: Annotated[
+        str, typer.Option(help="Hide what comes later: true, or truexfalsexfalse.")
+    ] = "false",
+    borders: Annotated[str, typer.Option(help="Of windows: inward or truncated.")] = "inward",
     tile: Annotated[str | None, typer.Option(help="Try only this tile: 3x5x8.")] = None,
     block: Annotated[int, typer.Option(help="Tokens of a block: 64 or 128.")] = 128,
     text: Annotated[int, typer.Option(help="Text tokens in the sequence.")] = 0,
@@ -254,13 +298,17 @@ def plan(
         from dit_sparse.commands import plan as planning
         from dit_sparse.commands.words import value_of
 
-        sizes, shares = tuple[int, ...] | None, tuple[int | float, ...] | None
+        sizes, numbers, flags = tuple[int, ...], int | tuple[int, ...], bool | tuple[bool, ...]
+        windows = int | tuple[int | float, ...] | Literal["auto"]
         report = planning.plan(
             planning.Request(
                 grid=grid,
-                window=None if window is None else value_of(window, shares, "window"),
+                window=None if window is None else value_of(window, windows, "window"),
                 density=density,
-                stride=None if stride is None else value_of(stride, sizes, "--stride"),
+                stride=None if stride is None else value_of(stride, numbers, "--stride"),
+                dilation=value_of(dilation, numbers, "--dilation"),
+                causal=value_of(causal, flags, "--causal"),
+                borders=borders,  # type: ignore[arg-type]  # it refuses other words
                 tile=None if tile is None else value_of(tile, sizes, "--tile"),
                 block=block,
                 text=text,

@@ -8,7 +8,7 @@ Everything else (tiles, lists, masks) needs no more than `Intervals`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -72,6 +72,7 @@ class Neighbourhood:
         causal: whether keys behind the query are hidden; windows are then cut at the near border.
         borders: `"inward"` moves windows inside, so that every query reads `window` keys;
             `"truncated"` cuts them.
+        axis: its name, for the sentences.
 
     Raises:
         ValueError: numbers out of these ranges.
@@ -83,18 +84,25 @@ class Neighbourhood:
     dilation: int = 1
     causal: bool = False
     borders: Borders = "inward"
+    axis: str = field(default="its axis", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if min(self.extent, self.window, self.stride, self.dilation) < 1:
-            raise ValueError(f"Expected sizes of at least 1, got {self}.")
+        for name in ("extent", "window", "stride", "dilation"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"Expected {'an' if name == 'extent' else 'a'} {name} along {self.axis} of at "
+                    f"least 1, an integer, got {value!r}."
+                )
         if self.window * self.dilation > self.extent:
             raise ValueError(
-                f"Expected window * dilation of at most {self.extent}, the extent of the axis, got "
-                f"{self.window} * {self.dilation}."
+                f"Expected window * dilation along {self.axis} of at most {self.extent}, its "
+                f"extent, got {self.window} * {self.dilation}."
             )
         if self.stride > self.window:
             raise ValueError(
-                f"Expected a stride of at most {self.window}, the window, got {self.stride}."
+                f"Expected a stride along {self.axis} of at most {self.window}, its window, got "
+                f"{self.stride}."
             )
         if self.borders not in get_args(Borders):
             raise ValueError(

@@ -53,6 +53,15 @@ def checked(
     return tuple(value)
 
 
+def check_everywhere(value: object, name: str) -> None:
+    """Raises `ValueError` unless one number for all axes is an integer of at least 1."""
+    if not is_count(value):
+        raise ValueError(
+            f"Expected a {name} of at least 1 along frames, height and width, as one integer or "
+            f"one per axis, got {value!r}."
+        )
+
+
 def counts(value: object, name: str, *, unit: str = "token") -> tuple[int, ...]:
     """`checked` without shares: integers."""
     return tuple(int(n) for n in checked(value, name, unit=unit))
@@ -86,8 +95,10 @@ def of_rank(values: Sequence[int | float], name: str, grid: TokenGrid) -> tuple[
     """
     missing = 3 - len(values)
     if any(extent > 1 for extent in grid.shape[:missing]):
+        lacking = [axis for axis, n in zip(AXES[:missing], grid.shape, strict=False) if n > 1]
         raise ValueError(
-            f"Expected {name} as (frames, height, width) for the grid {grid}, got {tuple(values)}."
+            f"Expected {name} as (frames, height, width) for the grid {grid}, got {tuple(values)} "
+            f"without one along {' and '.join(lacking)}. Give one number per axis."
         )
     return (*[1] * missing, *values)
 

@@ -18,9 +18,11 @@ import torch
 
 from dit_sparse.block_times import Work
 from dit_sparse.grid import TokenGrid
-from dit_sparse.neighbourhood import Neighbourhood
-from dit_sparse.per_axis import Extents
+from dit_sparse.neighbourhood import Borders, Neighbourhood
+from dit_sparse.per_axis import AXES, Extents
 from dit_sparse.tile_lists import Reach, classes, cuts
+
+_LARGE = 2  # tiles of at least this part of a block get more strides
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ class Simulator:
 
     Args:
         grid: of the picture.
-        window: tokens along (frames, height, width), pushed inwards at the borders.
+        window: tokens along (frames, height, width).
         block: tokens a block holds at most.
         text: further tokens that every query reads and that read everything.
+        dilation, causal, borders: of the window along each axis; see `Neighbourhood`. Tiles count
+            tokens of one dilation group.
 
     Raises:
         ValueError: a window larger than the grid, or sizes below 1 (text: below 0).
@@ -105,10 +109,12 @@ class Simulator:
     window: Extents
     block: int = 128
     text: int = 0
+    dilation: Extents = (1, 1, 1)
+    causal: tuple[bool, bool, bool] = (False, False, False)
+    borders: Borders = "inward"
 
     def __post_init__(self) -> None:
-        for extent, window in zip(self.grid.shape, self.window, strict=True):
-            Neighbourhood(extent, window)
+        self._rules((1, 1, 1))
         if self.block < 1 or self.text < 0:
             raise ValueError(
                 f"Expected a block of at least 1 token and text of at least 0, got {self.block} "
@@ -117,9 +123,11 @@ class Simulator:
 
     @property
     def limit(self) -> float:
-        """Speedup if not one element outside the windows were computed."""
+        """Speedup if not one element outside the windows, of stride 1, were computed."""
         n, text = self.grid.length, self.text
-        read = n * (math.prod(self.window) + text) + text * (n + text)
+        ends = [rule.intervals() for rule in self._rules((1, 1, 1))]
+        pairs = math.prod(int((axis.high - axis.low + 1).sum()) for axis in ends)
+        read = pairs + n * text + text * (n + text)
         return (n + text) ** 2 / read
 
     def candidates(
@@ -132,7 +140,8 @@ class Simulator:
 
         Args:
             strides: those to try; by default 1, so that each query has its own window, and for
-                every tile once or twice its size along each axis, so that its queries share one.
+                every tile once or twice its size along each axis, so that its queries share one,
+                and the largest multiple that visits and masks no more.
             tiles: those to try; by default all of at most `block` tokens.
         """
         fixed = None if strides is None else tuple(strides)
@@ -154,10 +163,7 @@ class Simulator:
                 f"Expected a tile of 1 to {self.block} tokens, the block, got {tile}. Use larger "
                 "blocks or a smaller tile."
             )
-        axes = [
-            self._known(*axis)
-            for axis in zip(self.grid.shape, self.window, stride, tile, strict=True)
-        ]
+        axes = list(map(self._known, self._rules(stride), tile))
         tiles = math.prod(a.tiles for a in axes)
         text = math.ceil(self.text / self.block)
         around = 2 * tiles * text + text**2
@@ -187,19 +193,43 @@ class Simulator:
         ]
 
     def _strides(self, tile: Extents) -> list[Extents]:
-        along = [sorted({min(t, w), min(2 * t, w)}) for t, w in zip(tile, self.window, strict=True)]
+        large = math.prod(tile) * _LARGE >= self.block
+        along = [self._along(axis, t, large) for axis, t in enumerate(tile)]
         shared = (_triple(stride) for stride in itertools.product(*along))
         return list(dict.fromkeys([(1, 1, 1), *shared]))
 
+    def _along(self, axis: int, tile: int, large: bool) -> list[int]:
+        """Strides of one axis for a tile: once and twice its size, and for large tiles, which the
+        fastest are among, the largest multiple below the window that visits and masks no more."""
+        window = self.window[axis]
+        near = sorted({min(tile, window), min(2 * tile, window)})
+        if not large:
+            return near
+
+        def cost(stride: int) -> tuple[int, int]:
+            rule = self._rules(tuple(stride if a == axis else 1 for a in range(3)))[axis]  # type: ignore[arg-type]
+            found = self._known(rule, tile)
+            return found.visited, found.visited - found.full
+
+        least = min(map(cost, near))
+        last = (window - 1) // tile * tile  # a stride of the window leaves no overlap
+        far = (s for s in range(last, 2 * tile, -tile) if cost(s) <= least)
+        return near + list(itertools.islice(far, 1))
+
     @cached_property
-    def _counts(self) -> dict[tuple[int, int, int, int], _Axis]:
+    def _counts(self) -> dict[tuple[Neighbourhood, int], _Axis]:
         return {}
 
-    def _known(self, extent: int, window: int, stride: int, tile: int) -> _Axis:
-        key = (extent, window, stride, tile)
-        if key not in self._counts:
-            self._counts[key] = _Axis.of(Neighbourhood(extent, window, stride), tile)
-        return self._counts[key]
+    def _known(self, rule: Neighbourhood, tile: int) -> _Axis:
+        if (rule, tile) not in self._counts:
+            self._counts[rule, tile] = _Axis.of(rule, tile)
+        return self._counts[rule, tile]
+
+    def _rules(self, stride: Extents) -> list[Neighbourhood]:
+        numbers = zip(
+            self.grid.shape, self.window, stride, self.dilation, self.causal, AXES, strict=True
+        )
+        return [Neighbourhood(n, w, s, d, c, self.borders, axis) for n, w, s, d, c, axis in numbers]
 
 
 class _Axis(NamedTuple):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,7 +23,7 @@ from dit_sparse.block_budget import Criterion, choose_orders
 from dit_sparse.frame import Frame, frame_of
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
-from dit_sparse.plan_io import replace_file
+from dit_sparse.progress_file import read_progress, write_progress
 
 _KEY = "dit_sparse.calibration_progress"
 
@@ -48,6 +44,37 @@ class Facts:
     layers: int
     heads: int
     steps: int
+
+    @classmethod
+    def of(cls, q: Tensor, ctx: CallContext, known: Facts | None) -> Facts:
+        """Those of a call on queries `[B, H, N, D]`, or those known if they agree.
+
+        Raises:
+            ValueError: another grid, size of the model or number of steps than known, or a forward
+                outside a pipeline.
+        """
+        if ctx.steps is None or ctx.step is None:
+            raise ValueError(
+                "Expected to know the denoising steps for a calibration, got a forward outside a "
+                "pipeline. Calibrate the pipeline that will run."
+            )
+        text = ctx.layout.length - ctx.layout.grid.length
+        facts = cls(ctx.layout.grid, text, ctx.layers, q.shape[1], ctx.steps)
+        if known is not None and replace(facts, text=known.text) != known:
+            raise ValueError(
+                f"Expected all calls of a calibration to be like the first, {known}, got {facts}. "
+                "Calibrate one size and number of steps at a time."
+            )
+        return known or facts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "grid": str(self.grid)}
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any]) -> Facts:
+        """What `to_dict` gave."""
+        return cls(**{**values, "grid": TokenGrid.parse(values["grid"])})
 
 
 @dataclass(eq=False)
@@ -126,22 +153,7 @@ class Tally:
         self.calls[key] += q.shape[0]
 
     def _check(self, q: Tensor, ctx: CallContext) -> None:
-        if ctx.steps is None or ctx.step is None:
-            raise ValueError(
-                "Expected to know the denoising steps for a calibration, got a forward outside a "
-                "pipeline. Calibrate the pipeline that will run."
-            )
-        text = ctx.layout.length - ctx.layout.grid.length
-        facts = Facts(ctx.layout.grid, text, ctx.layers, q.shape[1], ctx.steps)
-        known = self.facts or facts
-        if (known.grid, known.layers, known.heads, known.steps) != (
-            *(facts.grid, facts.layers, facts.heads, facts.steps),
-        ):
-            raise ValueError(
-                f"Expected all calls of a calibration to be like the first, {known}, got {facts}. "
-                "Calibrate one size and number of steps at a time."
-            )
-        self.facts = known
+        self.facts = Facts.of(q, ctx, self.facts)
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Writes what was added up, whole or not at all.
@@ -151,18 +163,14 @@ class Tally:
         """
         tensors = {f"metrics.{layer}": m for layer, m in self.metrics.items()}
         tensors |= {f"sums.{s}.{layer}": m for (s, layer), m in self.sums.items()}
-        facts = self.facts and {**vars(self.facts), "grid": str(self.facts.grid)}
-        calls = [[*key, count] for key, count in self.calls.items()]
         header = {
             "settings": dict(settings),
-            "facts": facts,
-            "calls": calls,
+            "facts": self.facts and self.facts.to_dict(),
+            "calls": [[*key, count] for key, count in self.calls.items()],
             "finished": self.finished,
             "block": self.block,
         }
-        metadata = {_KEY: json.dumps(header)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, safetensors.torch.save(tensors, metadata))
+        write_progress(path, _KEY, header, tensors)
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> Tally:
@@ -171,33 +179,15 @@ class Tally:
         Raises:
             ValueError: the file is damaged, or was made with other settings.
         """
-        if not path.exists():
-            return cls(block=int(settings["block"]))
-        try:
-            with safetensors.safe_open(os.fspath(path), "pt") as file:
-                header = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"Expected the progress of a calibration in {str(path)!r}, got a damaged file "
-                f"({error}). Delete it to begin anew."
-            ) from error
-        changed = [n for n, v in settings.items() if header["settings"].get(n) != v]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"Expected to go on with the calibration begun in {str(path.parent)!r}, where "
-                f"{name} is {header['settings'].get(name)!r}, got {settings[name]!r}. Give the "
-                f"same again, or another folder, or delete {path.name} to begin anew."
-            )
-        return cls._of(header, tensors)
+        found = read_progress(path, _KEY, settings)
+        return cls(block=int(settings["block"])) if found is None else cls._of(*found)
 
     @classmethod
     def _of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tally:
         facts = header["facts"]
         tally = cls(
             block=header["block"],
-            facts=facts and Facts(**{**facts, "grid": TokenGrid.parse(facts["grid"])}),
+            facts=facts and Facts.of_dict(facts),
             calls=Counter({tuple(key): count for *key, count in header["calls"]}),
             finished=header["finished"],
         )

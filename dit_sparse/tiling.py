@@ -54,7 +54,7 @@ def best_tile_for(heads: tuple[tuple[Axis, ...], ...], block: int) -> Extents:
         )
         return time, sum(tile)
 
-    return min(_shapes(grid, block), key=cost)
+    return min(shapes(grid, block), key=cost)
 
 
 @cache
@@ -75,9 +75,9 @@ def window_for_density(
     search = _Search(grid, density, block)
     # Short blocks cost as much as whole ones: many below a quarter cost more than they save.
     least = min(block // 4, math.ceil(grid.length / 64))
-    shapes = [tile] if tile else [s for s in _shapes(grid, block) if math.prod(s) >= least]
+    tried = [tile] if tile else [s for s in shapes(grid, block) if math.prod(s) >= least]
     best = _Found(math.inf, math.inf, 0, grid.shape, grid.shape, grid.shape)
-    for blocks, shape in sorted((_blocks(grid, shape), shape) for shape in shapes):
+    for blocks, shape in sorted((_blocks(grid, shape), shape) for shape in tried):
         if best.miss <= _NEAR and best.cost <= search.least(blocks):
             break  # all visited blocks could be whole, and those to come would still cost more
         best = min(best, *search.found(shape))
@@ -221,7 +221,7 @@ def _blocks(grid: TokenGrid, tile: Extents) -> int:
     return math.prod(math.ceil(extent / t) for extent, t in zip(grid.shape, tile, strict=True))
 
 
-def _shapes(grid: TokenGrid, block: int) -> list[Extents]:
+def shapes(grid: TokenGrid, block: int) -> list[Extents]:
     """Every tile on this grid of at most `block` tokens.
 
     Among equals the most cubic is chosen: its neighbours are nearest, which the L2 cache likes.

@@ -49,6 +49,7 @@ LAYERS = (
         "window_table",
         "plan_check",
         "plan_io",
+        "progress_file",
         "method",
         "backend",
         "forward",
@@ -57,8 +58,10 @@ LAYERS = (
     ("methods", "hoist"),
     ("attention",),
     ("ops", "plan_cache", "plan_reuse", "record", "session", "window_search"),
+    ("bench", "window_candidates"),
+    ("window_tally",),
     ("pipelines",),
-    ("bench", "doctor", "media", "metrics", "commands", "evaluation", "cli", "__main__"),
+    ("doctor", "media", "metrics", "commands", "evaluation", "cli", "__main__"),
 )
 OPTIONAL = {
     "diffusers": ("pipelines", "commands", "cli", "__main__"),

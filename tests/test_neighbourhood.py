@@ -109,12 +109,12 @@ class TestNeighbourhood:
     @pytest.mark.parametrize(
         ("numbers", "sentence"),
         [
-            ((0, 1), "sizes of at least 1"),
-            ((4, 0), "sizes of at least 1"),
-            ((4, 2, 0), "sizes of at least 1"),
-            ((4, 2, 1, 0), "sizes of at least 1"),
-            ((7, 4, 1, 2), r"window \* dilation of at most 7, .* got 4 \* 2"),
-            ((7, 4, 5), "stride of at most 4, the window, got 5"),
+            ((0, 1), "an extent along its axis of at least 1"),
+            ((4, 0), "a window along its axis of at least 1, an integer, got 0"),
+            ((4, 2, 0), "a stride along its axis of at least 1"),
+            ((4, 2, 1, 0), "a dilation along its axis of at least 1"),
+            ((7, 4, 1, 2), r"window \* dilation along its axis of at most 7, .* got 4 \* 2"),
+            ((7, 4, 5), "stride along its axis of at most 4, its window, got 5"),
             ((7, 4, 1, 1, False, "wrap"), "borders among inward, truncated, got 'wrap'"),
         ],
     )

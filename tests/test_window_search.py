@@ -25,7 +25,8 @@ GRID = TokenGrid(4, 8, 8)
 LAYOUT = TokenLayout.of(GRID, 0, 3)
 TILE = (1, 4, 4)
 FRAME, TIME, ALL = (1, 3, 3), (4, 1, 1), (4, 3, 3)
-TABLE = WindowTable(GRID, TILE, ((FRAME, TIME), (ALL, FRAME)), 0.4, 1e-3)
+WINDOWS = ((FRAME, TIME), (ALL, FRAME))
+TABLE = WindowTable(GRID, TILE, (WINDOWS,), 0.4, 1e-3)
 
 
 def samples(count: int = 1, strength: float = 8.0) -> list[Sample]:
@@ -48,21 +49,21 @@ def samples(count: int = 1, strength: float = 8.0) -> list[Sample]:
 class TestSearch:
     def test_heads_get_the_window_that_they_look_at(self):
         table = search(samples(2), LAYOUT, [ALL, FRAME, TIME], tile=TILE, budget=0.45)
-        assert table.windows == ((FRAME, TIME), (TIME, FRAME))
+        assert table.windows == (((FRAME, TIME), (TIME, FRAME)),)
         assert table.error < 1e-6
         assert table.density < 0.45
 
     def test_without_a_need_to_save_the_exact_window_is_taken(self):
         loose = samples(strength=2.0)
         table = search(loose, LAYOUT, [FRAME, TIME, ALL], tile=TILE, budget=1.0)
-        assert set(itertools.chain(*table.windows)) == {ALL}
+        assert set(itertools.chain(*table.windows[0])) == {ALL}
 
     def test_costs_may_be_measured(self):
         """If reading one frame takes longest, it is what a small budget gives up."""
         table = search(
             samples(), LAYOUT, [ALL, FRAME, TIME], tile=TILE, budget=1.0, costs=[9.0, 5.0, 1.0]
         )
-        assert table.windows == ((TIME, TIME), (TIME, TIME))
+        assert table.windows == (((TIME, TIME), (TIME, TIME)),)
         assert table.error > 1e-3
 
     @pytest.mark.parametrize(
@@ -125,12 +126,15 @@ class TestTable:
     @pytest.mark.parametrize(
         "damage",
         [
-            {"version": 2},
+            {"version": 1},
             {"format": "other"},
             {"windows": []},
-            {"windows": [[[3, 3]]]},
-            {"windows": [[[3, 3, 0]]]},
-            {"windows": [[[3, 3, 1.5]]]},
+            {"windows": [[[[3, 3]]]]},
+            {"windows": [[[[3, 3, 0]]]]},
+            {"windows": [[[[3, 3, 1.5]]]]},
+            {"windows": [[[[3, 3, 1]]], [[[3, 3, 1]]]]},
+            {"segments": [1]},
+            {"model": {"kind": "Other"}},
             {"grid": "4by8"},
             {"tile": None},
             {"error": "small"},
@@ -158,7 +162,7 @@ class TestTable:
         assert method.scope == "layer"
         assert SlidingTileMethod().scope == "layout"
         q = torch.zeros(1, 2, LAYOUT.length, 8)
-        for layer, heads in enumerate(TABLE.windows):
+        for layer, heads in enumerate(WINDOWS):
             plan = check_for(method.plan(q, q, CallContext(LAYOUT, layer, 2)), q, q)
             own = SlidingTileMethod(window=heads, tile=TILE)
             assert torch.equal(plan.to_mask(), own.plan(q, q, CallContext(LAYOUT)).to_mask())
@@ -175,4 +179,4 @@ class TestTable:
 
     def test_gaps_are_refused(self):
         with pytest.raises(ValueError, match="a window for each layer and head, got gaps"):
-            replace(TABLE, windows=((FRAME,), ()))
+            replace(TABLE, windows=(((FRAME,), ()),))

@@ -144,6 +144,9 @@ def _options(name: str, texts: Sequence[str]) -> dict[str, Any]:
 def _text(value: Any) -> str:
     """A value of an option as `value_of` reads it."""
     if isinstance(value, tuple):
+        heads = any(isinstance(part, tuple) for part in value)
+        if heads:
+            return "+".join("x".join(map(_text, part)) for part in value)
         return ",".join(map(_text, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 

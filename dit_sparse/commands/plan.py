@@ -6,11 +6,12 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dit_sparse.commands.words import at_least
 from dit_sparse.grid import TokenGrid
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.neighbourhood import Borders
 from dit_sparse.per_axis import Extents
 from dit_sparse.simulator import Candidate, Simulator
 
@@ -22,9 +23,12 @@ class Request:
     """What is asked for; windows, strides and tiles are those of `WindowMethod`."""
 
     grid: str
-    window: Axes | None = None
+    window: int | Axes | Literal["auto"] | None = None
     density: float | None = None
-    stride: tuple[int, ...] | None = None
+    stride: int | tuple[int, ...] | None = None
+    dilation: int | tuple[int, ...] = 1
+    causal: bool | tuple[bool, ...] = False
+    borders: Borders = "inward"
     tile: tuple[int, ...] | None = None
     block: int = 128
     text: int = 0
@@ -64,6 +68,9 @@ class Report:
         return {
             "grid": list(simulator.grid.shape),
             "window": list(simulator.window),
+            "dilation": list(simulator.dilation),
+            "causal": list(simulator.causal),
+            "borders": simulator.borders,
             "block": simulator.block,
             "text": simulator.text,
             "limit": simulator.limit,
@@ -79,14 +86,27 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
             [
-                f"grid {simulator.grid}{text}, window {_x(simulator.window)}, blocks of "
-                f"{simulator.block}; the window alone: {simulator.limit:.2f}x over dense attention",
+                f"grid {simulator.grid}{text}, window {_x(simulator.window)}"
+                f"{self._rules(', ', ' ')}, blocks of {simulator.block}; the window alone: "
+                f"{simulator.limit:.2f}x over dense attention",
                 *("  ".join(map(str.rjust, row, widths)) for row in cells),
                 f"best of {len(self.candidates)}: --method window --option "
                 f"window={_x(simulator.window)} --option stride={_x(best.stride)} --option "
-                f"tile={_x(best.tile)} --option block={simulator.block}",
+                f"tile={_x(best.tile)} --option block={simulator.block}"
+                f"{self._rules(' --option ', '=')}",
             ]
         )
+
+    def _rules(self, before: str, between: str) -> str:
+        """What else a window is than moved inwards at the borders."""
+        s, found = self.simulator, []
+        if max(s.dilation) > 1:
+            found.append(("dilation", _x(s.dilation)))
+        if any(s.causal):
+            found.append(("causal", "x".join(str(flag).lower() for flag in s.causal)))
+        if s.borders != "inward":
+            found.append(("borders", s.borders))
+        return "".join(f"{before}{name}{between}{text}" for name, text in found)
 
 
 _HEADER = ("tile", "stride", "density", "entries", "full", "bound", "worst", "estimate")
@@ -122,11 +142,23 @@ def plan(request: Request) -> Report:
         window=request.window,
         density=request.density,
         stride=request.stride,
+        dilation=request.dilation,
+        causal=request.causal,
+        borders=request.borders,
         tile=request.tile,
         block=request.block,
     )
     shape = method.shape_on(grid)
-    simulator = Simulator(grid, shape.window, request.block, request.text)
+    frames, height, width = method.axes_on(grid, shape.window, shape.stride)
+    simulator = Simulator(
+        grid,
+        shape.window,
+        request.block,
+        request.text,
+        dilation=(frames.dilation, height.dilation, width.dilation),
+        causal=(frames.causal, height.causal, width.causal),
+        borders=request.borders,
+    )
     found = simulator.candidates(
         strides=None if request.stride is None else [shape.stride],
         tiles=None if request.tile is None else [shape.tile],

@@ -52,7 +52,8 @@ def at_least(value: int | None, low: int, flag: str) -> None:
 def value_of(text: str, annotation: Any, name: str) -> Any:
     """Reads the text of an option of this type.
 
-    Tuples are written `3x5x5` or `3,5,5`; `none` is None where the type allows it.
+    Tuples are written `3x5x5` or `3,5,5`, tuples of tuples `3x5x5,1x9x9` or `3x5x5+1x9x9`; `none`
+    is None where the type allows it.
     """
     kinds = _alternatives(annotation)
     for kind in kinds:
@@ -153,7 +154,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) in (Union, types.UnionType):
         kinds = get_args(annotation)
         # The narrowest first: "2" is an int where int | float is allowed, and anything is a str.
-        return tuple(sorted(kinds, key=lambda k: (k is str, k is float)))
+        return tuple(sorted(kinds, key=lambda k: (k is str, k is float, not _nested(k))))
     return (annotation,)
 
 
@@ -165,12 +166,23 @@ def _read(text: str, kind: Any) -> Any:
         if text.lower() not in words:
             raise ValueError(text)
         return words[text.lower()]
+    if _nested(kind):
+        if "+" not in text and not ("," in text and "x" in text):
+            raise ValueError(text)
+        return tuple(value_of(part, get_args(kind)[0], "") for part in re.split("[,+]", text))
     if get_origin(kind) is tuple:
         return tuple(value_of(part, get_args(kind)[0], "") for part in re.split("[x,]", text))
     return kind(text)
 
 
+def _nested(kind: Any) -> bool:
+    """Whether a type is tuples in a tuple, such as a window for each head."""
+    return get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is tuple
+
+
 def _describe(kind: Any) -> str:
+    if _nested(kind):
+        return "such numbers for each head, 3x5x5,1x9x9"
     if get_origin(kind) is tuple:
         return "numbers such as 3x5x5"
     if get_origin(kind) is Literal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from dit_sparse import per_axis
 from dit_sparse.grid import TokenGrid
 from dit_sparse.method import CallContext, PlanScope
+from dit_sparse.model_identity import ModelIdentity
 from dit_sparse.neighbourhood import SlidingTiles
 from dit_sparse.per_axis import Extents
 from dit_sparse.plan import BlockPlan
 from dit_sparse.window_plan import Axes, plan_windows
-from dit_sparse.window_table import load_table
+from dit_sparse.window_table import WindowTable, load_table
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class SlidingTileMethod:
             the grid has, or more, read all of the axis.
         tile: tokens of a tile per axis, likewise; more than the axis has mean all of it.
         block: tokens a block holds at most: 64 or 128. Larger tiles take several.
-        table: a file that `window_table.save_table` wrote, with windows for each layer and head, in
-            place of `window` and `tile`; see `window_search.search`.
+        table: what `dit-sparse calibrate --method sta` wrote, a folder or file with windows for
+            each segment of the steps, layer and head, in place of `window` and `tile`.
 
     Raises:
         ValueError: numbers below 1 (the sentence names the axis), a file that is no table or
@@ -48,29 +50,52 @@ class SlidingTileMethod:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tile", per_axis.counts(self.tile, "tile"))
         per_axis.check_block(self.block)
-        if self.table is not None:
-            self._check_table(self.table)
+        _ = self._found  # what is wrong with a table is said before the first call
         heads = self.window if per_axis.per_head(self.window) else (self.window,)
         checked = tuple(per_axis.counts(w, "window", unit="tile") for w in heads)
         object.__setattr__(
             self, "window", checked if per_axis.per_head(self.window) else checked[0]
         )
 
-    @staticmethod
-    def _check_table(path: str) -> None:
-        """What is wrong with a table is said before the first call."""
+    @cached_property
+    def _found(self) -> WindowTable | None:
+        if self.table is None:
+            return None
         try:
-            load_table(path)
+            return load_table(self.table)
         except OSError as error:
             raise ValueError(
-                f"Expected to read a table of windows in {path!r}, got {error.strerror!r}. Give a "
-                "file that save_table wrote."
+                f"Expected to read a table of windows in {self.table!r}, got {error.strerror!r}. "
+                "Give what dit-sparse calibrate --method sta or save_table wrote."
             ) from error
 
     @property
     def scope(self) -> PlanScope:
-        """A table has windows for each layer."""
-        return "layout" if self.table is None else "layer"
+        """A table has windows for each layer, and may have others for each segment."""
+        if self._found is None:
+            return "layout"
+        return "layer" if len(self._found.windows) == 1 else "segment"
+
+    def segment(self, ctx: CallContext) -> int:
+        """The segment of the call's step.
+
+        Raises:
+            ValueError: a table of several segments for another number of steps.
+        """
+        return 0 if self._found is None else self._found.segment(ctx.step, ctx.steps)
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuses a model of another class or configuration than that of the table.
+
+        Raises:
+            ValueError: it is another.
+        """
+        own = None if self._found is None else self._found.model
+        if own is not None and not own.agrees(model):
+            raise ValueError(
+                f"Expected the model of the windows in {self.table!r}, {own}, got {model}. Search "
+                "windows for this model."
+            )
 
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
@@ -79,13 +104,14 @@ class SlidingTileMethod:
         """The plan of a layer.
 
         Raises:
-            ValueError: numbers for another rank, or a table for another grid or model.
+            ValueError: numbers for another rank, or a table for another grid, model or number of
+                steps.
         """
         grid = ctx.layout.grid
         tile, heads = self.tile, self.window
-        if self.table is not None:
-            found = load_table(self.table)
-            tile, heads = found.tile, found.of_layer(ctx.layer, ctx.layers, grid)
+        if (found := self._found) is not None:
+            tile = found.tile
+            heads = found.of_layer(ctx.layer, ctx.layers, grid, self.segment(ctx))
         elif not per_axis.per_head(heads):
             heads = (heads,)  # type: ignore[assignment]
         tile = per_axis.clipped(tile, "tile", grid)

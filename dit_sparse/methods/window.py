@@ -22,7 +22,7 @@ from dit_sparse.neighbourhood import Borders, Neighbourhood
 from dit_sparse.per_axis import Extents
 from dit_sparse.plan import BlockPlan
 from dit_sparse.tiling import WindowShape, best_tile_for, window_for_density
-from dit_sparse.window_plan import Axes, plan_windows
+from dit_sparse.window_plan import plan_windows
 
 _DEFAULT_DENSITY = 0.3
 
@@ -94,18 +94,17 @@ class WindowMethod:
     def _freeze_axes(self) -> None:
         """Checks what has one value per axis; lists would leave the method without a hash."""
         frozen: dict[str, object] = {}
-        if self.window is not None and not per_axis.is_count(self.window):
+        if isinstance(self.window, (int, float)):
+            per_axis.check_everywhere(self.window, "window")
+        elif self.window is not None:
             heads = self.window if per_axis.per_head(self.window) else (self.window,)
-            checked = tuple(per_axis.checked(w, "window", shares=True) for w in heads)  # type: ignore[union-attr]
+            checked = tuple(per_axis.checked(w, "window", shares=True) for w in heads)
             frozen["window"] = checked if per_axis.per_head(self.window) else checked[0]
         for name, value in (("stride", self.stride), ("dilation", self.dilation)):
             if isinstance(value, (tuple, list)):
                 frozen[name] = per_axis.checked(value, name)
-            elif value is not None and not per_axis.is_count(value):
-                raise ValueError(
-                    f"Expected a {name} of at least 1, as one integer or one per axis, "
-                    f"got {value!r}."
-                )
+            elif value is not None:
+                per_axis.check_everywhere(value, name)
         if self.tile is not None:
             frozen["tile"] = per_axis.checked(self.tile, "tile")
         if not isinstance(self.causal, bool):
@@ -118,7 +117,7 @@ class WindowMethod:
 
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         shapes = self.shapes_on(ctx.layout.grid)
-        heads = [self._axes(ctx.layout.grid, shape.window, shape.stride) for shape in shapes]
+        heads = [self.axes_on(ctx.layout.grid, shape.window, shape.stride) for shape in shapes]
         return plan_windows(ctx.layout, heads, shapes[0].tile, self.block, q.device)
 
     def shape_on(self, grid: TokenGrid, head: int = 0) -> WindowShape:
@@ -145,7 +144,7 @@ class WindowMethod:
         strides = [self._stride(grid, window) for window in windows]
         pairs = list(zip(windows, strides, strict=True))
         if tile is None:
-            tile = best_tile_for(tuple(self._axes(grid, *pair) for pair in pairs), self.block)
+            tile = best_tile_for(tuple(self.axes_on(grid, *pair) for pair in pairs), self.block)
         return tuple(WindowShape(window, stride, tile) for window, stride in pairs)
 
     def _windows(self, grid: TokenGrid) -> tuple[Extents, ...]:
@@ -170,12 +169,17 @@ class WindowMethod:
             step = per_axis.everywhere(step, grid)
         return per_axis.tokens(step, "dilation", grid, grid.shape)
 
-    def _axes(self, grid: TokenGrid, window: Extents, stride: Extents) -> Axes:
+    def axes_on(
+        self, grid: TokenGrid, window: Extents, stride: Extents
+    ) -> tuple[Neighbourhood, Neighbourhood, Neighbourhood]:
+        """The rule of each axis, for a window and a stride of `shapes_on`."""
         causal = (self.causal,) * 3 if isinstance(self.causal, bool) else self.causal
         ahead = map(bool, per_axis.of_rank(causal, "causal", grid))
         frames, rows, columns = (
-            Neighbourhood(*numbers, self.borders)
-            for numbers in zip(grid.shape, window, stride, self._dilation(grid), ahead, strict=True)
+            Neighbourhood(extent, w, s, d, hides, self.borders, axis)
+            for extent, w, s, d, hides, axis in zip(
+                grid.shape, window, stride, self._dilation(grid), ahead, per_axis.AXES, strict=True
+            )
         )
         return frames, rows, columns
 

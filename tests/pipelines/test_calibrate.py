@@ -21,6 +21,7 @@ from dit_sparse.grid import TokenGrid
 from dit_sparse.methods.paro import ParoMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.pipelines import calibrate as module
+from dit_sparse.pipelines import observe
 from dit_sparse.pipelines.identity import identity_of
 from dit_sparse.pipelines.tiny import tiny_call
 
@@ -163,7 +164,7 @@ class TestInterrupted:
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         """Stops the third generation in its middle, once."""
         runs: list[int] = []
-        stock = module._run
+        stock = observe._run
 
         def stops(pipe: Any, name: str, observer: Any, arguments: Any) -> None:
             runs.append(len(runs))
@@ -176,7 +177,7 @@ class TestInterrupted:
                 raise KeyboardInterrupt
             return {}
 
-        monkeypatch.setattr(module, "_run", stops)
+        monkeypatch.setattr(observe, "_run", stops)
         return runs
 
     def test_it_goes_on(self, broken: list[int], tiny: Any, tmp_path: Path):
