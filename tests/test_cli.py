@@ -248,7 +248,9 @@ BAD = {
     "density twice": (["--density", "0.5", "--option", "density=0.5"], "one density"),
     "density of dense": (["--method", "dense", "--density", "0.5"], "method with a density"),
     "window above grid": (["--option", "window=99x1x1"], "window along frames between 1 and"),
-    "window of 2-D": (["--option", "window=3x3"], "(frames, height, width)"),
+    "window of 2-D": (["--option", "window=3x3"], "without one along frames"),
+    "window of nothing": (["--option", "window=0"], "at least 1 along frames, height and width"),
+    "windows per head": (["--option", "window=1x3x3,1x3x0"], "along width of at least 1 token"),
     "dense first": (["--dense-first", "few"], "--dense-first to be a count of steps"),
     "dense first negative": (["--dense-first", "-1"], "dense_first"),
     "dense first nan": (["--dense-first", "nan"], "dense_first"),
@@ -399,6 +401,10 @@ def test_method_words_become_a_method() -> None:
     assert Wording("window", words).method() == WindowMethod((3, 0.5, 7), stride=2, block=64)
     assert Wording("window", ("stride=2,2,1",)).method() == WindowMethod(stride=(2, 2, 1))
     assert Wording("window", ("density=none",)).method() == WindowMethod()
+    for heads in ("1x3x5,2x0.5x7", "1x3x5+2x0.5x7"):
+        expected = WindowMethod(((1, 3, 5), (2, 0.5, 7)))
+        assert Wording("window", (f"window={heads}",)).method() == expected
+    assert Wording("sta", ("window=3x1x1,3x3x3",)).method().window == ((3, 1, 1), (3, 3, 3))
     schedule = {"dense_first": "0.25", "dense_last": "3", "dense_layers": "0,4-6,-1"}
     scheduled = Wording("dense", schedule=schedule).method()
     assert isinstance(scheduled, Schedule)

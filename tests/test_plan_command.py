@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dit_sparse.cli import app
 from dit_sparse.commands.methods import Wording
 from dit_sparse.grid import TokenGrid
+from dit_sparse.methods.window import WindowMethod
 
 WAN = ("--grid", "21x45x80", "--window", "9x15x24")
 
@@ -58,6 +59,28 @@ def test_stride_tile_density_and_image_grids() -> None:
     assert shares["window"] == [4, 8, 16]
 
 
+def test_dilation_causality_and_borders() -> None:
+    words = ("--dilation", "2x1x1", "--causal", "truexfalsexfalse", "--borders", "truncated")
+    report = json.loads(run(*WAN, *words, "--tile", "1x5x24", "--json").stdout)
+    assert (report["dilation"], report["causal"]) == ([2, 1, 1], [True, False, False])
+    assert report["borders"] == "truncated"
+    lines = run(*WAN, *words, "--tile", "1x5x24", "--stride", "1").stdout.splitlines()
+    options = tuple(word for word in lines[-1].split() if "=" in word)
+    method = Wording("window", options).method()
+    assert isinstance(method, WindowMethod)
+    assert (method.dilation, method.causal) == ((2, 1, 1), (True, False, False))
+    assert (method.borders, method.stride) == ("truncated", (1, 1, 1))
+
+
+def test_one_number_for_all_axes_and_auto() -> None:
+    flux = ("--grid", "256x256", "--window", "80", "--stride", "16", "--json")
+    report = json.loads(run(*flux).stdout)
+    assert (report["window"], report["best"]["stride"]) == ([1, 80, 80], [1, 16, 16])
+    auto, none = (run("--grid", "32x32", *w).stdout for w in (("--window", "auto"), ()))
+    assert auto == none
+    assert auto == run("--grid", "32x32", "--density", "0.3").stdout
+
+
 def test_large_grids_are_instant() -> None:
     run(*WAN)  # imports
     begin = time.perf_counter()
@@ -82,7 +105,13 @@ def test_plot(tmp_path: Path) -> None:
             ("--grid", "21x45x80", "--window", "9x15x24", "--stride", "10x1x1"),
             "stride along frames",
         ),
-        (("--grid", "21x45x80", "--window", "9x15"), "(frames, height, width)"),
+        (("--grid", "21x45x80", "--window", "9x15"), "without one along frames"),
+        (("--grid", "21x45x80", "--window", "0"), "at least 1 along frames, height and width"),
+        ((*WAN, "--stride", "0"), "stride of at least 1 along frames, height and width"),
+        ((*WAN, "--dilation", "0"), "dilation of at least 1 along frames, height and width"),
+        ((*WAN, "--dilation", "1x4x1"), "window along height between 1 and 11"),
+        ((*WAN, "--borders", "round"), "borders among inward, truncated"),
+        (("--grid", "8x8", "--dilation", "2"), "Expected a window for dilation"),
         (("--grid", "21x45x80", "--window", "9x15xb"), "numbers such as 3x5x5"),
         (("--grid", "21x45x80", "--window", "9x9x9", "--density", "0.3"), "window or a density"),
         (("--grid", "21x45x80", "--text", "-1"), "--text of at least 0"),

@@ -24,6 +24,9 @@ def assert_counts(simulator: Simulator, candidate: Candidate) -> None:
     """The numbers of a candidate against the lists of the plan."""
     method = WindowMethod(
         window=simulator.window,
+        dilation=simulator.dilation,
+        causal=simulator.causal,
+        borders=simulator.borders,
         stride=candidate.stride,
         tile=candidate.tile,
         block=simulator.block,
@@ -55,6 +58,39 @@ def test_counts_are_those_of_the_plan(seed: int) -> None:
     assert_counts(simulator, simulator.count(tile, stride))  # type: ignore[arg-type]
     for candidate in draw.sample(simulator.candidates(), 3):
         assert_counts(simulator, candidate)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_of_dilated_causal_and_truncated_windows(seed: int) -> None:
+    draw = random.Random(seed)
+    extents = [draw.randint(1, n) for n in (5, 12, 14)]
+    dilation = tuple(draw.randint(1, min(3, n)) for n in extents)
+    simulator = Simulator(
+        TokenGrid(*extents),
+        tuple(draw.randint(1, n // d) for n, d in zip(extents, dilation, strict=True)),  # type: ignore[arg-type]
+        block=64,
+        text=draw.choice((0, 77)),
+        dilation=dilation,  # type: ignore[arg-type]
+        causal=tuple(draw.random() < 0.5 for _ in extents),  # type: ignore[arg-type]
+        borders=draw.choice(("inward", "truncated")),
+    )
+    for candidate in draw.sample(simulator.candidates(), 4):
+        assert_counts(simulator, candidate)
+    layout = TokenLayout.of(simulator.grid, text_last=simulator.text)
+    exact = WindowMethod(
+        window=simulator.window,
+        dilation=simulator.dilation,
+        causal=simulator.causal,
+        borders=simulator.borders,
+    ).plan(Q, Q, CallContext(layout))
+    assert simulator.limit == pytest.approx(1 / float(exact.to_mask().float().mean()), rel=1e-5)
+
+
+def test_strides_of_many_tiles_are_tried_where_they_cost_no_more() -> None:
+    found = Simulator(TokenGrid(30, 48, 80), (18, 24, 24)).candidates(tiles=[(2, 8, 8)])
+    strides = {c.stride: c.visited for c in found}
+    assert strides[16, 8, 8] == strides[2, 8, 8] == min(strides.values())
+    assert len(strides) < 20
 
 
 @pytest.mark.parametrize(
@@ -142,10 +178,14 @@ def test_query_blocks_cost_too() -> None:
 def test_bad_input_is_refused() -> None:
     grid = TokenGrid(2, 8, 8)
     for make, sentence in (
-        (lambda: Simulator(grid, (3, 8, 8)), "at most 2"),
+        (lambda: Simulator(grid, (3, 8, 8)), "along frames of at most 2"),
+        (lambda: Simulator(grid, (2, 8, 8), dilation=(1, 1, 2)), r"along width .* got 8 \* 2"),
         (lambda: Simulator(grid, (2, 8, 8), text=-1), "text of at least 0"),
         (lambda: Simulator(grid, (2, 8, 8), 64).count((2, 8, 8), (1, 1, 1)), "1 to 64 tokens"),
-        (lambda: Simulator(grid, (2, 4, 4)).count((1, 1, 1), (1, 5, 1)), "stride of at most 4"),
+        (
+            lambda: Simulator(grid, (2, 4, 4)).count((1, 1, 1), (1, 5, 1)),
+            "stride along height of at most 4",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             make()

@@ -28,8 +28,8 @@ class SlidingTileMethod:
 
     Args:
         window: tiles per axis, as (frames, height, width), (height, width) for images, or a tuple
-            of these, one per head. An even number reads as many as the next odd one; as many as
-            the grid has, or more, read all of the axis.
+            of these, one per head (in words 3x3x3,1x6x10). An even number reads as many as the next
+            odd one; as many as the grid has, or more, read all of the axis.
         tile: tokens of a tile per axis, likewise; more than the axis has mean all of it.
         block: tokens a block holds at most: 64 or 128. Larger tiles take several.
         table: what `dit-sparse calibrate --method sta` wrote, a folder or file with windows for

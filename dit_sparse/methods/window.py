@@ -36,7 +36,8 @@ class WindowMethod:
     Args:
         window: tokens (int) or share of the axis (float) per axis, as (frames, height, width),
             (height, width) for images or (width,) for sequences; one integer for all axes; a tuple
-            of such windows, one per head; or "auto" (or nothing) for a density.
+            of such windows, one per head (in words 9x15x24,21x5x5); or "auto" (or nothing) for a
+            density.
         density: instead of a window: the share of blocks to visit, spread evenly over the axes;
             windows are then multiples of the tile. 0.3 if neither is given.
         stride: queries per axis that share one window, at most the window; one number or one per
