@@ -89,6 +89,33 @@ class TestSearch:
                 costs=given_.get("costs"),
             )
 
+    def test_segments_have_windows_of_their_own(self):
+        """Layers change roles in the second segment, and a third has no samples."""
+        late = [s._replace(layer=1 - s.layer, segment=1) for s in samples()]
+        table = search(
+            samples() + late, LAYOUT, [FRAME, TIME], tile=TILE, budget=1.0, segments=(0, 1, 1, 2)
+        )
+        early = ((FRAME, TIME), (TIME, FRAME))
+        assert table.windows == (early, early[::-1], ())
+        assert table.segments == (0, 1, 1, 2)
+
+    def test_segments_count_with_their_steps(self):
+        """What one of four steps reads costs a quarter of what it would alone."""
+        both = samples() + [s._replace(segment=1) for s in samples(strength=0.0)]
+        costs = [4.0, 1.0]
+        table = search(
+            *(both, LAYOUT, [ALL, (1, 1, 1)]),
+            tile=TILE,
+            budget=1.75,
+            costs=costs,
+            segments=(0, 1, 1, 1),
+        )
+        spent = [
+            sum(costs[w != ALL] for heads in layers for w in heads) / 4 for layers in table.windows
+        ]
+        assert (spent[0] + 3 * spent[1]) / 4 <= 1.75
+        assert table.provenance["cost"] == pytest.approx((spent[0] + 3 * spent[1]) / 4)
+
 
 class TestChoose:
     @given(st.integers(0, 10_000), st.floats(0.0, 1.0))
@@ -166,6 +193,23 @@ class TestTable:
             plan = check_for(method.plan(q, q, CallContext(LAYOUT, layer, 2)), q, q)
             own = SlidingTileMethod(window=heads, tile=TILE)
             assert torch.equal(plan.to_mask(), own.plan(q, q, CallContext(LAYOUT)).to_mask())
+
+    def test_steps_run_the_windows_of_their_segment(self, tmp_path: Path):
+        other = tuple(heads[::-1] for heads in WINDOWS)
+        table = replace(TABLE, windows=(WINDOWS, other), segments=(0, 1, 1))
+        path = str(save_table(table, tmp_path / "windows.json"))
+        method = SlidingTileMethod(table=path)
+        assert method.scope == "segment"
+        q = torch.zeros(1, 2, LAYOUT.length, 8)
+        for step, windows in enumerate((WINDOWS, other, other)):
+            context = CallContext(LAYOUT, 1, 2, step, 3)
+            assert method.segment(context) == (step > 0)
+            own = SlidingTileMethod(window=windows[1], tile=TILE)
+            got, want = (m.plan(q, q, context).to_mask() for m in (method, own))
+            assert torch.equal(got, want)
+        for context in (CallContext(LAYOUT, 0, 2), CallContext(LAYOUT, 0, 2, 1, 4)):
+            with pytest.raises(ValueError, match=r"Expected .*denoising step"):
+                method.plan(q, q, context)
 
     @pytest.mark.parametrize(
         "context",
