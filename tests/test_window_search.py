@@ -100,8 +100,8 @@ class TestSearch:
         assert table.segments == (0, 1, 1, 2)
 
     def test_segments_count_with_their_steps(self):
-        """What one of four steps reads costs a quarter of what it would alone."""
-        both = samples() + [s._replace(segment=1) for s in samples(strength=0.0)]
+        """The second needs more, and what it reads is read in three of four steps."""
+        both = samples() + [s._replace(segment=1, v=10 * s.v) for s in samples()]
         costs = [4.0, 1.0]
         table = search(
             *(both, LAYOUT, [ALL, (1, 1, 1)]),
