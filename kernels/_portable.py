@@ -99,13 +99,13 @@ def _portable_fwd(
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
     n_heads, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
     HAS_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
     TMA: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // PARTS
     block = pid % n_q_blocks
     head = (pid // n_q_blocks) % n_heads
     batch = pid // n_q_blocks // n_heads
@@ -119,8 +119,13 @@ def _portable_fwd(
         if n_partial == 0:
             return
 
-    rows = tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)
-    row_inside = rows < tl.load(q_starts_ptr + block + 1)
+    first_row = tl.load(q_starts_ptr + block) + tl.program_id(0) % PARTS * BLOCK_M
+    end_row = tl.load(q_starts_ptr + block + 1)
+    if PARTS > 1:  # noqa: SIM102
+        if first_row >= end_row:  # a short block has fewer
+            return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_inside = rows < end_row
     order_ptr += head * order_stride_h
     tokens = rows.to(tl.int64)
     if HAS_ORDER:  # queries are read from, and results written to, the caller's order

@@ -10,8 +10,7 @@ from torch import Tensor
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels import hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
-from dit_sparse.kernels.launch import Launch, TensorDescriptor
-from dit_sparse.kernels.launch import launch as launch_kernel
+from dit_sparse.kernels.launch import Launch, TensorDescriptor, launch_specialised
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.quantise import Quantised
 from dit_sparse.plan import BlockPlan
@@ -27,7 +26,8 @@ def launch(
     *,
     partial: bool = False,
 ) -> Launch | None:
-    """Writes `result`; `None`, and nothing written, if the strides of v do not allow it.
+    """Writes `result`; `None`, and nothing written, if the strides of v do not allow it or Triton
+    compiled the kernel badly.
 
     Args:
         quantised: queries and keys, and the values unless they are read from `v`.
@@ -53,7 +53,7 @@ def _launch(
     scale: float,
     result: AttentionOutput,
     box: BoxPredicate | None,
-) -> Launch:
+) -> Launch | None:
     out, lse = result
     batch, heads, n_queries, head_dim = out.shape
     q, k, width = quantised.q, quantised.k, quantised.q.shape[-1]
@@ -98,7 +98,7 @@ def _launch(
         "FRESH": vm is None and box is None,
     }
     grid = (batch * heads * len(rows), 1, 1)
-    return launch_kernel(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
+    return launch_specialised(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)
 
 
 def _coordinates(plan: BlockPlan) -> Any:

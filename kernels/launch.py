@@ -9,15 +9,18 @@ and all numbers are the same.
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import triton
 from torch import Tensor
 from triton import JITFunction
-from triton.runtime.errors import OutOfResources
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,6 +31,9 @@ except ImportError:  # Triton before 3.4
 _REPEATS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 # So few stand outside the loops, where they cost nothing.
 _SPILLS = 16
+_PRODUCT, _WAIT = r"[HQI]GMMA", r"WARPGROUP\.DEPBAR"
+# Serialised products are waited for one by one; all kernels here have at least two to a wait.
+_PRODUCTS_A_WAIT = 2
 _LOG = logging.getLogger("dit_sparse")
 
 
@@ -123,7 +129,8 @@ def launch_specialised(
     stages: int,
 ) -> Launch | None:
     """`launch` of a kernel that has to be warp-specialised; `None`, and nothing launched, if Triton
-    did not make it so, or made it spill registers or take more shared memory than there is."""
+    did not make it so, failed, or made it spill registers, take more shared memory than there is,
+    or wait for every matrix product."""
     known = _verdicts(jit)
     key = (arguments[0].dtype, arguments[0].device, *constants.values())
     if key not in known:
@@ -151,25 +158,58 @@ def _sound(
     """Whether a kernel is compiled as it was meant to be; says so in the log if not."""
     if not isinstance(jit, JITFunction):
         return True  # Triton's interpreter, which compiles nothing
+    reason: str | None
     try:
         kernel = jit.warmup(*arguments, grid=grid, **constants, num_warps=warps, num_stages=stages)
         kernel._init_handles()
-    except OutOfResources as error:
-        reason = str(error)
-    else:
-        if "setmaxnreg" not in kernel.asm["ptx"]:
-            reason = "its warps are not specialised"
-        elif kernel.n_spills > _SPILLS:
-            reason = f"it spills {kernel.n_spills} registers"
-        else:
-            return True
+        reason = flaw(kernel.asm["ptx"], machine_code(kernel), kernel.n_spills)
+    except Exception as error:  # Triton's passes, LLVM and ptxas fail in ways of their own
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+    if reason is None:
+        return True
     _LOG.warning(
-        "Triton %s compiles %s badly: %s. Another kernel runs in its place.",
+        "Triton %s compiles %s badly: %s. It is not used.",
         triton.__version__,
         jit.__name__,
         reason,
     )
     return False
+
+
+def flaw(ptx: str, sass: str | None, spills: int) -> str | None:
+    """What is wrong with a specialised kernel; `None` if nothing is.
+
+    Args:
+        ptx: its code for ptxas.
+        sass: its machine code; `None` where it cannot be read.
+        spills: registers that it keeps in local memory.
+    """
+    if "setmaxnreg" not in ptx:
+        return "its warps are not specialised"
+    if spills > _SPILLS:
+        return f"it spills {spills} registers"
+    if sass is not None:
+        # ptxas says that it serialised them (C7510 and others) to a log that Triton throws away.
+        products, waits = (len(re.findall(pattern, sass)) for pattern in (_PRODUCT, _WAIT))
+        if products < _PRODUCTS_A_WAIT * waits:
+            return f"it waits {waits} times for {products} matrix products"
+    return None
+
+
+def machine_code(kernel: Any, show: str = "-sass") -> str | None:
+    """What Triton compiled, as the tool beside it shows it; `None` where there is none."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists() or "cubin" not in kernel.asm:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        done = subprocess.run([tool, show, cubin.name], capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 and done.stdout else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 def _without_base(descriptor: Any) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def launch(
     order = starts if plan.order is None else plan.order.index
     masks = None if part == "repair full" else plan.predicate
     lower, upper, above, below = masks.operands if masks else (starts,) * 4
+    queries = min(tile.queries, plan.q_blocks.size)
     tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
     arguments = (
         q, k, v,
@@ -66,7 +67,8 @@ def launch(
         "DV": value_dim,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "BLOCK_M": plan.q_blocks.size,
+        "BLOCK_M": queries,
+        "PARTS": plan.q_blocks.size // queries,
         "BLOCK_N": tile.keys,
         "SUB": plan.k_blocks.size // tile.keys,
         "FULL": part != "partial",
@@ -79,7 +81,7 @@ def launch(
         "TMA": tma,
         "REPAIR": part in ("repair", "repair full"),
     }
-    grid = (batch * heads * plan.q_blocks.n, 1, 1)
+    grid = (batch * heads * plan.q_blocks.n * constants["PARTS"], 1, 1)
     return launch_kernel(
         _portable_fwd, grid, arguments, constants, warps=tile.warps, stages=tile.stages
     )

@@ -141,18 +141,26 @@ class _Room(NamedTuple):
 
 
 def _attend(room: _Room, plan: BlockPlan, scale: float) -> tuple[_Room, list[Launch]]:
-    """Writes the result for exact entries."""
+    """Writes the result for exact entries.
+
+    Raises:
+        ValueError: Triton compiled the kernel badly.
+    """
     launches = []
     for masked in (False, True):
         if masked and (plan.box is None or not len(plan.masked_rows)):
             continue
         given = (plan, scale, room.result)
         done = hopper_quantised.launch(room.eight, room.values, *given, partial=masked)
-        if done is None:  # strides that descriptors do not take
+        if done is None and room.eight.v is None:  # strides that descriptors do not take
             values = room.values.clone(memory_format=torch.contiguous_format)
             room = room._replace(values=values, whole=False)
             done = hopper_quantised.launch(room.eight, values, *given, partial=masked)
-            assert done is not None  # see refuses_values
+        if done is None:
+            raise ValueError(
+                "Expected a kernel in 8 bits that Triton compiles as it was meant to be, got one "
+                "that is not used, see the log. Use precision='bf16'."
+            )
         launches.append(done)
     return room, launches
 

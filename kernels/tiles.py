@@ -16,12 +16,14 @@ class Tile:
         warps: warps of a program.
         stages: depth of the load pipeline.
         tma: load keys and values through tensor descriptors (Hopper and later).
+        queries: the most query rows of a program; blocks of more are cut into equal parts.
     """
 
     keys: int
     warps: int
     stages: int
     tma: bool
+    queries: int = 128
 
 
 def choose_tile(
@@ -43,9 +45,9 @@ def choose_tile(
         boxed: whether entries are masked by coordinates, which takes registers.
     """
     row = tile_row(capability, itemsize, head_dim, boxed)
-    # 128 rows in four warps spill registers where masks, or loads without descriptors, take some.
-    warps = row.warps if q_block >= 128 else 4
-    return Tile(min(row.keys, k_block), warps, row.stages, row.tma)
+    # All rows in four warps spill registers where masks, or loads without descriptors, take some.
+    warps = row.warps if q_block >= row.queries else 4
+    return Tile(min(row.keys, k_block), warps, row.stages, row.tma, min(row.queries, q_block))
 
 
 def shared_memory(tile: Tile, head_dim: int, itemsize: int, q_block: int) -> int:
@@ -59,10 +61,10 @@ def shared_memory(tile: Tile, head_dim: int, itemsize: int, q_block: int) -> int
         tile: from `choose_tile`.
         head_dim, itemsize, q_block: as there.
     """
-    keys = tile.keys * head_dim * itemsize
-    weights = q_block * tile.keys * itemsize
+    keys, queries = tile.keys * head_dim * itemsize, min(tile.queries, q_block)
+    weights = queries * tile.keys * itemsize
     if itemsize == 2:
         held = 2 * tile.stages * keys
     else:
         held = 2 * keys + (max(keys, weights) if tile.tma else weights)
-    return q_block * head_dim * itemsize + held + 2048
+    return queries * head_dim * itemsize + held + 2048

@@ -78,7 +78,7 @@ class TileRow:
         itemsize: bytes of an element.
         head_dim: the largest that the row is for.
         boxed: whether entries are masked by coordinates, which takes registers.
-        keys, warps, stages, tma: see `tiles.Tile`; warps for 128 queries or more.
+        keys, warps, stages, tma, queries: see `tiles.Tile`; warps for that many queries.
     """
 
     architecture: str
@@ -89,6 +89,7 @@ class TileRow:
     warps: int
     stages: int
     tma: bool
+    queries: int
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Compiles every kernel variant for a GPU that need not be there, and reads the machine code.
 
     python scripts/compile_kernels.py --format json
+    PYTHONPATH=folder/with/another/triton python scripts/compile_kernels.py --only hopper_persistent
 
 Small changes of a kernel's source make Triton drop warp specialisation, serialise the matrix
 instructions or spill registers without a word. Registers, spills and the counts of the
-instructions that matter show it. Needs Triton with its bundled tools, no GPU.
+instructions that matter show it. Needs Triton with its bundled tools, no GPU. Without `--all` it
+compiles one of those combinations that differ in little.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from dit_sparse.kernels._quantise import (
 )
 from dit_sparse.kernels._tail import _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
+from dit_sparse.kernels.launch import flaw, machine_code
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
 from dit_sparse.kernels.tail import choose_tile as tail_tile
@@ -62,6 +65,7 @@ COUNTED = {
     "qgmma": r"QGMMA",
     "igmma": r"IGMMA",
     "mma": r"\b[HI]MMA",
+    "utcmma": r"UTC\w*MMA",
     "waits": r"WARPGROUP\.DEPBAR",
     "tma": r"UTMALDG",
     "setmaxreg": r"USETMAXREG",
@@ -85,45 +89,75 @@ class Variant:
     tail: int = 0
     block: int = K_BLOCK
     hidden: bool = False
+    words: bool = False
+    biased: bool = False
+    dtype: str = "bf16"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a variant."""
+    """What the compiler made of a variant.
+
+    Args:
+        registers, shared: of a program; bytes of shared memory.
+        flaw: why a launch that needs a specialised kernel would refuse it.
+        counts: of instructions.
+    """
 
     variant: Variant
     registers: int
     shared: int
+    flaw: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def variants() -> Iterator[Variant]:
-    """Every combination that a launch can ask for in bf16, for Ampere and Hopper; of kernels that
-    the table chooses for some Triton versions only, those for this one."""
+def variants(every: bool) -> Iterator[Variant]:
+    """The kernels for exact entries, as launches ask for them.
+
+    The kernel for several query blocks is compiled where the table does not choose it for this
+    version of Triton too: it must be refused there.
+
+    Args:
+        every: all combinations; otherwise each of their kinds.
+    """
     for head_dim in (64, 128):
         for ragged in (False, True):
-            yield Variant("hopper", 90, head_dim, ragged)
-            yield Variant("hopper", 90, head_dim, ragged, bound=True)
+            for bound in (False, True):
+                yield Variant("hopper", 90, head_dim, ragged, bound=bound)
             chosen = whole_kernel((9, 0), triton.__version__, "bfloat16", head_dim, ragged)
-            if chosen == "hopper_persistent":
-                yield Variant(chosen, 90, head_dim, ragged)
-                yield Variant(chosen, 90, head_dim, ragged, bound=True)
+            if chosen == "hopper_persistent" or every:
+                yield Variant("hopper_persistent", 90, head_dim, ragged, bound=True)
             if chosen == "hopper_persistent" and not ragged:
                 yield Variant(chosen, 90, head_dim, ragged, box=True, bound=True)
+            if chosen == "hopper_persistent" or every or not ragged:
+                yield Variant("hopper_persistent", 90, head_dim, ragged)
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
-        yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
-        for capability in (80, 90):
+        yield Variant("hopper", 90, head_dim, ragged=True, dtype="fp16")
+    yield from portable_variants(every)
+
+
+def portable_variants(every: bool) -> Iterator[Variant]:
+    """The portable kernel for every architecture that has tiles of its own."""
+    for head_dim in (64, 128, 256):
+        for capability in (80, 90, 100, 120):
             yield Variant("portable", capability, head_dim, ragged=True)
-            yield Variant("portable", capability, head_dim, ragged=True, box=True)
-            yield Variant("portable", capability, head_dim, ragged=True, disk=True)
-        yield Variant("portable", 90, head_dim, ragged=True, disk=True, full=False)
+            if every or head_dim != 64:
+                yield Variant("portable", capability, head_dim, ragged=True, box=True)
+            if every or (capability < 100 and head_dim == 128):
+                yield Variant("portable", capability, head_dim, ragged=True, disk=True)
+    for head_dim in (64, 128):
+        yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
+    yield Variant("portable", 90, 128, ragged=True, disk=True, full=False)
+    for capability in (80, 90, 100, 120) if every else (80, 90):
+        yield Variant("portable", capability, 128, ragged=True, words=True, biased=True)
+        yield Variant("portable", capability, 128, ragged=True, dtype="fp16")
 
 
-def approximations() -> Iterator[Variant]:
+def approximations(every: bool) -> Iterator[Variant]:
     """The kernels for pooled entries and tails, and for the summaries that they read."""
     for head_dim in (64, 128):
-        for capability in (80, 90):
+        for capability in (80, 90, 100, 120) if every else (80, 90):
             yield Variant("means", capability, head_dim, ragged=True)
             yield Variant("importance", capability, head_dim, ragged=True)
             yield Variant("take", capability, head_dim, ragged=True)
@@ -248,10 +282,10 @@ def eight_bits(variant: Variant) -> Report:
     return _report(variant, source, warps, 2)
 
 
-def maps() -> Iterator[Variant]:
+def maps(every: bool) -> Iterator[Variant]:
     """The kernel for a calibration's statistics, with blocks of both sizes that PARO takes."""
-    for capability in (80, 90):
-        for head_dim in (64, 128):
+    for capability in (80, 90, 100, 120) if every else (80, 90):
+        for head_dim in (64, 128) if every else (128,):
             for block in (64, 128):
                 for hidden in (False, True):
                     yield Variant("map", capability, head_dim, ragged=hidden, block=block)
@@ -269,7 +303,8 @@ def statistics(variant: Variant) -> Report:
 
 def compiled(variant: Variant) -> Report:
     """Compiles a variant as its launcher would."""
-    masked = variant.box or variant.disk
+    masked = variant.box or variant.disk or variant.words
+    queries = Q_BLOCK
     if variant.kernel in _HOPPER:
         function, warps, stages, tma = _HOPPER[variant.kernel], 4, 2, True
         keys = K_BLOCK
@@ -279,13 +314,15 @@ def compiled(variant: Variant) -> Report:
         sizes = (variant.head_dim, 2, Q_BLOCK, K_BLOCK)
         chosen = choose_tile(divmod(variant.capability, 10), *sizes, boxed=masked)
         warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
+        queries = chosen.queries
         tile = [1, 1, keys, variant.head_dim]
     constants = {
         "D": variant.head_dim,
         "DV": variant.head_dim,
         "BLOCK_D": variant.head_dim,
         "BLOCK_DV": variant.head_dim,
-        "BLOCK_M": Q_BLOCK,
+        "BLOCK_M": queries,
+        "PARTS": Q_BLOCK // queries,
         "BLOCK_N": keys,
         "SUB": K_BLOCK // keys,
         "FULL": variant.full,
@@ -296,12 +333,15 @@ def compiled(variant: Variant) -> Report:
         "TMA": tma,
         "COLUMNS": COLUMNS if variant.box else 0,
         "BOUND": variant.bound,
-        **dict.fromkeys(("HAS_WORDS", "HAS_BIAS"), False),
+        "HAS_WORDS": variant.words,
+        "HAS_BIAS": variant.biased,
         "REPAIR": False,
     }
     constants |= {} if variant.box else {"hidden_desc": None}
-    described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile}>") if tma else {}
-    source = _source(function, constants, described)
+    described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{variant.dtype}{tile}>")
+    halves = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{variant.dtype}")
+    others = halves | ({"bias_ptr": "*fp32"} if variant.biased else {})
+    source = _source(function, constants, described if tma else {}, others)
     return _report(variant, source, warps, stages)
 
 
@@ -373,21 +413,17 @@ def _report(
 
 
 def _read(variant: Variant, kernel: Any) -> Report:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage, code = (
-            subprocess.run([tool, flag, cubin.name], capture_output=True, text=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+    usage, code = (machine_code(kernel, flag) or "" for flag in ("-res-usage", "-sass"))
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None or not code:
         raise RuntimeError(f"Expected cuobjdump to read the code of {variant}, got {usage!r}.")
     counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
     counts["overlapped"] = _overlapped(code)
     counts["stale"] = _stale(kernel.asm["ptx"])
-    return Report(variant, int(registers[1]), kernel.metadata.shared, counts)
+    # The driver counts local memory in words of four bytes for Triton's `n_spills`.
+    local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))) // 4
+    refused = flaw(kernel.asm["ptx"], code, local)
+    return Report(variant, int(registers[1]), kernel.metadata.shared, refused, counts)
 
 
 def _overlapped(code: str) -> int:
@@ -419,20 +455,50 @@ def _stale(ptx: str) -> int:
     return len({address for address in begun if begun.count(address) > 1} - ended)
 
 
+def chosen(
+    every: bool, only: Sequence[str]
+) -> Iterator[tuple[Callable[[Variant], Report], Variant]]:
+    """What to compile, and how.
+
+    Args:
+        every: all combinations; otherwise one of those that differ in little.
+        only: names of kernels; empty for all of them.
+    """
+    kinds = (
+        (compiled, variants(every)),
+        (approximation, approximations(every)),
+        (means, with_means()),
+        (eight_bits, in_eight_bits()),
+        (statistics, maps(every)),
+    )
+    for how, several in kinds:
+        for variant in several:
+            if not only or variant.kernel in only:
+                yield how, variant
+
+
+def _reported(task: tuple[Callable[[Variant], Report], Variant]) -> Report:
+    how, variant = task
+    return how(variant)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--all", action="store_true", help="every combination; takes minutes")
+    parser.add_argument("--only", nargs="+", default=(), help="names of kernels")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     arguments = parser.parse_args()
-    reports = [compiled(variant) for variant in variants()]
-    reports += [approximation(variant) for variant in approximations()]
-    reports += [means(variant) for variant in with_means()]
-    reports += [eight_bits(variant) for variant in in_eight_bits()]
-    reports += [statistics(variant) for variant in maps()]
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        reports = list(pool.map(_reported, chosen(arguments.all, arguments.only)))
     if arguments.format == "json":
         print(json.dumps([asdict(report) for report in reports]))
         return
+    print("Triton", triton.__version__)
     for report in reports:
         print(report.variant, report.registers, "registers", report.shared, "B", report.counts)
+        if report.flaw and report.counts["setmaxreg"]:
+            print("  refused where it has to be specialised:", report.flaw)
 
 
 if __name__ == "__main__":

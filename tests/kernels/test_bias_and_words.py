@@ -72,7 +72,7 @@ def test_the_portable_kernel(case: Case, bias: bool, words: bool):
         pytest.skip("needs Triton's interpreter")
     plan = marked(plan_of(case), bias=bias, words=words)
     q, k, v = tensors_of(case, plan)
-    tile = tiles.Tile(case.tile_keys, warps=4, stages=1, tma=False)
+    tile = tiles.Tile(case.tile_keys, warps=4, stages=1, tma=False, queries=64)
     backend: Any = block_sparse.TritonBackend(tile=tile, interpreted=True)
     got = attend(q, k, v, plan, backend=backend)
     out, lse = planned_attention(q, k, v, plan)

@@ -21,6 +21,7 @@ from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_cache import PlannedCall
 
+OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 norms = pytest.importorskip("dit_sparse.kernels.norms")
@@ -363,7 +364,7 @@ class Kernel:
 
     def _init_handles(self) -> None:
         if self.n_spills < 0:
-            raise launch.OutOfResources(300_000, 232_448, "shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
 
 
 @pytest.mark.parametrize(
@@ -373,6 +374,7 @@ class Kernel:
         ("wgmma", 0, "its warps are not specialised"),
         ("setmaxnreg.inc", 200, "it spills 200 registers"),
         ("setmaxnreg.inc", -1, "shared memory"),
+        ("", 0, "RuntimeError: PassManager::run failed"),
     ],
 )
 def test_badly_compiled_kernels_are_refused(
@@ -390,6 +392,8 @@ def test_badly_compiled_kernels_are_refused(
 
         def warmup(self, *arguments: Any, **options: Any) -> Kernel:
             compiled.append(arguments)
+            if not ptx:
+                raise RuntimeError("PassManager::run failed\nand much more")
             return Kernel({"ptx": ptx}, spills)
 
     monkeypatch.setattr(launch, "JITFunction", Function)
@@ -404,3 +408,26 @@ def test_badly_compiled_kernels_are_refused(
     assert reason is None or reason in caplog.messages[0]
     launch.launch_specialised(jit, (1, 1, 1), (x,), {"D": 128}, warps=4, stages=2)
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(
+    ("sass", "reason"),
+    [
+        (None, None),
+        ("HGMMA.64x128x16\n" * 4 + "WARPGROUP.DEPBAR.LE gsb0, 0x0\n" * 2, None),
+        ("HGMMA.64x128x16\nWARPGROUP.DEPBAR.LE gsb0, 0x0\n" * 4, "waits 4 times for 4 matrix"),
+        ("QGMMA.64x128x32\nWARPGROUP.DEPBAR.LE gsb0, 0x0\n" * 3, "waits 3 times for 3 matrix"),
+    ],
+)
+def test_serialised_products_are_seen_in_machine_code(sass: str | None, reason: str | None):
+    found = launch.flaw("setmaxnreg.inc", sass, 0)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_8_bits_say_so_where_their_kernel_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quantised.hopper_quantised, "launch_specialised", lambda *_, **__: None)
+    monkeypatch.setattr(quantised, "fill", lambda *_: [])
+    q, k, v = (t.contiguous() for t in tensors(0))
+    for precision in ("fp8", "int8"):
+        with pytest.raises(ValueError, match="that is not used, see the log"):
+            quantised.QuantisedBackend(precision).run(q, k, v, plan(), 0.125)

@@ -140,7 +140,10 @@ def test_masks_of_the_newest_version_that_is_not_newer(
         ((8, 0), "sm_80"),
         ((8, 9), "sm_80"),
         ((9, 0), "sm_90"),
-        ((12, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
     ],
 )
 def test_tiles_of_the_newest_architecture_that_is_not_newer(
