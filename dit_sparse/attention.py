@@ -15,6 +15,7 @@ from dit_sparse.backend import (
     Again,
     AttentionOutput,
     Backend,
+    GroupingBackend,
     Precision,
     PreparingBackend,
     kernel_module,
@@ -100,7 +101,8 @@ def attend(
     Args:
         q: `[B, H, N_q, D]`, any strides; fp32, fp16 or bf16 (what the backend takes).
         k, v: `[B, H_k, N_k, D]` and `[B, H_k, N_k, D_v]`, the same dtype and device. H_k is H, or
-            divides it: query head h then reads key head h // (H / H_k), which is copied for it.
+            divides it: query head h then reads key head h // (H / H_k), which is copied for it
+            unless the backend is a `GroupingBackend` that can do without.
         plan: what every query block reads; its order is applied here and undone on the result.
         scale: factor of the scores, `D ** -0.5` by default; the plan's own factor comes on top.
         backend: a backend, its name, or `None` for the best one that does not refuse.
@@ -152,9 +154,12 @@ def prepare(
     scale = _scale(q, scale, plan)
     chosen, refusals = select_backend(q, k, v, plan, backend, precision)
     again: Again | None = None
-    whole = q.shape[1] == k.shape[1] and (plan.order is None or chosen.reorders)
+    whole = plan.order is None or chosen.reorders
     if whole and plan.coarse is None and isinstance(chosen, PreparingBackend):
-        out, again = chosen.prepare(q, k, v, plan, scale)
+        whole_k, whole_v = _for_every_head(chosen, plan, q, k, v)
+        out, again = chosen.prepare(q, whole_k, whole_v, plan, scale)
+        if again is not None and whole_k is not k:
+            again = partial(_copying, chosen, plan, again)
     else:
         out = _run(chosen, plan, scale, q, k, v)
     return out, Prepared(chosen, refusals, again or partial(_run, chosen, plan, scale))
@@ -174,14 +179,31 @@ def kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
 def _run(
     backend: Backend, plan: BlockPlan, scale: float, q: Tensor, k: Tensor, v: Tensor
 ) -> AttentionOutput:
-    if (group := q.shape[1] // k.shape[1]) > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    k, v = _for_every_head(backend, plan, q, k, v)
     result = _run_lists(backend, plan, scale, q, k, v)
     if (coarse := plan.coarse) is None:
         return result
     return one_softmax(
         result, backend.run(q, means(coarse, k), means(coarse, v), coarse.plan, scale)
     )
+
+
+def _for_every_head(
+    backend: Backend, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values for each head of q, copied where several share them unless the backend reads
+    them so."""
+    if (group := q.shape[1] // k.shape[1]) == 1:
+        return k, v
+    if plan.coarse is None and isinstance(backend, GroupingBackend) and backend.groups(plan):
+        return k, v
+    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+
+def _copying(
+    backend: Backend, plan: BlockPlan, again: Again, q: Tensor, k: Tensor, v: Tensor
+) -> AttentionOutput:
+    return again(q, *_for_every_head(backend, plan, q, k, v))
 
 
 def _run_lists(

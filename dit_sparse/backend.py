@@ -78,6 +78,15 @@ class PreparingBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class GroupingBackend(Backend, Protocol):
+    """A backend that can read heads of k and v for several heads of q each, without copies."""
+
+    def groups(self, plan: BlockPlan) -> bool:
+        """Whether it can with this plan: head h of q then reads head h // (H / H_k)."""
+        ...
+
+
 @cache
 def kernel_module(name: str) -> ModuleType | None:
     """A module of `kernels/`; `None` if it needs Triton and there is none."""

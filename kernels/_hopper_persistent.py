@@ -32,7 +32,7 @@ def _block_sparse_fwd_hopper_persistent(
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, class_stride_h,
-    n_tiles, n_each, n_heads, n_q_blocks, n_outer, first_inner, n_queries,
+    n_tiles, n_each, n_heads, group, n_q_blocks, n_outer, first_inner, n_queries,
     n_classes, scale_log2, floor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, COLUMNS: tl.constexpr, BOUND: tl.constexpr,
@@ -68,10 +68,11 @@ def _block_sparse_fwd_hopper_persistent(
         patterns = pattern_ptr + first
         starts = starts_ptr + first
         lengths = lengths_ptr + first
-        k_row = batch * k_row_b + head * k_row_h
-        v_row = batch * v_row_b + head * v_row_h
-        k_col = head * k_col_h
-        v_col = head * v_col_h
+        k_head = head // group  # as many heads of q share one of k and v
+        k_row = batch * k_row_b + k_head * k_row_h
+        v_row = batch * v_row_b + k_head * v_row_h
+        k_col = k_head * k_col_h
+        v_col = k_head * v_col_h
 
         m_i = tl.full([BLOCK_M], floor, tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)

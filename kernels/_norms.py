@@ -9,7 +9,7 @@ def _norms(
     q_ptr, k_ptr, norm_ptr, longest_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
-    n_heads, n_queries, n_keys,
+    n_heads, group, n_queries, n_keys,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1)
@@ -21,7 +21,7 @@ def _norms(
         x_ptr = q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h
         stride, length = q_stride_n, n_queries
     else:
-        x_ptr = k_ptr + batch * k_stride_b + head.to(tl.int64) * k_stride_h
+        x_ptr = k_ptr + batch * k_stride_b + (head // group).to(tl.int64) * k_stride_h
         stride, length = k_stride_n, n_keys
     inside = (rows[:, None] < length) & (cols[None, :] < D)
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=inside, other=0.0)

@@ -97,7 +97,7 @@ def _portable_fwd(
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, box_stride_h,
-    n_heads, n_q_blocks, n_queries, n_keys, scale_log2, guard,
+    n_heads, group, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
@@ -109,6 +109,7 @@ def _portable_fwd(
     block = pid % n_q_blocks
     head = (pid // n_q_blocks) % n_heads
     batch = pid // n_q_blocks // n_heads
+    k_head = head // group  # as many heads of q share one of k and v
 
     row = batch * list_stride_b + head * list_stride_h + block
     n_partial = 0
@@ -158,9 +159,9 @@ def _portable_fwd(
         # A key block of the plan is SUB tiles of this kernel.
         for it in tl.range(0, n_full * SUB):
             start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
-            k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
+            k = _load_tile(k_ptr, k_desc, batch, k_head, start, k_stride_b, k_stride_h, k_stride_n,
                            n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
-            v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
+            v = _load_tile(v_ptr, v_desc, batch, k_head, start, v_stride_b, v_stride_h, v_stride_n,
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if RAGGED or HAS_BIAS:
@@ -196,9 +197,9 @@ def _portable_fwd(
             upper = tl.load(upper_ptr + box_rows, mask=row_inside, other=0) | guard
         for it in tl.range(0, n_partial * SUB):
             start = tl.load(starts_ptr + it // SUB) + (it % SUB) * BLOCK_N
-            k = _load_tile(k_ptr, k_desc, batch, head, start, k_stride_b, k_stride_h, k_stride_n,
+            k = _load_tile(k_ptr, k_desc, batch, k_head, start, k_stride_b, k_stride_h, k_stride_n,
                            n_keys, D, BLOCK_N, BLOCK_D, TMA)  # fmt: skip
-            v = _load_tile(v_ptr, v_desc, batch, head, start, v_stride_b, v_stride_h, v_stride_n,
+            v = _load_tile(v_ptr, v_desc, batch, k_head, start, v_stride_b, v_stride_h, v_stride_n,
                            n_keys, DV, BLOCK_N, BLOCK_DV, TMA)  # fmt: skip
             length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
             bias = _column_bias(within, length, bias_ptr + it // SUB, HAS_BIAS)

@@ -23,7 +23,7 @@ from dit_sparse.kernels import (
     portable,
     tail,
 )
-from dit_sparse.kernels.launch import Launch, Repeat
+from dit_sparse.kernels.launch import Launch, Repeat, refuses_heads
 from dit_sparse.kernels.permute import empty, gather, gather_with_means, permute
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.mask_product import MaskProduct
@@ -140,6 +140,9 @@ class TritonBackend:
     def reorders(self) -> bool:
         return True
 
+    def groups(self, plan: BlockPlan) -> bool:
+        return plan.order is None and plan.pools is None and plan.tail == "none"
+
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         if not q.is_cuda and not self.interpreted:
             return f"expected tensors on a GPU, got {q.device.type}."
@@ -154,7 +157,7 @@ class TritonBackend:
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             return "expected inference, got inputs that require gradients."
-        return refuses_beyond_basics(q, v) or self._refuses_size(q, v, plan)
+        return refuses_beyond_basics(q, v) or refuses_heads(q) or self._refuses_size(q, v, plan)
 
     def _refuses_size(self, q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         """Why the portable kernel, which also finishes what others leave, does not fit."""

@@ -80,6 +80,10 @@ class Matrix:
         return self.row_h == tokens and (batch == 1 or self.row_b == heads * tokens)
 
     @property
+    def heads(self) -> int:
+        return self.base.shape[1]
+
+    @property
     def origin(self) -> tuple[int, int, int]:
         return (self.row_b, self.row_h, self.col_h)
 
@@ -165,7 +169,7 @@ def launch(
     """Writes `result`; `None`, and nothing written, if some strides do not allow it.
 
     Args:
-        q, k, v: `[B, H, N, D]` in plan order.
+        q, k, v: `[B, H, N, D]` in plan order; each head of k and v is for as many of q.
         mask: `mask_of` the plan, for partial entries too; without it `result` gets the full ones.
         lengths: of the queries and of the longest key, see `norms`. The bounds that follow from
             them are subtracted from the scores instead of running maxima. Rows whose scores are all
@@ -225,7 +229,7 @@ def _launch(
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
-        heads, n_blocks, n_blocks - len(picture), picture.start, n_queries,
+        heads, heads // km.heads, n_blocks, n_blocks - len(picture), picture.start, n_queries,
         mask.queries.shape[:2].numel() if mask else 0,
         scale * LOG2_E, FLOOR * scale * LOG2_E if mask else float("-inf"),
     )  # fmt: skip

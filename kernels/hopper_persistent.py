@@ -114,8 +114,8 @@ def _launch(
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
-        tiles, each, heads, blocks, blocks - len(picture), picture.start, n_queries,
-        mask.queries.shape[:2].numel() if mask else 0,
+        tiles, each, heads, heads // km.heads, blocks, blocks - len(picture), picture.start,
+        n_queries, mask.queries.shape[:2].numel() if mask else 0,
         scale * LOG2_E, FLOOR * scale * LOG2_E if mask else float("-inf"),
     )  # fmt: skip
     constants = {

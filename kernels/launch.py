@@ -34,6 +34,7 @@ _SPILLS = 16
 _PRODUCT, _WAIT = r"[HQI]GMMA", r"WARPGROUP\.DEPBAR"
 # Serialised products are waited for one by one; all kernels here have at least two to a wait.
 _PRODUCTS_A_WAIT = 2
+_MOST_PAIRS = 65_535  # programs along a grid's second axis [CUDA]
 _LOG = logging.getLogger("dit_sparse")
 
 
@@ -117,6 +118,17 @@ def launch(
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
     return Launch(kernel if _REPEATS else None, grid, whole)
+
+
+def refuses_heads(q: Tensor) -> str | None:
+    """Why grids that have heads along their second axis cannot have those of q `[B, H, N, D]`."""
+    pairs = q.shape[0] * q.shape[1]
+    if pairs <= _MOST_PAIRS:
+        return None
+    return (
+        f"expected at most {_MOST_PAIRS} heads of all batch entries, got {q.shape[0]} * "
+        f"{q.shape[1]}. Split the batch."
+    )
 
 
 def launch_specialised(

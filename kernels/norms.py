@@ -25,14 +25,16 @@ def measure(q: Tensor, k: Tensor, into: tuple[Tensor, Tensor]) -> Launch:
     """Writes Euclidean lengths, in one pass over q and k.
 
     Args:
-        q, k: `[B, H, N, D]` of one head dim, unit stride along D.
+        q, k: `[B, H, N, D]` of one head dim, unit stride along D; each head of k is for as many of
+            q.
         into: see `empty`.
     """
     batch, heads, n_queries, dim = q.shape
     n_keys = k.shape[2]
     width = 1 << (dim - 1).bit_length()
     rows = max(1, 8192 // width)
-    arguments = (q, k, *into, *q.stride()[:3], *k.stride()[:3], heads, n_queries, n_keys)
+    arguments = (q, k, *into, *q.stride()[:3], *k.stride()[:3])
+    arguments += (heads, heads // k.shape[1], n_queries, n_keys)
     grid = (-(-max(n_queries, n_keys) // rows), batch * heads, 2)
     constants = {"D": dim, "BLOCK_D": width, "BLOCK_N": rows}
     return launch(_norms, grid, arguments, constants, warps=4, stages=3)

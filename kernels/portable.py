@@ -33,7 +33,7 @@ def launch(
 
     Args:
         q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
-        k, v: in plan order, unit stride along D.
+        k, v: in plan order, unit stride along D; each of their heads is for as many of q.
         part: `"all"`; `"partial"` where `result` already holds the full entries and the partial
             ones are added to it; `"repair"` to compute query blocks with an infinite LSE in
             `result` again; `"repair full"` to do so from their full entries alone.
@@ -60,7 +60,8 @@ def launch(
         *list_strides(plan),
         order.stride(0) if order.ndim == 2 else 0,
         0 if lower.shape[0] == 1 else lower.stride(0),
-        heads, plan.q_blocks.n, n_queries, k.shape[2], scale * LOG2_E, masks.guard if masks else 0,
+        heads, heads // k.shape[1], plan.q_blocks.n, n_queries, k.shape[2],
+        scale * LOG2_E, masks.guard if masks else 0,
     )  # fmt: skip
     constants = {
         "D": head_dim,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_sparse.backend import Again, AttentionOutput, Precision
 from dit_sparse.kernels import approximate, hopper, hopper_quantised
 from dit_sparse.kernels.block_sparse import device_of, like, unit_stride
-from dit_sparse.kernels.launch import Launch, Repeat
+from dit_sparse.kernels.launch import Launch, Repeat, refuses_heads
 from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.portable import padded
 from dit_sparse.kernels.quantise import Quantised, fill
@@ -185,7 +185,7 @@ def refuses_shapes(q: Tensor, v: Tensor) -> str | None:
             f"{v.shape[-1]}: with fewer, the softmax takes most of the time and 8 bits gain none. "
             "Use precision='bf16'."
         )
-    return None
+    return refuses_heads(q)
 
 
 def refuses_values(v: Tensor) -> str | None:

@@ -437,6 +437,37 @@ def test_strides(layout: str, order: str):
 
 
 @interpreter
+@interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("box", [False, True])
+@pytest.mark.parametrize("order", ["none", "shared", "head"])
+def test_heads_that_share_keys(order: str, box: bool):
+    """Copied where they are put into order, and read as they are where they are not."""
+    case = Case(32, 32, 64, order=order, box=box, lists="head")
+    plan = plan_of(case)
+    q, k, v = tensors_of(case, plan)
+    one, many = (k[:, :1], v[:, :1]), (k[:, :1].expand_as(k), v[:, :1].expand_as(v))
+    backend = interpreted(32)
+    assert backend.groups(plan) == (order == "none")
+    check(attend(q, *one, plan, backend=backend), q, *many, plan)
+
+
+@interpreter
+@specialised
+@mains
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bounded", [False, True])
+def test_heads_that_share_keys_in_specialised_kernels(main: Any, bounded: bool):
+    case = Case(64, 128, 128, torch.float16, box=False, lists="head")
+    plan = plan_of(case)
+    q, k, v = (x.contiguous() for x in tensors_of(case, plan))
+    q, k, v = q / 8, k[:, 1:].contiguous(), v[:, 1:].contiguous()
+    room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=bounded)
+    assert room.ordered[1].shape[1] == 1
+    assert main(q, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
+    check(room.result, q, k.expand_as(q), v.expand_as(q), plan)
+
+
 @pytest.mark.parametrize("mixed", list(itertools.permutations(LAYOUTS, 3))[::29])
 def test_strides_that_differ_between_q_k_and_v(mixed: tuple[str, str, str]):
     case = Case(32, 32, 64, order="shared")
@@ -476,6 +507,13 @@ class TestRefusals:
         assert "expected bfloat16, float16 or float32, got torch.float64" in (
             self.sentence(plan, q, k, v) or ""
         )
+
+    def test_more_heads_than_a_grid_has_programs(self):
+        plan = plan_of(self.CASE)
+        for heads, refused in ((256, True), (255, False)):
+            q = torch.zeros(1, 1, 1, 1).expand(257, heads, 1, 64)
+            found = self.sentence(plan, q, q, q) or ""
+            assert ("at most 65535 heads of all batch entries, got 257 * 256" in found) == refused
 
     @pytest.mark.parametrize(("dim", "value_dim"), [(257, 64), (64, 512)])
     def test_wide_heads(self, dim: int, value_dim: int):

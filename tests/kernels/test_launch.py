@@ -157,6 +157,26 @@ def test_nothing_is_kept_of_the_first_call(jit: Jit) -> None:
     assert [ref() for ref in kept] == [None] * 5
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_heads_that_share_keys_are_repeated_too(jit: Jit, copied: bool, monkeypatch: Any) -> None:
+    """With and without copies of k and v for every head of q."""
+    backend = block_sparse.TritonBackend(interpreted=True)
+    monkeypatch.setattr("dit_sparse.attention.backends", lambda precision="bf16": (backend,))
+    if copied:
+        monkeypatch.setattr(block_sparse.TritonBackend, "groups", lambda self, plan: False)
+    for seed in range(2):
+        q, k, v = tensors(seed)
+        if seed == 0:
+            _, prepared = prepare(q, k[:, 1:2], v[:, 1:2], plan())
+        else:
+            prepared.again(q, k[:, 1:2], v[:, 1:2])
+        _, _, k_given, v_given, *_ = jit.seen[-1]
+        for given, whole in ((k_given, k), (v_given, v)):
+            assert given.shape[1] == (3 if copied else 1)
+            assert torch.equal(given, whole[:, 1:2].expand_as(given))
+    assert len(jit.examined) == 1  # repeated, not launched anew
+
+
 def test_one_tensor_in_several_places(jit: Jit) -> None:
     """Self-attention on one and the same tensor, then on three."""
     q, _, _ = tensors(0)
@@ -263,6 +283,27 @@ def test_launches_in_8_bits(jit: Jit, ordered: bool, precision: str, monkeypatch
     assert not {x.data_ptr() for x in rooms[0].tensors} & {x.data_ptr() for x in rooms[1].tensors}
     for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
         same_arguments(before, after, moved)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_heads_that_share_keys_in_8_bits(jit: Jit, precision: str, monkeypatch: Any) -> None:
+    """Copied for every head of q, and repeated as launches."""
+    for name in ("_extremes_fwd", "_centres_fwd", "_quantise_fwd"):
+        real = Jit(getattr(quantise, name), jit.seen, jit.examined)
+        monkeypatch.setattr(quantise, name, real)
+    home = quantised.hopper_quantised
+    real = Jit(home._quantised_fwd_hopper, jit.seen, jit.examined)
+    monkeypatch.setattr(home, "_quantised_fwd_hopper", real)
+    backend = quantised.QuantisedBackend(precision)
+    monkeypatch.setattr("dit_sparse.attention.backends", lambda precision="bf16": (backend,))
+    monkeypatch.setattr(quantised.QuantisedBackend, "refuses", lambda *_: None)
+    q, k, v = (t.contiguous() for t in tensors(0))
+    _, prepared = prepare(q, k[:, :1], v[:, :1], plan(), precision=precision)
+    launches = len(jit.seen)
+    assert len(jit.examined) == launches
+    prepared.again(q, k[:, :1], v[:, :1])
+    assert len(jit.seen) == 2 * launches
+    assert len(jit.examined) == launches
 
 
 def test_interpreted_kernels_are_not_repeated(jit: Jit, monkeypatch: Any) -> None:

@@ -50,6 +50,17 @@ def test_attend_and_its_repetition_round(precision: Any):
     assert torch.equal(prepared.again(q, k, v).out, expected.out)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_heads_that_share_keys(precision: Any):
+    q, k, v = qkv()
+    one, many = (k[:, 1:], v[:, 1:]), (k[:, 1:].expand_as(k), v[:, 1:].expand_as(v))
+    expected = attend(q, *many, dense(300), precision=precision)
+    out, prepared = prepare(q, *one, dense(300), precision=precision)
+    assert torch.equal(out.out, expected.out)
+    assert torch.equal(prepared.again(q, *one).out, expected.out)
+    assert torch.equal(attend(q, *one, dense(300), precision=precision).out, expected.out)
+
+
 def test_unknown_precisions_and_backends():
     with pytest.raises(ValueError, match="Expected a precision among bf16, fp8, int8, got 'fp4'"):
         backends("fp4")  # type: ignore[arg-type]
@@ -72,6 +83,11 @@ def test_on_a_gpu_nothing_is_emulated_unasked(monkeypatch: pytest.MonkeyPatch):
 def test_head_dims_that_gain_nothing_are_refused(dim: int):
     q, _, v = qkv(16, dim, torch.bfloat16)
     assert "expected one head dim from 65 to 128 in 8 bits" in quantised.refuses_shapes(q, v)
+
+
+def test_more_heads_than_a_grid_has_programs():
+    q = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16).expand(4096, 16, 1, 128)
+    assert "at most 65535 heads of all batch entries" in quantised.refuses_shapes(q, q)
 
 
 def test_shapes_and_plans_that_run():
