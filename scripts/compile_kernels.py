@@ -92,6 +92,7 @@ class Variant:
     words: bool = False
     biased: bool = False
     dtype: str = "bf16"
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def variants(every: bool) -> Iterator[Variant]:
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("hopper", 90, head_dim, ragged=True, dtype="fp16")
+        yield Variant("hopper", 90, head_dim, ragged=True, grouped=True)
     yield from portable_variants(every)
 
 
@@ -338,6 +340,7 @@ def compiled(variant: Variant) -> Report:
         "REPAIR": False,
     }
     constants |= {} if variant.box else {"hidden_desc": None}
+    constants |= {} if variant.grouped else {"group": 1}  # Triton takes a 1 for a constant
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{variant.dtype}{tile}>")
     halves = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{variant.dtype}")
     others = halves | ({"bias_ptr": "*fp32"} if variant.biased else {})
