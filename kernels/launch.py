@@ -172,7 +172,8 @@ def _sound(
         return True  # Triton's interpreter, which compiles nothing
     reason: str | None
     try:
-        kernel = jit.warmup(*arguments, grid=grid, **constants, num_warps=warps, num_stages=stages)
+        options = {"num_warps": warps, "num_stages": stages, "maxnreg": None}  # those of `launch`
+        kernel = jit.warmup(*arguments, grid=grid, **constants, **options)
         kernel._init_handles()
         reason = flaw(kernel.asm["ptx"], machine_code(kernel), kernel.n_spills)
     except Exception as error:  # Triton's passes, LLVM and ptxas fail in ways of their own

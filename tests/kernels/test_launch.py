@@ -61,7 +61,9 @@ class Jit:
         return list(self.real.arg_names)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
-        def run(*arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> Compiled:
+        def run(
+            *arguments: Any, num_warps: int, num_stages: int, maxnreg: int | None, **constants: Any
+        ) -> Compiled:
             self.examined.append(len(arguments))
             names = self.arg_names[len(arguments) :]
             assert set(names) == set(constants)
@@ -288,7 +290,7 @@ def test_launches_in_8_bits(jit: Jit, ordered: bool, precision: str, monkeypatch
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_heads_that_share_keys_in_8_bits(jit: Jit, precision: str, monkeypatch: Any) -> None:
     """Copied for every head of q, and repeated as launches."""
-    for name in ("_extremes_fwd", "_centres_fwd", "_quantise_fwd"):
+    for name in ("_extremes_fwd", "_centres_fwd", "_quantise_rows_fwd", "_quantise_values_fwd"):
         real = Jit(getattr(quantise, name), jit.seen, jit.examined)
         monkeypatch.setattr(quantise, name, real)
     home = quantised.hopper_quantised
