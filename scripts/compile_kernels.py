@@ -14,20 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
@@ -51,65 +47,13 @@ from dit_sparse.kernels._quantise import (
 )
 from dit_sparse.kernels._tail import _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
-from dit_sparse.kernels.launch import flaw, machine_code
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
 from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
 from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
-
-Q_BLOCK = K_BLOCK = 128
-COUNTED = {
-    "hgmma": r"[HQI]GMMA",
-    "qgmma": r"QGMMA",
-    "igmma": r"IGMMA",
-    "mma": r"\b[HI]MMA",
-    "utcmma": r"UTC\w*MMA",
-    "waits": r"WARPGROUP\.DEPBAR",
-    "tma": r"UTMALDG",
-    "setmaxreg": r"USETMAXREG",
-    "spills": r"\b(?:STL|LDL)\b",
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One compilation: the kernel, its target and its compile-time arguments."""
-
-    kernel: str
-    capability: int
-    head_dim: int
-    ragged: bool
-    box: bool = False
-    disk: bool = False
-    full: bool = True
-    bound: bool = False
-    order: bool = True
-    tail: int = 0
-    block: int = K_BLOCK
-    hidden: bool = False
-    words: bool = False
-    biased: bool = False
-    dtype: str = "bf16"
-    grouped: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the compiler made of a variant.
-
-    Args:
-        registers, shared: of a program; bytes of shared memory.
-        flaw: why a launch that needs a specialised kernel would refuse it.
-        counts: of instructions.
-    """
-
-    variant: Variant
-    registers: int
-    shared: int
-    flaw: str | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+from scripts.machine_code import K_BLOCK, Q_BLOCK, Report, Variant, report_of, source_of
 
 
 def variants(every: bool) -> Iterator[Variant]:
@@ -207,8 +151,8 @@ def approximation(variant: Variant) -> Report:
     others = {"means_ptr": "*bf16"} if variant.kernel == "permute_blocks" else {}
     if variant.kernel == "importance" and variant.capability == 90:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
-    source = _source(function, constants, {}, others)
-    return _report(variant, source, warps, 2 if variant.tail else 3)
+    source = source_of(function, constants, {}, others)
+    return report_of(variant, source, warps, 2 if variant.tail else 3)
 
 
 def with_means() -> Iterator[Variant]:
@@ -229,12 +173,12 @@ def means(variant: Variant) -> Report:
     if variant.kernel == "tail":
         tile = tail_tile(sloped=sloped)
         described = {"means_desc": f"tensordesc<bf16[1, {tile.means}, {dim}]>"}
-        source = _source(_tail_fwd, constants | {"BLOCK_N": tile.means}, described)
-        return _report(variant, source, tile.warps, tile.stages, tile.registers)
+        source = source_of(_tail_fwd, constants | {"BLOCK_N": tile.means}, described)
+        return report_of(variant, source, tile.warps, tile.stages, tile.registers)
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
-    source = _source(_pooled_fwd_hopper, constants, described)
-    return _report(variant, source, 4, POOLED_STAGES)
+    source = source_of(_pooled_fwd_hopper, constants, described)
+    return report_of(variant, source, 4, POOLED_STAGES)
 
 
 def in_eight_bits() -> Iterator[Variant]:
@@ -280,8 +224,8 @@ def eight_bits(variant: Variant) -> Report:
     pointers = {"q_ptr": f"*{element}"} if attends else {"x_ptr": "*bf16", "k_ptr": "*bf16"}
     if not attends:
         pointers["out_ptr"] = f"*{element}"
-    source = _source(function, constants, descriptors, pointers)
-    return _report(variant, source, warps, 2)
+    source = source_of(function, constants, descriptors, pointers)
+    return report_of(variant, source, warps, 2)
 
 
 def maps(every: bool) -> Iterator[Variant]:
@@ -299,8 +243,8 @@ def statistics(variant: Variant) -> Report:
     rows, columns = map_tile(variant.block, dim, 2)
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": rows, "BLOCK_N": columns}
     constants |= {"SUB": variant.block // columns, "HAS_HIDDEN": variant.ragged}
-    source = _source(_attention_map_fwd, constants, {})
-    return _report(variant, source, 8 if rows == 128 else 4, 2)
+    source = source_of(_attention_map_fwd, constants, {})
+    return report_of(variant, source, 8 if rows == 128 else 4, 2)
 
 
 def compiled(variant: Variant) -> Report:
@@ -344,118 +288,14 @@ def compiled(variant: Variant) -> Report:
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{variant.dtype}{tile}>")
     halves = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{variant.dtype}")
     others = halves | ({"bias_ptr": "*fp32"} if variant.biased else {})
-    source = _source(function, constants, described if tma else {}, others)
-    return _report(variant, source, warps, stages)
+    source = source_of(function, constants, described if tma else {}, others)
+    return report_of(variant, source, warps, stages)
 
 
 _HOPPER = {
     "hopper": _block_sparse_fwd_hopper,
     "hopper_persistent": _block_sparse_fwd_hopper_persistent,
 }
-_POINTERS = {
-    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "x0_ptr", "x1_ptr", "x2_ptr"), "*bf16"),
-    **dict.fromkeys(("pooled_ptr", "tiled_ptr", "slope_ptr", "each_ptr", "pairs_ptr"), "*bf16"),
-    **dict.fromkeys(("means_ptr", "bias_ptr", "k_mean_ptr", "v_mean_ptr"), "*fp32"),
-    **dict.fromkeys(("sum_ptr", "centre_ptr", "squares_ptr", "best_ptr"), "*fp32"),
-    **dict.fromkeys(("importance_ptr", "scores_ptr", "sums_ptr", "maxima_ptr"), "*fp32"),
-    **dict.fromkeys(("small_ptr", "lse_ptr", "share_ptr", "norm_ptr", "longest_ptr"), "*fp32"),
-    **dict.fromkeys(("q_step_ptr", "k_step_ptr", "shift_ptr", "centres_ptr", "parts_ptr"), "*fp32"),
-    **dict.fromkeys(("step_ptr", "excess_ptr"), "*fp32"),
-    **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
-    **dict.fromkeys(("order_ptr", "index_ptr"), "*i64"),
-    "classes_ptr": "*fp8e5",
-}
-
-
-_FLOATS = ("scale", "scale_log2", "unit", "mass", "range_v", "bound", "floor")
-
-
-def _source(
-    function: Any,
-    constants: dict[str, Any],
-    descriptors: dict[str, str],
-    others: dict[str, str] | None = None,
-) -> ASTSource:
-    names = [parameter.name for parameter in function.params]
-    keys = constants["BLOCK_N"]
-    described = dict.fromkeys(("above_desc", "below_desc"), f"tensordesc<i32[1, {K_BLOCK}]>")
-    described |= {
-        "bias_desc": f"tensordesc<fp32[1, {keys}]>",
-        "hidden_desc": f"tensordesc<fp8e5[{keys}, {COLUMNS}]>",
-        **descriptors,
-    }
-    constants = {name: value for name, value in constants.items() if name in names}
-    if not descriptors and "k_desc" in names:
-        constants |= {"k_desc": None, "v_desc": None}
-    pointers = _POINTERS | (others or {})
-
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name.endswith("_desc"):
-            return described[name]
-        if name.endswith("_ptr"):
-            return pointers.get(name, "*i32")
-        return "fp32" if name in _FLOATS else "i32"
-
-    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
-    return ASTSource(
-        function,
-        {name: kind(name) for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-
-
-def _report(
-    variant: Variant, source: ASTSource, warps: int, stages: int, registers: int | None = None
-) -> Report:
-    target = GPUTarget("cuda", variant.capability, 32)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-    return _read(variant, triton.compile(source, target=target, options=options))
-
-
-def _read(variant: Variant, kernel: Any) -> Report:
-    usage, code = (machine_code(kernel, flag) or "" for flag in ("-res-usage", "-sass"))
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None or not code:
-        raise RuntimeError(f"Expected cuobjdump to read the code of {variant}, got {usage!r}.")
-    counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
-    counts["overlapped"] = _overlapped(code)
-    counts["stale"] = _stale(kernel.asm["ptx"])
-    # The driver counts local memory in words of four bytes for Triton's `n_spills`.
-    local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))) // 4
-    refused = flaw(kernel.asm["ptx"], code, local)
-    return Report(variant, int(registers[1]), kernel.metadata.shared, refused, counts)
-
-
-def _overlapped(code: str) -> int:
-    """Exponentials that are issued while a matrix product runs: before the wait for it."""
-    count = since = 0
-    for found in re.findall(r"[HQI]GMMA|MUFU\.EX2|WARPGROUP\.DEPBAR", code):
-        if found.endswith("GMMA"):
-            since = 1
-        elif found == "MUFU.EX2":
-            count += since
-        else:
-            since = 0
-    return count
-
-
-def _stale(ptx: str) -> int:
-    """Places in shared memory that hold one barrier after the other, so that something else may
-    come to lie there, and are not invalidated."""
-    at = {found[1]: 0 for found in re.finditer(r"mov\.b32\s+([%\w]+), global_smem;", ptx)}
-    begun: list[int] = []
-    ended: set[int] = set()
-    pattern = r"add\.s32\s+(%r\d+), (%r\d+), (\d+);|mbarrier\.(init|inval)\S* \[([%\w]+)\+?(\d*)\]"
-    for sum_, register, more, what, place, offset in re.findall(pattern, ptx):
-        if sum_ and register in at:
-            at[sum_] = at[register] + int(more)
-        elif what and place in at:
-            address = at[place] + int(offset or 0)
-            ended.add(address) if what == "inval" else begun.append(address)
-    return len({address for address in begun if begun.count(address) > 1} - ended)
 
 
 def chosen(
