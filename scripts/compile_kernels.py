@@ -202,7 +202,7 @@ def eight_bits(variant: Variant) -> Report:
     dim, integers = variant.head_dim, variant.kernel.endswith("int8")
     attends = variant.kernel in ("fp8", "int8")
     functions = {
-        "extremes": (_extremes_fwd, 8),
+        "extremes": (_extremes_fwd, 4),
         "centres": (_centres_fwd, 4),
         "values": (_quantise_values_fwd, 8),
     }
@@ -210,7 +210,8 @@ def eight_bits(variant: Variant) -> Report:
     if attends:
         function, warps = _quantised_fwd_hopper, 4
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": K_BLOCK}
-    constants |= {"SIZE": K_BLOCK, "ROWS": 32, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
+    constants |= {"ROWS": 16 if variant.kernel == "extremes" else 32}
+    constants |= {"SIZE": K_BLOCK, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
     constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
     constants |= {"STAGES": 3, "KEYS": variant.kernel.startswith("keys")}
     constants |= {"SAMPLED": True, "AGAIN": False}
