@@ -5,31 +5,52 @@ import triton.language as tl
 
 
 @triton.jit
-def _bias(visited_ptr, hidden_ptr, starts_ptr, number, n_k_blocks, HAS_HIDDEN: tl.constexpr):
-    """log2 of the tokens of each block that its mean stands for; -inf for all other blocks."""
-    inside = number < n_k_blocks
-    unseen = inside & (tl.load(visited_ptr + number, mask=inside, other=1) == 0)
-    if HAS_HIDDEN:
-        unseen = unseen & (tl.load(hidden_ptr + number, mask=inside, other=1) == 0)
-    start = tl.load(starts_ptr + number, mask=inside, other=0)
-    stop = tl.load(starts_ptr + number + 1, mask=inside, other=1)
-    return tl.where(unseen, tl.math.log2((stop - start).to(tl.float32)), float("-inf"))
+def _tail_bias_fwd(
+    visited_ptr, hidden_ptr, starts_ptr, bias_ptr,
+    visited_stride_b, visited_stride_h, hidden_stride_b, n_heads, n_q_blocks, n_k_blocks, width,
+    HAS_HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """log2 of the tokens that each mean stands for in a row of a plan; -inf for all other blocks,
+    and behind the last one up to `width`.
+
+    Made before the loop that reads it: bytes are not fetched ahead there, and were waited for in
+    every step.
+    """
+    row = tl.program_id(0)
+    block = row % n_q_blocks
+    head = (row // n_q_blocks) % n_heads
+    batch = row // n_q_blocks // n_heads
+    visited_ptr += batch.to(tl.int64) * visited_stride_b + head.to(tl.int64) * visited_stride_h
+    visited_ptr += block * n_k_blocks
+    hidden_ptr += batch * hidden_stride_b
+    bias_ptr += row.to(tl.int64) * width
+    for first in range(0, width, BLOCK):
+        number = first + tl.arange(0, BLOCK)
+        inside = number < n_k_blocks
+        unseen = inside & (tl.load(visited_ptr + number, mask=inside, other=1) == 0)
+        if HAS_HIDDEN:
+            unseen = unseen & (tl.load(hidden_ptr + number, mask=inside, other=1) == 0)
+        start = tl.load(starts_ptr + number, mask=inside, other=0)
+        stop = tl.load(starts_ptr + number + 1, mask=inside, other=1)
+        bias = tl.where(unseen, tl.math.log2((stop - start).to(tl.float32)), float("-inf"))
+        tl.store(bias_ptr + number, bias.to(bias_ptr.dtype.element_ty), mask=number < width)
 
 
 @triton.jit
 def _tail_fwd(
-    q_ptr, means_desc, slope_ptr, out_ptr, lse_ptr,
-    visited_ptr, hidden_ptr, starts_ptr, q_starts_ptr, order_ptr,
+    q_ptr, means_desc, bias_desc, slope_desc, out_ptr, lse_ptr, q_starts_ptr, order_ptr,
     q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
-    visited_stride_b, visited_stride_h, hidden_stride_b, order_stride_h,
+    order_stride_h, bias_row_b, bias_row_h,
     n_pairs, n_heads, n_q_blocks, n_k_blocks, n_queries, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr, HAS_ORDER: tl.constexpr, SLOPE: tl.constexpr,
+    HAS_ORDER: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Goes on from `out` and `lse` as if they were one key of each row.
 
     Queries are in plan order, results in the caller's. Means of k and then of v are `[B H, n, D]`
-    each. SLOPE: add `share * scale * q @ slope`, the share being that of the means.
+    each, biases rows as `_tail_bias_fwd` makes them. All that the loop reads comes through
+    descriptors, several steps ahead. SLOPE: add `share * scale * q @ slope`, the share being that
+    of the means.
     """
     pid = tl.program_id(0)
     block = pid % n_q_blocks
@@ -49,44 +70,39 @@ def _tail_fwd(
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     lse_ptr += pair.to(tl.int64) * n_queries
-    m_i = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
-    l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+    before = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+    l_i = tl.where(before == float("-inf"), 0.0, 1.0)
+    # Finite in a row that has seen no key yet, so that no NaN arises.
+    before = tl.maximum(before, -1e30)
+    m_i = before
     acc = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
-    share = tl.zeros([BLOCK_M], tl.float32)
 
-    visited_ptr += batch.to(tl.int64) * visited_stride_b + head.to(tl.int64) * visited_stride_h
-    visited_ptr += block * n_k_blocks
-    hidden_ptr += batch * hidden_stride_b
+    bias_row = batch * bias_row_b + head * bias_row_h + block
     for first in range(0, n_k_blocks, BLOCK_N):
-        number = first + tl.arange(0, BLOCK_N)
         k = means_desc.load([pair, first, 0]).reshape(BLOCK_N, BLOCK_D)
+        bias = bias_desc.load([bias_row, first]).to(tl.float32)
         v = means_desc.load([n_pairs + pair, first, 0]).reshape(BLOCK_N, BLOCK_D)
-        bias = _bias(visited_ptr, hidden_ptr, starts_ptr, number, n_k_blocks, HAS_HIDDEN)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias
         m_new = tl.maximum(m_i, tl.max(scores, 1))
-        # A row that has seen no key yet keeps -inf; 0 stands in for it so that no NaN arises.
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(scores - m_safe[:, None])
-        alpha = tl.math.exp2(m_i - m_safe)
-        mass = tl.sum(p, 1)
-        l_i = l_i * alpha + mass
-        share = share * alpha + mass
+        p = tl.math.exp2(scores - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m_i = m_new
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    acc = acc / l_safe[:, None]
     if SLOPE:
-        share = share / l_safe
-        # The share is at most 1, so that what it is multiplied by fits a 16-bit query.
-        q_rows = (tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-        q = tl.load(q_ptr + q_rows * q_stride_n + cols[None, :], mask=inside, other=0.0)
-        weighted = q.to(tl.float32) * (share * scale)[:, None]
-        depth = tl.arange(0, BLOCK_D)
-        matrix = slope_ptr + pair.to(tl.int64) * (D * D) + depth[:, None] * D + cols[None, :]
-        slope = tl.load(matrix, mask=(depth < D)[:, None] & (cols < D)[None, :], other=0.0)
-        acc = tl.dot(weighted.to(slope.dtype), slope, acc, input_precision="ieee")
+        # What the sums have gained since. It weighs the product, which begins with all the rest
+        # divided by it: there are no registers for a sum of its own. A share below the least
+        # changes nothing.
+        share = tl.maximum(1.0 - tl.math.exp2(before - m_i) / l_safe, 0.0) * scale
+        share = tl.where(tl.abs(share) < 1e-12, 1e-12, share)
+        slope = slope_desc.load([pair, 0, 0]).reshape(BLOCK_D, BLOCK_D)
+        acc = tl.dot(q, slope, acc / (l_safe * share)[:, None], input_precision="ieee")
+        acc = acc * share[:, None]
+    else:
+        acc = acc / l_safe[:, None]
     acc = tl.where(empty[:, None], 0.0, acc)  # a weight of 0 hides no NaN
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if HAS_ORDER:  # read again rather than held in registers through the loop

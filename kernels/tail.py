@@ -7,13 +7,13 @@ cost every block a bias.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.kernels._tail import _tail_fwd
+from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.launch import Launch, TensorDescriptor
 from dit_sparse.kernels.launch import launch as launch_kernel
 from dit_sparse.kernels.portable import LOG2_E, padded
@@ -25,6 +25,7 @@ class Tile(NamedTuple):
 
     Args:
         means: in one product.
+        stages: steps of the loop whose means are on their way or read.
         registers: of a thread at most; with 128 two programs share a multiprocessor.
     """
 
@@ -63,39 +64,68 @@ def launch(
     """
     out, lse = result
     batch, heads, n_queries, dim = q.shape
-    visited, hidden = plan.visited, plan.hidden
-    blocks = plan.k_blocks
+    blocks, n_blocks, width = plan.k_blocks, plan.q_blocks.n, padded(dim)
     order = blocks.starts if plan.order is None else plan.order.index
-    tile = choose_tile(sloped=slope is not None)
-    shape, box = [2 * batch * heads, blocks.n, dim], [1, tile.means, padded(dim)]
-    described = TensorDescriptor(means, shape, [blocks.n * dim, dim, 1], box)
+    tile = choose_tile(width)
+    described = _described(means.flatten(0, 2), [1, tile.means, width])
+    biases = bias_of(plan, tile)
+    of_batch, of_heads, _, room = biases.shape
+    described_bias = TensorDescriptor(
+        biases, [of_batch * of_heads * n_blocks, room], [room, 1], [1, tile.means]
+    )
     arguments = (
-        q, described, means if slope is None else slope, out, lse,
-        visited.view(torch.uint8), blocks.starts if hidden is None else hidden.view(torch.uint8),
-        blocks.starts, plan.q_blocks.starts, order,
-        *q.stride()[:3], *out.stride()[:3],
-        visited.stride(0) if visited.shape[0] > 1 else 0,
-        visited.stride(1) if visited.shape[1] > 1 else 0,
-        blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
-        order.stride(0) if order.ndim == 2 else 0,
-        batch * heads, heads, plan.q_blocks.n, blocks.n, n_queries, scale, scale * LOG2_E,
+        q, described, described_bias,
+        None if slope is None else _described(slope.flatten(0, 1), [1, width, width]),
+        out, lse, plan.q_blocks.starts, order,
+        *q.stride()[:3], *out.stride()[:3], order.stride(0) if order.ndim == 2 else 0,
+        of_heads * n_blocks if of_batch > 1 else 0, n_blocks if of_heads > 1 else 0,
+        batch * heads, heads, n_blocks, blocks.n, n_queries, scale, scale * LOG2_E,
     )  # fmt: skip
     constants = {
         "D": dim,
-        "BLOCK_D": padded(dim),
+        "BLOCK_D": width,
         "BLOCK_M": plan.q_blocks.size,
         "BLOCK_N": tile.means,
-        "HAS_HIDDEN": hidden is not None,
         "HAS_ORDER": plan.order is not None,
         "SLOPE": slope is not None,
     }
-    grid = (batch * heads * plan.q_blocks.n, 1, 1)
     return launch_kernel(
-        _tail_fwd, grid, arguments, constants,
+        _tail_fwd, (batch * heads * n_blocks, 1, 1), arguments, constants,
         warps=tile.warps, stages=tile.stages, registers=tile.registers,
     )  # fmt: skip
 
 
-def choose_tile(*, sloped: bool) -> Tile:
-    """The product with a slope takes the registers of a second program."""
-    return Tile(64, 8, 2, None) if sloped else Tile(32, 8, 2, 128)
+def bias_of(plan: BlockPlan, tile: Tile) -> Tensor:
+    """What `_tail_bias_fwd` makes of a plan: `[1 or B, 1 or H, n_q, n_k and up to whole tiles]`, in
+    fp16, which has log2 of whole blocks exactly and of others nearer than weights are rounded."""
+    visited, hidden = plan.visited, plan.hidden
+    batch, heads, n_q, n_k = visited.shape
+    of_batch = hidden is not None and hidden.shape[0] > 1
+    if of_batch and hidden is not None:
+        batch = hidden.shape[0]
+    width = -(-n_k // tile.means) * tile.means
+    bias = torch.empty(batch, heads, n_q, width, dtype=torch.float16, device=plan.device)
+    seen = visited.view(torch.uint8)
+    arguments = (
+        seen, seen if hidden is None else hidden.view(torch.uint8), plan.k_blocks.starts, bias,
+        visited.stride(0) if visited.shape[0] > 1 else 0, visited.stride(1),
+        n_k if of_batch else 0, heads, n_q, n_k, width,
+    )  # fmt: skip
+    constants = {"HAS_HIDDEN": hidden is not None, "BLOCK": 128}
+    launch_kernel(
+        _tail_bias_fwd, (batch * heads * n_q, 1, 1), arguments, constants,
+        warps=1, stages=1, registers=None,
+    )  # fmt: skip
+    return bias
+
+
+def _described(matrices: Tensor, box: list[int]) -> Any:
+    """A descriptor of contiguous matrices, one below the other."""
+    shape = list(matrices.shape)
+    return TensorDescriptor(matrices, shape, [shape[1] * shape[2], shape[2], 1], box)
+
+
+def choose_tile(width: int) -> Tile:
+    """For rows of padded width; two programs share the registers of a multiprocessor, and what it
+    has of shared memory."""
+    return Tile(64 if width <= 64 else 32, 8, 4, 128)

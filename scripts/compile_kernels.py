@@ -45,7 +45,7 @@ from dit_sparse.kernels._quantise import (
     _quantise_rows_fwd,
     _quantise_values_fwd,
 )
-from dit_sparse.kernels._tail import _tail_fwd
+from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
@@ -158,11 +158,13 @@ def approximation(variant: Variant) -> Report:
 def with_means() -> Iterator[Variant]:
     """The kernels that read means of keys through descriptors."""
     for head_dim in (64, 128):
-        for hidden in (False, True):
-            yield Variant("tail", 90, head_dim, ragged=True, hidden=hidden, tail=1)
-            yield Variant("tail", 90, head_dim, ragged=True, hidden=hidden, tail=2)
+        for tail in (1, 2):
+            yield Variant("tail", 90, head_dim, ragged=True, tail=tail)
+            yield Variant("tail", 90, head_dim, ragged=True, tail=tail, order=False)
         for ragged in (False, True):
             yield Variant("pooled", 90, head_dim, ragged)
+    for hidden in (False, True):
+        yield Variant("tail_bias", 90, 128, ragged=True, hidden=hidden)
 
 
 def means(variant: Variant) -> Report:
@@ -170,10 +172,18 @@ def means(variant: Variant) -> Report:
     dim, keys, sloped = variant.head_dim, POOLED_ROWS, variant.tail > 1
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
     constants |= {"HAS_ORDER": variant.order, "HAS_HIDDEN": variant.hidden, "SLOPE": sloped}
+    if variant.kernel == "tail_bias":
+        source = source_of(_tail_bias_fwd, constants | {"BLOCK": 128}, {}, {"bias_ptr": "*fp16"})
+        return report_of(variant, source, 1, 1)
     if variant.kernel == "tail":
-        tile = tail_tile(sloped=sloped)
-        described = {"means_desc": f"tensordesc<bf16[1, {tile.means}, {dim}]>"}
-        source = source_of(_tail_fwd, constants | {"BLOCK_N": tile.means}, described)
+        tile = tail_tile(dim)
+        described = {
+            "means_desc": f"tensordesc<bf16[1, {tile.means}, {dim}]>",
+            "bias_desc": f"tensordesc<fp16[1, {tile.means}]>",
+            "slope_desc": f"tensordesc<bf16[1, {dim}, {dim}]>",
+        }
+        constants |= {"BLOCK_N": tile.means} | ({} if sloped else {"slope_desc": None})
+        source = source_of(_tail_fwd, constants, described)
         return report_of(variant, source, tile.warps, tile.stages, tile.registers)
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")

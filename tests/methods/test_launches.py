@@ -118,9 +118,10 @@ CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
 SPANS = ["index_select", "index_select"]
 EXACT = ["zeros", "_permute_rows", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
 LISTED = ["zeros", "_permute_blocks", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
-WITH_MEANS = [*LISTED, "_tail_fwd"]
+TAIL = ["_tail_bias_fwd", "_tail_fwd"]
+WITH_MEANS = [*LISTED, *TAIL]
 COVARIANCE = ["_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
-WITH_SLOPE = [*LISTED, *COVARIANCE, "_tail_fwd"]
+WITH_SLOPE = [*LISTED, *COVARIANCE, *TAIL]
 POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper"]
 
 CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
@@ -170,9 +171,9 @@ def test_launches(
 
 #: Where means are not read by specialised kernels, or the scale is not above zero.
 PORTABLE = [
-    ("pisa", {"tail": "zeroth"}, ["_tail_fwd"]),
-    ("pisa", {}, [*COVARIANCE, "_tail_fwd"]),
-    ("psa", {"skipped": "mean"}, ["_tail_fwd", "_means_fwd", "_approximate_fwd"]),
+    ("pisa", {"tail": "zeroth"}, TAIL),
+    ("pisa", {}, [*COVARIANCE, *TAIL]),
+    ("psa", {"skipped": "mean"}, [*TAIL, "_means_fwd", "_approximate_fwd"]),
 ]
 
 
