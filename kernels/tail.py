@@ -111,10 +111,10 @@ def bias_of(plan: BlockPlan, tile: Tile) -> Tensor:
         visited.stride(0) if visited.shape[0] > 1 else 0, visited.stride(1),
         n_k if of_batch else 0, heads, n_q, n_k, width,
     )  # fmt: skip
-    constants = {"HAS_HIDDEN": hidden is not None, "BLOCK": 128}
+    constants = {"HAS_HIDDEN": hidden is not None, "BLOCK": 512}
     launch_kernel(
         _tail_bias_fwd, (batch * heads * n_q, 1, 1), arguments, constants,
-        warps=1, stages=1, registers=None,
+        warps=4, stages=1, registers=None,
     )  # fmt: skip
     return bias
 

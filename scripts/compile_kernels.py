@@ -173,8 +173,8 @@ def means(variant: Variant) -> Report:
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
     constants |= {"HAS_ORDER": variant.order, "HAS_HIDDEN": variant.hidden, "SLOPE": sloped}
     if variant.kernel == "tail_bias":
-        source = source_of(_tail_bias_fwd, constants | {"BLOCK": 128}, {}, {"bias_ptr": "*fp16"})
-        return report_of(variant, source, 1, 1)
+        source = source_of(_tail_bias_fwd, constants | {"BLOCK": 512}, {}, {"bias_ptr": "*fp16"})
+        return report_of(variant, source, 4, 1)
     if variant.kernel == "tail":
         tile = tail_tile(dim)
         described = {

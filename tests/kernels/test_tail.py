@@ -107,6 +107,22 @@ def test_a_tail_of_means(values: dict):
     compare(added(room, plan, q.shape[-1] ** -0.5, exact), q, k, v, plan)
 
 
+@pytest.mark.parametrize("visited", [True, False])
+def test_a_tail_with_a_slope_that_stands_for_nothing_or_for_everything(visited: bool):
+    """A share of 0 divides nothing away, and one of 1 needs no result so far."""
+    case = Case(64, 128, 128, dtype=torch.float16, box=False, ragged=True)
+    plan, scale = plan_of(case), 0.1
+    seen = torch.full((1, 1, plan.q_blocks.n, plan.k_blocks.n), visited)
+    plan = BlockPlan.from_mask(seen, plan.q_blocks, plan.k_blocks)
+    q, k, v = (x.contiguous() for x in tensors_of(case, plan))
+    plan = check(replace(plan, tail="first"))
+    room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=False, means=True)
+    got = added(room, plan, scale, replace(plan, tail="none"))
+    out, lse = attend(*(x.double() for x in (q, k, v)), plan, scale=scale, backend="reference")
+    torch.testing.assert_close(got.out.double(), out, rtol=1e-2, atol=4e-3)
+    torch.testing.assert_close(got.lse, lse, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("values", POOLS, ids=name)
 def test_pooled_rows_in_tiles(values: dict):
     generator = torch.Generator().manual_seed(3)
