@@ -33,7 +33,7 @@ def _tail_bias_fwd(
         start = tl.load(starts_ptr + number, mask=inside, other=0)
         stop = tl.load(starts_ptr + number + 1, mask=inside, other=1)
         bias = tl.where(unseen, tl.math.log2((stop - start).to(tl.float32)), float("-inf"))
-        tl.store(bias_ptr + number, bias.to(bias_ptr.dtype.element_ty), mask=number < width)
+        tl.store(bias_ptr + number, bias, mask=number < width)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _tail_fwd(
     bias_row = batch * bias_row_b + head * bias_row_h + block
     for first in range(0, n_k_blocks, BLOCK_N):
         k = means_desc.load([pair, first, 0]).reshape(BLOCK_N, BLOCK_D)
-        bias = bias_desc.load([bias_row, first]).to(tl.float32)
+        bias = bias_desc.load([bias_row, first])
         v = means_desc.load([n_pairs + pair, first, 0]).reshape(BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias
         m_new = tl.maximum(m_i, tl.max(scores, 1))

@@ -97,14 +97,15 @@ def launch(
 
 def bias_of(plan: BlockPlan, tile: Tile) -> Tensor:
     """What `_tail_bias_fwd` makes of a plan: `[1 or B, 1 or H, n_q, n_k and up to whole tiles]`, in
-    fp16, which has log2 of whole blocks exactly and of others nearer than weights are rounded."""
+    fp32: a tile is 128 bytes long or several times that. Shorter ones, one behind the other in
+    shared memory, would not begin where descriptors may load to, and Triton 3.6 does not see it."""
     visited, hidden = plan.visited, plan.hidden
     batch, heads, n_q, n_k = visited.shape
     of_batch = hidden is not None and hidden.shape[0] > 1
     if of_batch and hidden is not None:
         batch = hidden.shape[0]
     width = -(-n_k // tile.means) * tile.means
-    bias = torch.empty(batch, heads, n_q, width, dtype=torch.float16, device=plan.device)
+    bias = torch.empty(batch, heads, n_q, width, dtype=torch.float32, device=plan.device)
     seen = visited.view(torch.uint8)
     arguments = (
         seen, seen if hidden is None else hidden.view(torch.uint8), plan.k_blocks.starts, bias,

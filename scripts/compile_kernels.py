@@ -173,13 +173,13 @@ def means(variant: Variant) -> Report:
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
     constants |= {"HAS_ORDER": variant.order, "HAS_HIDDEN": variant.hidden, "SLOPE": sloped}
     if variant.kernel == "tail_bias":
-        source = source_of(_tail_bias_fwd, constants | {"BLOCK": 512}, {}, {"bias_ptr": "*fp16"})
+        source = source_of(_tail_bias_fwd, constants | {"BLOCK": 512}, {})
         return report_of(variant, source, 4, 1)
     if variant.kernel == "tail":
         tile = tail_tile(dim)
         described = {
             "means_desc": f"tensordesc<bf16[1, {tile.means}, {dim}]>",
-            "bias_desc": f"tensordesc<fp16[1, {tile.means}]>",
+            "bias_desc": f"tensordesc<fp32[1, {tile.means}]>",
             "slope_desc": f"tensordesc<bf16[1, {dim}, {dim}]>",
         }
         constants |= {"BLOCK_N": tile.means} | ({} if sloped else {"slope_desc": None})
