@@ -273,11 +273,7 @@ def compiled(variant: Variant) -> Report:
         warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
         queries = chosen.queries
         tile = [1, 1, keys, variant.head_dim]
-    constants = {
-        "D": variant.head_dim,
-        "DV": variant.head_dim,
-        "BLOCK_D": variant.head_dim,
-        "BLOCK_DV": variant.head_dim,
+    constants = dict.fromkeys(("D", "DV", "BLOCK_D", "BLOCK_DV"), variant.head_dim) | {
         "BLOCK_M": queries,
         "PARTS": Q_BLOCK // queries,
         "BLOCK_N": keys,

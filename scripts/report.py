@@ -1,7 +1,7 @@
-"""Writes the tables of README.md from the JSON lines in benchmarks/ and docs/quality/.
+"""Writes the tables of README.md and docs/ from the JSON lines in benchmarks/ and docs/quality/.
 
-python scripts/report.py          # rewrites README.md between its markers
-python scripts/report.py --check  # exit code 1 if README.md does not say what was measured
+python scripts/report.py          # rewrites them between their markers
+python scripts/report.py --check  # exit code 1 if they do not say what was measured
 
 A folder of docs/quality/ is an evaluation that was kept: `report.html`, `report.md` and
 `summary.jsonl` of `dit-sparse evaluate`.
@@ -157,6 +157,35 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def methods_table(rows: list[dict[str, Any]]) -> str:
+    """Methods that choose blocks in every call, and static masks, against dense attention."""
+    lines = [
+        f"{environment_of(rows)}, batch 1, random inputs, interleaved medians against dense cuDNN. "
+        "*Whole* is choosing blocks, summaries, the permutation and attention; *in order* is the "
+        "same on tokens that are in the method's order already. Static masks choose nothing.",
+        "",
+        "| method | tokens x heads x dim | density | dense | choosing | whole | speedup "
+        "| in order |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        size = f"{row['tokens']:,} x {row['heads']} x {row['head_dim']}"
+        start = f"| {row['method']}, {options}{{}} | {size} | {row['density']:.3f} | "
+        start += f"{row['dense_ms']:.2f} ms | "
+        if "speedups" in row:
+            lines += [
+                f"{start.format(', ' + name)} | {row[f'{name}_ms']:.2f} ms | {speedup:.2f}x | |"
+                for name, speedup in row["speedups"].items()
+            ]
+        else:
+            lines.append(
+                f"{start.format('')}{row['plan_ms']:.2f} ms | {row['whole_ms']:.2f} ms | "
+                f"{row['speedup']:.2f}x | {row['speedup_hoisted']:.2f}x |"
+            )
+    return "\n".join(lines)
+
+
 def _mean_and_worst(row: dict[str, Any], name: str, form: str) -> str:
     value = row["quality"].get(name)
     if value is None:
@@ -164,7 +193,11 @@ def _mean_and_worst(row: dict[str, Any], name: str, form: str) -> str:
     return f"{value:{form}} ({row['worst'][name]:{form}})"
 
 
-TABLES = {"kernels": kernel_table, "steps": steps_table, "overhead": overhead_table}
+#: Tables by the file that they stand in and the name of their lines in benchmarks/.
+TABLES = {
+    "README.md": {"kernels": kernel_table, "steps": steps_table, "overhead": overhead_table},
+    "docs/piecewise.md": {"methods": methods_table},
+}
 
 
 def quality_tables(root: Path) -> str:
@@ -180,22 +213,29 @@ def quality_tables(root: Path) -> str:
     return "\n\n".join(parts)
 
 
-def with_tables(text: str, root: Path = ROOT) -> str:
-    """README text with every table between its markers.
+def with_tables(text: str, root: Path = ROOT, file: str = "README.md") -> str:
+    """A file's text with every table between its markers.
+
+    Args:
+        text: of the file.
+        root: folder with benchmarks/ and docs/.
+        file: one of `TABLES`.
 
     Raises:
         ValueError: markers are not there.
     """
-    for name, table in TABLES.items():
+    for name, table in TABLES[file].items():
         source = f"benchmarks/{name}.jsonl"
-        text = _between(text, name, source, table(rows_of(root / source)))
-    return _between(text, "quality", "docs/quality/*/summary.jsonl", quality_tables(root))
+        text = _between(text, name, source, table(rows_of(root / source)), file)
+    if file != "README.md":
+        return text
+    return _between(text, "quality", "docs/quality/*/summary.jsonl", quality_tables(root), file)
 
 
-def _between(text: str, name: str, source: str, content: str) -> str:
+def _between(text: str, name: str, source: str, content: str, file: str) -> str:
     begin, end = f"<!-- {name}: from {source} -->", f"<!-- {name}: end -->"
     if begin not in text or end not in text:
-        raise ValueError(f"Expected {begin} and {end} in README.md, got a text without them.")
+        raise ValueError(f"Expected {begin} and {end} in {file}, got a text without them.")
     before, _, rest = text.partition(begin)
     content = f"{content}\n" if content else ""
     return f"{before}{begin}\n{content}{end}{rest.partition(end)[2]}"
@@ -205,16 +245,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = with_tables(text)
-    if arguments.check:
-        sys.exit(
-            0
-            if text == wanted
-            else "README.md differs from what was measured. Run scripts/report.py."
-        )
-    readme.write_text(wanted, encoding="utf-8")
+    wrong = []
+    for file in TABLES:
+        path = ROOT / file
+        text = path.read_text(encoding="utf-8")
+        wanted = with_tables(text, file=file)
+        if text == wanted:
+            continue
+        wrong.append(file)
+        if not arguments.check:
+            path.write_text(wanted, encoding="utf-8")
+    if arguments.check and wrong:
+        sys.exit(f"{', '.join(wrong)}: not what was measured. Run scripts/report.py.")
 
 
 if __name__ == "__main__":
