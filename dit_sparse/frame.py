@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -37,6 +37,11 @@ class Frame:
     @property
     def has_context(self) -> bool:
         return self.candidates < self.blocks.n
+
+    @cached_property
+    def in_order(self) -> Frame:
+        """The same blocks of tokens that stand in the order already."""
+        return replace(self, order=None)
 
 
 @lru_cache(maxsize=16)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from dit_sparse.grid import TokenLayout
+from dit_sparse.grid import Permutation, TokenLayout
 from dit_sparse.plan import BlockPlan
 
 PlanScope = Literal["layout", "layer", "segment", "call"]
@@ -24,6 +25,8 @@ class CallContext:
         step: number of the denoising step, counted from 0; `None` when it cannot be known.
         steps: how many steps the generation takes; `None` when it cannot be known.
         values: v `[B, H, N, D_v]` of the call, where it is known.
+        ordered: whether the tokens of q, k and v stand in the order of the method, which is
+            `Ordered`. The plan then begins with them as they are.
     """
 
     layout: TokenLayout
@@ -32,6 +35,7 @@ class CallContext:
     step: int | None = None
     steps: int | None = None
     values: Tensor | None = field(default=None, repr=False, compare=False)
+    ordered: bool = False
 
 
 @runtime_checkable
@@ -64,8 +68,18 @@ class SparseMethod(Protocol):
         """The plan of a call, on the device of `q`.
 
         Args:
-            q, k: `[B, H, N, D]` in the model's order, after norms and position embedding.
+            q, k: `[B, H, N, D]` in the model's order, unless `ctx.ordered`, after norms and
+                position embedding.
         """
+        ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A method that plans from q and k, in an order that depends on the layout alone."""
+
+    def token_order(self, layout: TokenLayout, device: torch.device) -> Permutation | None:
+        """From the model's order to that of the method's plans; `None`: they are the same."""
         ...
 
 

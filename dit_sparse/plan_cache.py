@@ -14,7 +14,7 @@ from dit_sparse.backend import Precision
 from dit_sparse.coarse import in_plan_order
 from dit_sparse.grid import TokenLayout
 from dit_sparse.hoist import TokenOrder, common_order
-from dit_sparse.method import CallContext, Segmented, SparseMethod
+from dit_sparse.method import CallContext, Ordered, Segmented, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_reuse import PlanReuse
@@ -143,12 +143,20 @@ class PlanCache:
             kept.order = self._common(q, [CallContext(layout, n, layers) for n in range(layers)])
         return kept.order
 
+    def plans_in_order(self, context: CallContext) -> bool:
+        """Whether the method that serves a call plans from tokens in the order of all layers."""
+        method = self._serving(context)
+        return method.scope == "call" and isinstance(method, Ordered)
+
     def _common(self, q: Tensor, contexts: list[CallContext]) -> TokenOrder | str | None:
         orders = []
         for context in contexts:
             method = self._serving(context)
             always = isinstance(self._method, Schedule) and self._method.always_dense(context)
             if always or method.dense_reason(context) is not None:
+                continue
+            if method.scope == "call" and isinstance(method, Ordered):
+                orders.append(method.token_order(context.layout, q.device))
                 continue
             if method.scope != "layout":
                 what = "q and k" if method.scope == "call" else "each layer"

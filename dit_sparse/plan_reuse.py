@@ -65,7 +65,7 @@ class PlanReuse(Generic[T]):
             self._step = context.step
             self._branches.clear()
         # Autograd refuses tensors that were made in inference mode.
-        place = (q.shape, q.device, torch.is_inference_mode_enabled())
+        place = (q.shape, q.device, torch.is_inference_mode_enabled(), context.ordered)
         call = (method, context.layer, context.layout, place)
         branch = 0 if method.share_branches else self._branches[call]
         self._branches[call] += 1

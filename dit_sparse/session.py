@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -142,10 +143,12 @@ class Session:
             if call.chosen:
                 return call.run(q, k, v)
             return dense_attention(q, k, v, scale=call.scale, layout=layout)
+        if order is not None and self._plans.plans_in_order(context):
+            context = replace(context, ordered=True)
         planned = self._plans.get(q, k, context)
         record = self.layers[call.layer]
         if order is not None:
-            within = planned.within(order)
+            within = planned if context.ordered else planned.within(order)
             if within is not None:
                 record.hoisted += 1
                 return self._run(within, call, q, k, v)

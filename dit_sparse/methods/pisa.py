@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_sparse import options, selection
 from dit_sparse.frame import Frame, frame_of
+from dit_sparse.grid import Permutation, TokenLayout
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.plan import BlockPlan, Tail
 
@@ -85,6 +86,10 @@ class PisaMethod:
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
 
+    def token_order(self, layout: TokenLayout, device: torch.device) -> Permutation | None:
+        """See `dit_sparse.method.Ordered`."""
+        return frame_of(layout, self.block, self.order, device=device).order
+
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         """The plan of a call.
 
@@ -92,6 +97,8 @@ class PisaMethod:
             ValueError: a density of less than one block, or a prior without values in the context.
         """
         frame = frame_of(ctx.layout, self.block, self.order, device=q.device)
+        if ctx.ordered:
+            frame = frame.in_order
         scores = selection.pooled_scores(q, k, frame)
         if self.prior != "none":
             scores = scores + self._prior(k, ctx, frame, q.shape[1])[:, :, None]

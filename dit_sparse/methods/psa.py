@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_sparse import options, pyramid, selection
 from dit_sparse.causal import past, plan_of_causal_levels
 from dit_sparse.frame import Frame, frame_of
+from dit_sparse.grid import Permutation, TokenLayout
 from dit_sparse.importance import Norm, sampled_importance
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.plan import BlockPlan, Tail
@@ -107,6 +108,10 @@ class PsaMethod:
     def dense_reason(self, ctx: CallContext) -> str | None:
         return None
 
+    def token_order(self, layout: TokenLayout, device: torch.device) -> Permutation | None:
+        """See `dit_sparse.method.Ordered`."""
+        return frame_of(layout, self.block, self.order, device=device).order
+
     def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
         """The plan of a call.
 
@@ -114,6 +119,8 @@ class PsaMethod:
             ValueError: ends that leave every block of this layout skipped, or text where causal.
         """
         frame = frame_of(ctx.layout, self.block, self.order, device=q.device)
+        if ctx.ordered:
+            frame = frame.in_order
         if self.causal and frame.has_context:
             raise ValueError(
                 f"Expected a picture alone for causal=True, got {ctx.layout}. Leave causal out."

@@ -19,6 +19,8 @@ import dit_sparse
 from dit_sparse.grid import Permutation, TokenGrid, TokenLayout
 from dit_sparse.hoist import TokenFlow, TokenOrder, common_order
 from dit_sparse.method import CallContext
+from dit_sparse.methods.pisa import PisaMethod
+from dit_sparse.methods.psa import PsaMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.orders import axes, lift, tile
@@ -91,6 +93,47 @@ def test_every_family_runs_without_permutations(
     dit_sparse.remove(pipe)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
     assert torch.equal(run(pipe, name), stock)
+
+
+PISA = PisaMethod(density=0.5, least=1, order="tile", block=64, tail="first", prior="norm")
+PSA = PsaMethod(ends=(0.3, 0.5, 0.5, 0.7), least=1, order="FWH", block=64, skipped="mean", share=2)
+
+
+@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("method", [PISA, PSA], ids=["pisa", "psa"])
+def test_plans_from_queries_and_keys_in_order(
+    name: str, method: Any, tiny: Any, permutations: list[str]
+) -> None:
+    """The picture is large enough for several blocks to choose from."""
+    size = {"height": 96, "width": 96} if name in ("wan", "flux") else {}
+    pipe = tiny(name)
+    dit_sparse.apply(pipe, method, hoist=False)
+    expected = run(pipe, name, **size)
+    summary = dit_sparse.summary(pipe)
+    assert (summary.hoisted, summary.permuted) == (0, {"hoist=False": summary.sparse})
+    density = summary.rows[0].density
+    assert permutations
+    permutations.clear()
+    dit_sparse.apply(pipe, method)
+    same(run(pipe, name, **size), expected)
+    assert not permutations
+    summary = dit_sparse.summary(pipe)
+    assert (summary.hoisted, summary.permuted) == (summary.sparse, {})
+    assert summary.rows[0].density == density
+    if size:
+        assert density is not None
+        assert density < 0.9
+
+
+def test_plans_in_order_serve_later_steps(tiny: Any, permutations: list[str]) -> None:
+    method = PisaMethod(density=0.5, order="tile", block=64, reuse_steps=2, share_branches=True)
+    results = []
+    for hoist in (False, True):
+        pipe = dit_sparse.apply(tiny("wan"), Schedule(method, dense_layers=(0,)), hoist=hoist)
+        permutations.clear()
+        results.append(run(pipe, "wan", height=96, width=96, num_inference_steps=3))
+    same(*results)
+    assert not permutations
 
 
 @pytest.mark.parametrize("name", families())
