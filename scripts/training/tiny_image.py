@@ -28,7 +28,7 @@ STAGES = {
     "base": Stage(
         goal=Goal.FLOW,
         kinds=("images",),
-        sizes="1x64x64:1024*4,1x128x128:256*2,1x192x192:112",
+        sizes="1x64x64:192*4,1x128x128:64*2,1x192x192:28",
         lr=1e-3,
         cooldown=0.0,
         shown=(1, 128, 128),
@@ -36,7 +36,7 @@ STAGES = {
     "large": Stage(
         goal=Goal.FLOW,
         kinds=("images",),
-        sizes="1x256x256:64*4,1x128x128:256*2,1x384x384:24,1x512x512:10",
+        sizes="1x256x256:20*4,1x128x128:80*2,1x384x384:8,1x512x512:4",
         lr=6e-4,
         cooldown=0.3,
         shown=(1, 256, 256),
@@ -44,7 +44,7 @@ STAGES = {
     "distil": Stage(
         goal=Goal.DISTILLATION,
         kinds=("images",),
-        sizes="1x256x256:48*4,1x128x128:192*2,1x384x384:20,1x512x512:8",
+        sizes="1x256x256:16*4,1x128x128:64*2,1x384x384:7,1x512x512:3",
         lr=3e-4,
         cooldown=0.3,
         shown=(1, 256, 256),
