@@ -12,9 +12,9 @@ from dit_sparse.mask_product import COLUMNS
 WHOLE = 1.64  # an entry, where all key blocks hold as many tokens as they may
 SHORT = 1.87  # an entry, where some hold fewer, whose ends are hidden
 ROW = 3.2  # to begin and end a query block
-# The product that masks is one matrix instruction beside sixteen (head dim 64: beside eight), in all
-# entries of a plan with masked ones: 0.07 to 0.18, for windows of 720p and of 4096 pixels. It hides
-# the ends of short blocks too, so that the difference above and this one are counted twice there.
+# The product that masks is one matrix instruction beside sixteen (head dim 64: beside eight), in
+# all entries of a plan with masked ones: 0.07 to 0.18 for windows of 720p and of 4096 pixels. It
+# hides the ends of short blocks too, so that the difference above and this one are counted twice.
 PRODUCT = 0.1
 # Whether any GPU masks by that product, by the table in `kernels/variants.json`.
 BY_PRODUCT = True

@@ -76,12 +76,14 @@ class _LayoutPlans:
         by_layer: the same again by layer, which spares looking for the method and hashing it.
         segments: for methods that plan for some steps, the segment of each layer's plan.
         order: the order that all of them share, once it was asked for.
+        starts: for methods that plan from q and k, whether they can begin in an order.
     """
 
     plans: dict[tuple[SparseMethod, int | None], PlannedCall] = field(default_factory=dict)
     by_layer: dict[int, PlannedCall] = field(default_factory=dict)
     segments: dict[tuple[SparseMethod, int | None], int] = field(default_factory=dict)
     order: TokenOrder | str | Literal[False] | None = False
+    starts: dict[tuple[SparseMethod, TokenOrder], bool] = field(default_factory=dict)
 
 
 class PlanCache:
@@ -143,10 +145,22 @@ class PlanCache:
             kept.order = self._common(q, [CallContext(layout, n, layers) for n in range(layers)])
         return kept.order
 
-    def plans_in_order(self, context: CallContext) -> bool:
-        """Whether the method that serves a call plans from tokens in the order of all layers."""
+    def starts_from(self, order: TokenOrder, q: Tensor, context: CallContext) -> bool | None:
+        """Whether the method that serves a call plans from q and k whose tokens stand in an order.
+
+        Returns:
+            `None` where it does not plan from q and k.
+        """
         method = self._serving(context)
-        return method.scope == "call" and isinstance(method, Ordered)
+        if method.scope != "call":
+            return None
+        known = self._of(context.layout, q.device).starts
+        if (method, order) not in known:
+            own = None
+            if isinstance(method, Ordered):
+                own = method.token_order(context.layout, q.device)
+            known[method, order] = order.agrees(own)
+        return known[method, order]
 
     def _common(self, q: Tensor, contexts: list[CallContext]) -> TokenOrder | str | None:
         orders = []

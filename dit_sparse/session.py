@@ -23,6 +23,8 @@ from dit_sparse.record import LayerRecord
 
 logger = logging.getLogger("dit_sparse")
 
+_ANOTHER_ORDER = "its order is not that of the other layers"
+
 
 class Session:
     """Turns the attention calls of one transformer into sparse or dense ones and counts them.
@@ -143,8 +145,12 @@ class Session:
             if call.chosen:
                 return call.run(q, k, v)
             return dense_attention(q, k, v, scale=call.scale, layout=layout)
-        if order is not None and self._plans.plans_in_order(context):
-            context = replace(context, ordered=True)
+        if order is not None:
+            starts = self._plans.starts_from(order, q, context)
+            if starts is False:
+                self.layers[call.layer].permuted[_ANOTHER_ORDER] += 1
+                return _in_model_order(order, partial(self._plan_and_run, context, call), q, k, v)
+            context = replace(context, ordered=bool(starts))
         planned = self._plans.get(q, k, context)
         record = self.layers[call.layer]
         if order is not None:
@@ -152,10 +158,17 @@ class Session:
             if within is not None:
                 record.hoisted += 1
                 return self._run(within, call, q, k, v)
-            record.permuted["its order is not that of the other layers"] += 1
+            record.permuted[_ANOTHER_ORDER] += 1
             return _in_model_order(order, partial(self._run, planned, call), q, k, v)
         if planned.plan.order is not None:
             record.permuted[self._apart] += 1
+        return self._run(planned, call, q, k, v)
+
+    def _plan_and_run(
+        self, context: CallContext, call: StockCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """A sparse call on tensors in the model's order."""
+        planned = self._plans.get(q, k, replace(context, values=v))
         return self._run(planned, call, q, k, v)
 
     def _run(

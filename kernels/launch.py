@@ -21,6 +21,7 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton import JITFunction
+from triton.runtime.errors import OutOfResources
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -144,13 +145,23 @@ def launch_specialised(
     did not make it so, failed, or made it spill registers, take more shared memory than there is,
     or wait for every matrix product."""
     known = _verdicts(jit)
-    key = (arguments[0].dtype, arguments[0].device, *constants.values())
+    kinds = (_kind(argument) for argument in arguments)
+    key = (arguments[0].device, *constants.values(), *kinds)
     if key not in known:
-        # Looked at once: what alignment and sizes make of the same kernel differs in little.
+        # Looked at once: what alignment makes of the same kernel differs in little.
         known[key] = _sound(jit, grid, arguments, constants, warps, stages)
     if not known[key]:
         return None
     return launch(jit, grid, arguments, constants, warps=warps, stages=stages)
+
+
+def _kind(argument: Any) -> object:
+    """What Triton compiles for of an argument: its dtype, or whether it is 1, a constant then."""
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype
+    return argument == 1
 
 
 @cache
@@ -170,14 +181,14 @@ def _sound(
     """Whether a kernel is compiled as it was meant to be; says so in the log if not."""
     if not isinstance(jit, JITFunction):
         return True  # Triton's interpreter, which compiles nothing
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": None}  # those of `launch`
     reason: str | None
     try:
-        options = {"num_warps": warps, "num_stages": stages, "maxnreg": None}  # those of `launch`
         kernel = jit.warmup(*arguments, grid=grid, **constants, **options)
-        kernel._init_handles()
-        reason = flaw(kernel.asm["ptx"], machine_code(kernel), kernel.n_spills)
     except Exception as error:  # Triton's passes, LLVM and ptxas fail in ways of their own
         reason = f"{type(error).__name__}: {_first_line(error)}"
+    else:
+        reason = _flaw_of(kernel)
     if reason is None:
         return True
     _LOG.warning(
@@ -187,6 +198,16 @@ def _sound(
         reason,
     )
     return False
+
+
+def _flaw_of(kernel: Any) -> str | None:
+    """What is wrong with what Triton compiled; raises what the driver says of anything else."""
+    try:
+        kernel._init_handles()
+    except OutOfResources as error:
+        return _first_line(error)
+    ptx, spills = kernel.asm["ptx"], kernel.n_spills
+    return flaw(ptx, None, spills) or flaw(ptx, machine_code(kernel), spills)
 
 
 def flaw(ptx: str, sass: str | None, spills: int) -> str | None:
@@ -210,14 +231,18 @@ def flaw(ptx: str, sass: str | None, spills: int) -> str | None:
 
 
 def machine_code(kernel: Any, show: str = "-sass") -> str | None:
-    """What Triton compiled, as the tool beside it shows it; `None` where there is none."""
+    """What Triton compiled, as the tool beside it shows it; `None` where it cannot."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists() or "cubin" not in kernel.asm:
         return None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        done = subprocess.run([tool, show, cubin.name], capture_output=True, text=True)
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            command = [str(tool), show, cubin.name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return done.stdout if done.returncode == 0 and done.stdout else None
 
 

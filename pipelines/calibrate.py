@@ -80,7 +80,8 @@ def calibrate(
     generations = generations_of(pipe, prompts, call or {}, settings.seed)
     identity = identity_of(transformer, model)
     digest = digest_of([*prompts, call or {}])
-    kept = {"model": [identity.kind, identity.config], "prompts": digest} | _measuring(settings)
+    of = [name, identity.kind, identity.config, identity.name, identity.revision]
+    kept = {"model": of, "prompts": digest} | _measuring(settings)
     path = None if folder is None else Path(folder) / PROGRESS
     tally = Tally(settings.block) if path is None else Tally.load(path, kept)
     if tally.facts is not None:

@@ -72,7 +72,8 @@ def calibrate_windows(
     name, transformer = transformer_to_observe(pipe, component)
     generations = generations_of(pipe, prompts, call or {}, settings.seed)
     identity, digest = identity_of(transformer, model), digest_of([*prompts, call or {}])
-    kept = {"model": [identity.kind, identity.config], "prompts": digest} | settings.to_dict()
+    of = [name, identity.kind, identity.config, identity.name, identity.revision]
+    kept = {"model": of, "prompts": digest} | settings.to_dict()
     path = None if folder is None else Path(folder) / PROGRESS
     tally = WindowTally(settings) if path is None else WindowTally.load(path, kept, settings)
 

@@ -27,6 +27,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
+from dit_sparse.kernels import quantise
 from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
@@ -212,7 +213,7 @@ def eight_bits(variant: Variant) -> Report:
     dim, integers = variant.head_dim, variant.kernel.endswith("int8")
     attends = variant.kernel in ("fp8", "int8")
     functions = {
-        "extremes": (_extremes_fwd, 4),
+        "extremes": (_extremes_fwd, quantise._WARPS),
         "centres": (_centres_fwd, 4),
         "values": (_quantise_values_fwd, 8),
     }
@@ -220,7 +221,7 @@ def eight_bits(variant: Variant) -> Report:
     if attends:
         function, warps = _quantised_fwd_hopper, 4
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": K_BLOCK}
-    constants |= {"ROWS": 16 if variant.kernel == "extremes" else 32}
+    constants |= {"ROWS": quantise._ROWS if variant.kernel == "extremes" else 32}
     constants |= {"SIZE": K_BLOCK, "EVERY": 8, "CHUNKS": 64, "VALUES": True}
     constants |= {"RAGGED": variant.ragged, "PARTIAL": variant.box, "HAS_ORDER": variant.order}
     constants |= {"STAGES": 3, "KEYS": variant.kernel.startswith("keys")}

@@ -7,6 +7,8 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -450,6 +452,59 @@ def test_badly_compiled_kernels_are_refused(
     assert bool(reason) == bool(caplog.messages)
     assert reason is None or reason in caplog.messages[0]
     launch.launch_specialised(jit, (1, 1, 1), (x,), {"D": 128}, warps=4, stages=2)
+    assert len(compiled) == 2
+
+
+def test_what_the_driver_says_is_no_flaw(monkeypatch: pytest.MonkeyPatch):
+    """A kernel that could not be loaded for lack of memory may be the next time."""
+
+    class Full(Kernel):
+        def _init_handles(self) -> None:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    class Function:
+        __name__ = "kernel"
+
+        def warmup(self, *arguments: Any, **options: Any) -> Kernel:
+            return kernels.pop()({"ptx": "setmaxnreg.inc"}, 0)
+
+    kernels = [Kernel, Full]
+    monkeypatch.setattr(launch, "JITFunction", Function)
+    monkeypatch.setattr(launch, "launch", lambda *arguments, **_: "launched")
+    call = partial(launch.launch_specialised, Function(), (1, 1, 1), (torch.empty(1),), {})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(warps=4, stages=2)
+    assert call(warps=4, stages=2) == "launched"
+
+
+def test_machine_code_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("not executable")
+
+    monkeypatch.setattr(launch.subprocess, "run", refuse)
+    assert launch.machine_code(SimpleNamespace(asm={"cubin": b""})) is None
+
+
+@pytest.mark.parametrize("other", [torch.empty(1, dtype=torch.float16), 1])
+def test_kernels_for_other_kinds_of_arguments_are_looked_at_too(
+    other: Any, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = []
+
+    class Function:
+        __name__ = "kernel"
+
+        def warmup(self, *arguments: Any, **options: Any) -> Kernel:
+            compiled.append(arguments)
+            return Kernel({"ptx": "setmaxnreg.inc"}, 0)
+
+    monkeypatch.setattr(launch, "JITFunction", Function)
+    monkeypatch.setattr(launch, "launch", lambda *arguments, **_: "launched")
+    call = partial(launch.launch_specialised, Function(), (1, 1, 1), constants={})
+    first = torch.empty(1)
+    same = first if isinstance(other, torch.Tensor) else 2
+    for second in (same, other, same):
+        assert call((first, second), warps=4, stages=2) == "launched"
     assert len(compiled) == 2
 
 

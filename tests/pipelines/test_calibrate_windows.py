@@ -118,6 +118,8 @@ def test_interrupted_it_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / module.PROGRESS).exists()
     with pytest.raises(ValueError, match=r"Expected to go on .* where segments is 2, got 1"):
         search(pipe, 2, folder=tmp_path, settings=replace(SETTINGS, segments=1))
+    with pytest.raises(ValueError, match=r"Expected to go on .* where model is .* got"):
+        search(pipe, 2, folder=tmp_path, model="someone/fine-tuned")
     got = search(pipe, 2, folder=tmp_path)
     assert len(runs) == 3, "what was finished did not run again"
     assert not (tmp_path / module.PROGRESS).exists()

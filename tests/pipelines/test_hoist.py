@@ -125,6 +125,40 @@ def test_plans_from_queries_and_keys_in_order(
         assert density < 0.9
 
 
+WHF = PisaMethod(density=0.5, least=1, order="WHF", block=64)
+
+
+@dataclass(frozen=True)
+class Late:
+    """PISA in an order of its own, from the second step on."""
+
+    inner: PisaMethod = WHF
+    name: ClassVar[str] = "late"
+    scope: ClassVar[str] = "call"
+
+    def dense_reason(self, ctx: CallContext) -> str | None:
+        return None if ctx.step else "the first step"
+
+    def token_order(self, layout: TokenLayout, device: torch.device) -> Permutation | None:
+        return self.inner.token_order(layout, device)
+
+    def plan(self, q: Tensor, k: Tensor, ctx: CallContext) -> BlockPlan:
+        return self.inner.plan(q, k, ctx)
+
+
+def test_a_late_layer_with_another_order(tiny: Any) -> None:
+    """Nobody knew of its order at the model's entry."""
+    results = []
+    for hoist in (False, True):
+        pipe = tiny("wan")
+        dit_sparse.apply(pipe, Schedule(PISA, layers=((0, Late()),)), hoist=hoist)
+        results.append(run(pipe, "wan", height=96, width=96, num_inference_steps=3))
+    same(*results)
+    summary = dit_sparse.summary(pipe)
+    assert summary.hoisted > 0
+    assert list(summary.permuted) == ["its order is not that of the other layers"]
+
+
 def test_plans_in_order_serve_later_steps(tiny: Any, permutations: list[str]) -> None:
     method = PisaMethod(density=0.5, order="tile", block=64, reuse_steps=2, share_branches=True)
     results = []
