@@ -102,6 +102,7 @@ EXPLICIT = [
     Case("window", grid.length + text, heads, 128, None, str(grid), window, stride, text)
     for grid, text, heads, window, strides in (
         (TokenGrid(1, 256, 256), 512, 24, (80, 80), ((16, 16), (1, 1))),
+        (TokenGrid(1, 256, 256), 0, 24, (80, 80), ((16, 16), (1, 1))),
         (TokenGrid(30, 48, 80), 0, 24, (18, 24, 24), ((16, 8, 8), (1, 1, 1))),
         (TokenGrid(21, 45, 80), 0, 40, (9, 15, 24), ((3, 5, 8), (1, 1, 1))),
     )
