@@ -36,13 +36,7 @@ class Target:
     mass: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.density is None) == (self.mass is None):
-            raise ValueError(
-                f"Expected a density or a mass to calibrate for, got density {self.density} and "
-                f"mass {self.mass}. Give one, such as density=0.3."
-            )
-        for name in ("density", "mass"):
-            options.check_share(name, getattr(self, name))
+        options.check_one_share("to calibrate for", "density", "mass", vars(self))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from dit_sparse import orders
 from dit_sparse.frame import Frame
@@ -17,6 +17,23 @@ def check_share(name: str, value: object) -> None:
     """Raises unless a share is absent, or above 0 and at most 1."""
     if value is not None and not (is_number(value) and 0.0 < value <= 1.0):  # type: ignore[operator]
         raise ValueError(f"Expected a {name} above 0 and at most 1, got {value!r}.")
+
+
+def check_one_share(purpose: str, first: str, second: str, values: Mapping[str, object]) -> None:
+    """Raises unless one of two shares is given, and in range.
+
+    Args:
+        purpose: what it is, to follow "Expected a ... or a ...".
+        first, second: the names.
+        values: by name.
+    """
+    if (values[first] is None) == (values[second] is None):
+        raise ValueError(
+            f"Expected a {first} or a {second} {purpose}, got {first} {values[first]} and "
+            f"{second} {values[second]}. Give one, such as {first}=0.3."
+        )
+    for name in (first, second):
+        check_share(name, values[name])
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> None:

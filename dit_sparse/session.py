@@ -150,7 +150,8 @@ class Session:
             if starts is False:
                 self.layers[call.layer].permuted[_ANOTHER_ORDER] += 1
                 return _in_model_order(order, partial(self._plan_and_run, context, call), q, k, v)
-            context = replace(context, ordered=bool(starts))
+            if starts:
+                context = replace(context, ordered=True)
         planned = self._plans.get(q, k, context)
         record = self.layers[call.layer]
         if order is not None:

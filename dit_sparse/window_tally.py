@@ -43,13 +43,7 @@ class WindowBudget:
     time: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.density is None) == (self.time is None):
-            raise ValueError(
-                f"Expected a density or a time as the budget of windows, got density "
-                f"{self.density} and time {self.time}. Give one, such as density=0.3."
-            )
-        for name in ("density", "time"):
-            options.check_share(name, getattr(self, name))
+        options.check_one_share("as the budget of windows", "density", "time", vars(self))
 
 
 @dataclass(frozen=True)

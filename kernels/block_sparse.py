@@ -337,7 +337,6 @@ def _approximate(
         tail.launch(q, room.means, plan, scale, room.result, slope)
         of_tail = False
     pools = plan.pools is not None
-    specialised = specialised and hopper.adds_biases(room.q, scale)
     if pools and specialised and pooled.launch(*room.ordered, plan, scale, room.result):
         pools = False
     if pools or of_tail:

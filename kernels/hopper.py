@@ -22,9 +22,6 @@ from dit_sparse.plan import BlockPlan
 
 T = TypeVar("T")
 
-#: Biases are added before the scale, which must leave large ones large.
-_LEAST_SCALE = 1e-5
-
 
 @dataclass(frozen=True)
 class Matrix:
@@ -118,29 +115,20 @@ def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
 
 
 def masks(q: Tensor) -> bool:
-    """Whether the table trusts the kernel with what it loads beside keys and values: masked entries
-    and the biases of means. In Triton's interpreter it always does."""
+    """Whether the table has the kernel compute masked entries too; in Triton's interpreter it
+    does."""
     if not q.is_cuda:
         return True
     return masked_kernel(capability(q.device), triton.__version__) != "portable"
-
-
-def adds_biases(q: Tensor, scale: float) -> bool:
-    """Whether specialised kernels may read means, whose scores have biases, see `masks`.
-
-    Args:
-        scale: of the scores; as for `mask_of`.
-    """
-    return scale >= _LEAST_SCALE and masks(q)
 
 
 def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:
     """What `launch` masks partial entries with; `None` where it leaves them to another kernel.
 
     Args:
-        scale: of the scores. A tiny one, or none above 0, would leave hidden scores in sight.
+        scale: of the scores. A tiny one would leave hidden scores in sight.
     """
-    return plan.mask_product if scale >= _LEAST_SCALE else None
+    return plan.mask_product if scale >= 1e-5 else None
 
 
 def matrices_of(

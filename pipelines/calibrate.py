@@ -18,6 +18,7 @@ from dit_sparse.pipelines.observe import (
     Prompt,
     digest_of,
     generations_of,
+    origin_of,
     run_all,
     segment_observer,
     transformer_to_observe,
@@ -80,8 +81,7 @@ def calibrate(
     generations = generations_of(pipe, prompts, call or {}, settings.seed)
     identity = identity_of(transformer, model)
     digest = digest_of([*prompts, call or {}])
-    of = [name, identity.kind, identity.config, identity.name, identity.revision]
-    kept = {"model": of, "prompts": digest} | _measuring(settings)
+    kept = origin_of(name, identity, digest) | _measuring(settings)
     path = None if folder is None else Path(folder) / PROGRESS
     tally = Tally(settings.block) if path is None else Tally.load(path, kept)
     if tally.facts is not None:

@@ -14,6 +14,7 @@ from dit_sparse.pipelines.observe import (
     Prompt,
     digest_of,
     generations_of,
+    origin_of,
     run_all,
     segment_observer,
     transformer_to_observe,
@@ -72,8 +73,7 @@ def calibrate_windows(
     name, transformer = transformer_to_observe(pipe, component)
     generations = generations_of(pipe, prompts, call or {}, settings.seed)
     identity, digest = identity_of(transformer, model), digest_of([*prompts, call or {}])
-    of = [name, identity.kind, identity.config, identity.name, identity.revision]
-    kept = {"model": of, "prompts": digest} | settings.to_dict()
+    kept = origin_of(name, identity, digest) | settings.to_dict()
     path = None if folder is None else Path(folder) / PROGRESS
     tally = WindowTally(settings) if path is None else WindowTally.load(path, kept, settings)
 

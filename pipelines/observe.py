@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 import dit_sparse
 from dit_sparse.method import CallContext, PlanScope
 from dit_sparse.methods.window import WindowMethod
+from dit_sparse.model_identity import ModelIdentity
 from dit_sparse.pipelines.apply import apply, remove, summary, transformers_of
 from dit_sparse.pipelines.install import installation_of
 from dit_sparse.plan import BlockPlan
@@ -196,6 +197,12 @@ def _run(pipe: Any, component: str, observer: Observer, arguments: Mapping[str, 
         raise ValueError(
             f"Expected attention to measure in every layer, got none in {blind[0].name}: {reasons}"
         )
+
+
+def origin_of(component: str, identity: ModelIdentity, digest: str) -> dict[str, Any]:
+    """Of which transformer and prompts sums are: what a run that goes on must agree in."""
+    of = [component, identity.kind, identity.config, identity.name, identity.revision]
+    return {"model": of, "prompts": digest}
 
 
 def digest_of(value: Any) -> str:

@@ -169,32 +169,18 @@ def test_launches(
     assert seen == attending
 
 
-#: Where means are not read by specialised kernels, or the scale is not above zero.
-PORTABLE = [
-    ("pisa", {"tail": "zeroth"}, TAIL),
-    ("pisa", {}, [*COVARIANCE, *TAIL]),
-    ("psa", {"skipped": "mean"}, [*TAIL, "_means_fwd", "_approximate_fwd"]),
-]
-
-
-@pytest.mark.parametrize("trusted", [False, True])
-@pytest.mark.parametrize(("name", "options", "added"), PORTABLE)
-def test_means_where_they_are_not_trusted_or_the_scale_is_not_above_zero(
-    name: str,
-    options: dict[str, Any],
-    added: list[str],
-    trusted: bool,
-    seen: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_pooled_entries_where_their_kernel_is_refused(
+    seen: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(kernels["hopper"], "masks", lambda _: trusted)
-    method = methods.create(name, options)
+    monkeypatch.setattr("dit_sparse.kernels.pooled.launch_specialised", lambda *_, **__: None)
+    method = methods.create("psa", {"skipped": "mean"})
     q, k, v = torch.empty(3, 1, 24, LAYOUT.length, 128, dtype=torch.bfloat16, device="meta")
     with OnGpu():
         plan = method.plan(q, k, CallContext(LAYOUT, values=v))
         seen.clear()
         with Operators(seen):
-            block_sparse.TritonBackend().run(q, k, v, plan, -0.1 if trusted else 0.1)
-    assert seen[-len(added) :] == added
+            block_sparse.TritonBackend().run(q, k, v, plan, 0.1)
+    assert seen[-2:] == ["_means_fwd", "_approximate_fwd"]
+    assert "_tail_fwd" in seen
     assert "_pooled_fwd_hopper" not in seen
     assert "_block_sparse_fwd_hopper" in seen
