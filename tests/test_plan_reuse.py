@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dit_sparse.forward import Forward, StockCall
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.method import SparseMethod
+from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.methods.pisa import PisaMethod
 from dit_sparse.methods.psa import PsaMethod
+from dit_sparse.plan_reuse import PlanReuse
 from dit_sparse.session import Session
 
 LAYOUT = TokenLayout.of(TokenGrid(1, 16, 20))
@@ -99,3 +100,12 @@ def test_a_step_must_be_known():
     with pytest.raises(ValueError, match="know the denoising step for reuse_steps"):
         forwards(session_of(replace(PISA, reuse_steps=2)), [None])
     forwards(session_of(PISA), [None])
+
+
+def test_a_plan_for_tokens_in_order_serves_no_others():
+    reuse = PlanReuse[object]()
+    method, q = PisaMethod(reuse_steps=3), qkv(0)[0]
+    context = CallContext(LAYOUT, step=0, steps=9)
+    first = reuse.get(method, q, context, object)
+    assert reuse.get(method, q, replace(context, step=1), object) is first
+    assert reuse.get(method, q, replace(context, step=2, ordered=True), object) is not first

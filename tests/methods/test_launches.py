@@ -169,10 +169,14 @@ def test_launches(
     assert seen == attending
 
 
-def test_pooled_entries_where_their_kernel_is_refused(
-    seen: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refused", ["pooled", "exact"])
+def test_pooled_entries_where_a_kernel_is_refused(
+    refused: str, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("dit_sparse.kernels.pooled.launch_specialised", lambda *_, **__: None)
+    """Their kernel needs queries in order, which only the one for exact entries has."""
+    for name in ("pooled",) if refused == "pooled" else ("hopper", "hopper_persistent"):
+        path = f"dit_sparse.kernels.{name}.launch_specialised"
+        monkeypatch.setattr(path, lambda *_, **__: None)
     method = methods.create("psa", {"skipped": "mean"})
     q, k, v = torch.empty(3, 1, 24, LAYOUT.length, 128, dtype=torch.bfloat16, device="meta")
     with OnGpu():
@@ -183,4 +187,4 @@ def test_pooled_entries_where_their_kernel_is_refused(
     assert seen[-2:] == ["_means_fwd", "_approximate_fwd"]
     assert "_tail_fwd" in seen
     assert "_pooled_fwd_hopper" not in seen
-    assert "_block_sparse_fwd_hopper" in seen
+    assert ("_block_sparse_fwd_hopper" in seen) == (refused == "pooled")
