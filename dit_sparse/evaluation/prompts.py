@@ -103,14 +103,16 @@ STILLS = (
     Prompt("a pizza on a black background with an orange glow", "pizza", "still", "glow"),
     Prompt("a hamburger on a teal background with white dots", "hamburger", "still", "dots"),
     Prompt("a crescent moon on a blue and white checkerboard", "crescent moon", "still", "checker"),
-    Prompt("a small bicycle on a yellow background with red dots", "bicycle", "still", "dots"),
+    Prompt(
+        "a small helicopter on a yellow background with red dots", "helicopter", "still", "dots"
+    ),
     Prompt("a close-up of a tiger on a plain light blue background", "tiger", "still", "plain"),
-    Prompt("a trophy in a starry dark green night", "trophy", "still", "night"),
-    Prompt("a guitar in front of beige ground and a cyan sky", "guitar", "still", "ground"),
+    Prompt("a doughnut in a starry dark green night", "doughnut", "still", "night"),
+    Prompt("a red heart in front of beige ground and a cyan sky", "red heart", "still", "ground"),
     Prompt("a cactus over lavender", "cactus", "still", "plain"),
     Prompt(
-        "a soccer ball to the left of a teddy bear on green and black stripes",
-        "soccer ball",
+        "a pineapple to the left of a panda on green and black stripes",
+        "pineapple",
         "still",
         "stripes",
     ),

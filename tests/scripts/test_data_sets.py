@@ -204,11 +204,18 @@ def test_images_hold_one_render_of_each_design_in_the_tone_of_the_clip(tmp_path,
         package = packed(cache, kind.lower(), files)
         monkeypatch.setattr(packages, kind, package if kind == "RENDERS" else (package,))
     build_in_process(monkeypatch)
-    stills, clips = (builder.build(tmp_path, SMALL, 1) for builder in (build_images, build_clips))
+    stills = build_images.build(tmp_path, SMALL, 1, subjects=())
+    clips = build_clips.build(tmp_path, SMALL, 1)
     assert [stills.designs[p.design].name for p in stills.pictures] == ["cow", "waving hand"]
     assert {p.source for p in stills.pictures} == {"renders"}
     assert [p.file for p in stills.pictures] == [p.file for p in clips.pictures]
     assert load_sprites(tmp_path, "images").pixels.shape == (2, 1, 4, 32, 32)
+    animals = build_images.build(tmp_path, SMALL, 1, subjects=("animals-nature/",))
+    assert [animals.designs[p.design].name for p in animals.pictures] == ["cow"]
+    with pytest.raises(
+        ValueError, match=r"none of 'mammals'\. Name the .* of: animals-nature/, peo"
+    ):
+        build_images.build(tmp_path, SMALL, 1, subjects=("people-body/", "mammals"))
 
 
 def small_set(folder) -> Index:
