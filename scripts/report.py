@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,69 @@ def kernel_table(rows: list[dict[str, Any]]) -> str:
             f"{in_order} | {row['speedup_with_plan']:.2f}x |"
         )
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Milliseconds on an H100 that others report, 24 heads of 128.
+
+    Args:
+        source: of the figures.
+        grid, stride: of the case, whose windows are those of `bench_kernels.EXPLICIT`.
+        dense: theirs.
+        whole: with the permutation in every call; `None` where the source has no such figure.
+        alone: of the kernel, on tokens in its order.
+    """
+
+    source: str
+    grid: str
+    stride: tuple[int, ...]
+    dense: float
+    whole: float | None
+    alone: float
+
+
+_NATTEN = "NATTEN 0.21, [its documentation](https://natten.org)"
+_STA = "STA, [2502.04507](https://arxiv.org/abs/2502.04507)"
+PUBLISHED = (
+    Published(_NATTEN, "1x256x256", (16, 16), 97.4, 10.6, 7.91),
+    Published(_NATTEN, "1x256x256", (1, 1), 97.4, 18.6, 16.2),
+    Published(_NATTEN, "30x48x80", (16, 8, 8), 283.3, 29.1, 23.4),
+    Published(_NATTEN, "30x48x80", (1, 1, 1), 283.3, 84.4, 79.0),
+    Published(_STA, "30x48x80", (16, 8, 8), 265.3, None, 25.4),
+)
+
+
+def published_table(rows: list[dict[str, Any]]) -> str:
+    """Windows on an H100 beside what others publish for theirs, no text."""
+    lines = [
+        f"{environment_of(rows)}, 24 heads of 128, no text; speedups over the dense attention of "
+        "the same process, here and there. *Whole* is with the permutation in every call, *in "
+        "order* without it. Theirs were not measured again here.",
+        "",
+        "| grid, window, stride | dense | whole | in order | published | dense | whole "
+        "| in order |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for other in PUBLISHED:
+        case = {
+            row["variant"]: row
+            for row in rows
+            if (row["grid"], row["stride"], row["text"]) == (other.grid, list(other.stride), 0)
+        }
+        window = case["triton"]["window"].partition("window=(")[2].partition(")")[0]
+        dense = case["cudnn"]["ms"]
+        ours = [_over(dense, case[variant]["ms"]) for variant in ("triton", "ordered")]
+        theirs = [_over(other.dense, time) for time in (other.whole, other.alone)]
+        lines.append(
+            f"| {other.grid}, ({window}), ({', '.join(map(str, other.stride))}) | {dense:.1f} ms | "
+            f"{' | '.join(ours)} | {other.source} | {other.dense} ms | {' | '.join(theirs)} |"
+        )
+    return "\n".join(lines)
+
+
+def _over(dense: float, time: float | None) -> str:
+    return "" if time is None else f"{time:.1f} ms, {dense / time:.2f}x"
 
 
 def steps_table(rows: list[dict[str, Any]]) -> str:
@@ -196,7 +260,9 @@ def _mean_and_worst(row: dict[str, Any], name: str, form: str) -> str:
 #: Tables by the file that they stand in and the name of their lines in benchmarks/.
 TABLES = {
     "README.md": {"kernels": kernel_table, "steps": steps_table, "overhead": overhead_table},
-    "docs/piecewise.md": {"methods": methods_table},
+    "docs/piecewise.md": {"methods": methods_table, "h100-methods": methods_table},
+    "docs/kernels.md": {"h100-kernels": kernel_table},
+    "docs/windows.md": {"h100-kernels": published_table},
 }
 
 
