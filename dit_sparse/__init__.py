@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse import methods, models
-    from dit_sparse.attention import attend, dense_attention
+    from dit_sparse.attention import attend, dense_attention, plan_and_attend
     from dit_sparse.backend import AttentionOutput, Backend
     from dit_sparse.calibration import Calibration
     from dit_sparse.grid import Permutation, TextSpan, TokenGrid, TokenLayout
@@ -46,6 +46,7 @@ _HOMES = {
     "dense_attention": "dit_sparse.attention",
     "load": "dit_sparse.pipelines.load",
     "load_plan": "dit_sparse.plan_io",
+    "plan_and_attend": "dit_sparse.attention",
     "remove": "dit_sparse.pipelines.apply",
     "save_plan": "dit_sparse.plan_io",
     "summary": "dit_sparse.pipelines.apply",
@@ -72,6 +73,7 @@ __all__ = [
     "load_plan",
     "methods",
     "models",
+    "plan_and_attend",
     "remove",
     "save_plan",
     "summary",

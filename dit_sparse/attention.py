@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, get_args
 
@@ -18,12 +18,15 @@ from dit_sparse.backend import (
     GroupingBackend,
     Precision,
     PreparingBackend,
+    SummarisedBackend,
     kernel_module,
 )
 from dit_sparse.coarse import means, one_softmax
 from dit_sparse.grid import TokenLayout
+from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check_for
+from dit_sparse.summaries import Summaries
 
 _BACKENDS = ("block_sparse", "flex", "reference")
 
@@ -124,6 +127,36 @@ def attend(
     return _run(backend, plan, scale, q, k, v)
 
 
+def plan_and_attend(
+    method: SparseMethod,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: CallContext,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    precision: Precision = "bf16",
+) -> AttentionOutput:
+    """A method's plan, and `attend` with it.
+
+    Faster than the two apart for methods that plan from q and k: what planning measures of them,
+    attention does not measure again.
+
+    Args:
+        q, k, v: see `attend`; in the model's order, unless `context.ordered`.
+        context: of the call; its values are v.
+
+    Raises:
+        ValueError: what the method and `attend` raise.
+    """
+    summaries = Summaries(q, k, v)
+    plan = method.plan(q, k, replace(context, values=v, summaries=summaries))
+    return prepare(
+        *(q, k, v, plan), scale=scale, backend=backend, precision=precision, summaries=summaries
+    )[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What one call of `attend` found out, for calls on tensors like those.
@@ -148,12 +181,22 @@ def prepare(
     scale: float | None = None,
     backend: str | None = None,
     precision: Precision = "bf16",
+    summaries: Summaries | None = None,
 ) -> tuple[AttentionOutput, Prepared]:
-    """`attend`, and how to repeat it on tensors of the same `kind`; raises what `attend` does."""
+    """`attend`, and how to repeat it on tensors of the same `kind`; raises what `attend` does.
+
+    Args:
+        summaries: of this call, where `plan` was made from its tensors. What they spare is not
+            spared to a repeated call, whose tensors are others.
+    """
     _check(q, k, v, plan)
     scale = _scale(q, scale, plan)
     chosen, refusals = select_backend(q, k, v, plan, backend, precision)
     again: Again | None = None
+    known = None if summaries is None else summaries.of(q, k, v, plan)
+    if known is not None and isinstance(chosen, SummarisedBackend):
+        out = chosen.run_summarised(q, k, v, plan, scale, known)
+        return out, Prepared(chosen, refusals, partial(_run, chosen, plan, scale))
     whole = plan.order is None or chosen.reorders
     if whole and plan.coarse is None and isinstance(chosen, PreparingBackend):
         whole_k, whole_v = _for_every_head(chosen, plan, q, k, v)

@@ -29,6 +29,25 @@ class AttentionOutput(NamedTuple):
     lse: Tensor
 
 
+class BlockSummaries(NamedTuple):
+    """What is known of q, k and v `[B, H, N, D]` in the order of n blocks.
+
+    Args:
+        queries: fp32 `[B, H, n, D]`, mean of every block of q, times `D ** -0.5`.
+        keys: fp32 `[B, H, n, D]`, mean of every block of k.
+        means: `[2, B, H, n, D]`, those of k and of v in their dtype, zeros for hidden blocks;
+            `None` where nobody asked for values.
+        lengths: fp32 `[B, H, N]`, Euclidean lengths of the queries.
+        longest: fp32 `[B, H, n]`, length of the longest key of every block, 0 for hidden ones.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    means: Tensor | None
+    lengths: Tensor
+    longest: Tensor
+
+
 @runtime_checkable
 class Backend(Protocol):
     """Runs plans."""
@@ -75,6 +94,23 @@ class PreparingBackend(Backend, Protocol):
     ) -> tuple[AttentionOutput, Again | None]:
         """`run`, and the same for tensors of the same shapes, strides, dtypes and device whose
         addresses are as divisible by 16; `None` where nothing can be kept. It keeps no tensor."""
+        ...
+
+
+@runtime_checkable
+class SummarisedBackend(Backend, Protocol):
+    """A backend that need not measure what planning has measured."""
+
+    def run_summarised(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        summaries: BlockSummaries,
+    ) -> AttentionOutput:
+        """`run` with the summaries of q, k and v, in the blocks of a plan without an order."""
         ...
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.grid import Permutation, TokenLayout
 from dit_sparse.plan import BlockPlan
+from dit_sparse.summaries import Summaries
 
 PlanScope = Literal["layout", "layer", "segment", "call"]
 
@@ -27,6 +28,8 @@ class CallContext:
         values: v `[B, H, N, D_v]` of the call, where it is known.
         ordered: whether the tokens of q, k and v stand in the order of the method, which is
             `Ordered`. The plan then begins with them as they are.
+        summaries: of the call, where its plan is going to run on the same tensors at once: what
+            planning measures of them is not measured again.
     """
 
     layout: TokenLayout
@@ -36,6 +39,7 @@ class CallContext:
     steps: int | None = None
     values: Tensor | None = field(default=None, repr=False, compare=False)
     ordered: bool = False
+    summaries: Summaries | None = field(default=None, repr=False, compare=False)
 
 
 @runtime_checkable

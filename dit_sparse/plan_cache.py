@@ -18,6 +18,7 @@ from dit_sparse.method import CallContext, Ordered, Segmented, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_reuse import PlanReuse
+from dit_sparse.summaries import Summaries
 
 _KEPT_LAYOUTS = 8
 
@@ -46,16 +47,26 @@ class PlannedCall:
         scale: float | None,
         backend: str | None,
         precision: Precision = "bf16",
+        summaries: Summaries | None = None,
     ) -> tuple[Tensor, Prepared]:
-        """Attention values, and who computed them; see `dit_sparse.attend`."""
+        """Attention values, and who computed them; see `dit_sparse.attend`.
+
+        Args:
+            summaries: of q, k and v, with what planning measured if the plan was made from them.
+        """
         key = (scale, backend, precision, kind(q, k, v))
         known = self.prepared.get(key)
         if known is not None:
             return known.again(q, k, v).out, known
         output, known = prepare(
-            q, k, v, self.plan, scale=scale, backend=backend, precision=precision
+            *(q, k, v, self.plan),
+            scale=scale,
+            backend=backend,
+            precision=precision,
+            summaries=summaries,
         )
-        self.prepared[key] = known
+        if summaries is None or not summaries.measured:  # else it is worth preparing the next call
+            self.prepared[key] = known
         return output.out, known
 
     def within(self, order: TokenOrder) -> PlannedCall | None:

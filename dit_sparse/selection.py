@@ -14,6 +14,7 @@ from dit_sparse.backend import kernel_module
 from dit_sparse.frame import Frame
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Tail
+from dit_sparse.summaries import Summaries
 
 
 def block_means(x: Tensor, frame: Frame) -> Tensor:
@@ -45,12 +46,25 @@ def covariance_norms(k: Tensor, v: Tensor, frame: Frame, *, centred: bool) -> Te
     return correction.covariance_norms(k, v, frame.blocks, centred=centred)
 
 
-def pooled_scores(q: Tensor, k: Tensor, frame: Frame) -> Tensor:
+def pooled_scores(
+    q: Tensor,
+    k: Tensor,
+    frame: Frame,
+    *,
+    summaries: Summaries | None = None,
+    tail: Tail = "none",
+) -> Tensor:
     """Scores of mean queries against mean keys, scaled by `D ** -0.5`: fp32 `[B, H, n, n]`.
 
     Args:
         q, k: `[B, H, N, D]` in the model's order; k may have fewer heads, each for several of q.
+        summaries: those of the call, which get what the pass over q and k can measure for others.
+        tail: of the plan to come, which says what they are measured for.
     """
+    if summaries is not None:
+        found = summaries.measure(q, k, frame, values=tail != "none")
+        if found is not None:
+            return found.queries @ found.keys.transpose(-2, -1)
     queries, keys = _means_of_both(q, k, frame)
     if (group := q.shape[1] // k.shape[1]) > 1:  # even once, repeating would copy
         keys = keys.repeat_interleave(group, dim=1)

@@ -20,6 +20,7 @@ from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan_cache import PlanCache, PlannedCall
 from dit_sparse.record import LayerRecord
+from dit_sparse.summaries import Summaries
 
 logger = logging.getLogger("dit_sparse")
 
@@ -137,7 +138,8 @@ class Session:
         if isinstance(layout, str):
             self.pass_through(call.layer, layout)
             return _in_model_order(self.tokens.inside(), call.run, q, k, v)
-        context = CallContext(layout, call.layer, len(self.layers), forward.step, forward.steps, v)
+        known = (layout, call.layer, len(self.layers), forward.step, forward.steps, v)
+        context = CallContext(*known, summaries=Summaries(q, k, v))
         order = self.tokens.inside()
         reason = self.method.dense_reason(context)
         if reason is not None:  # attention with all tokens is the same in any order of them
@@ -158,25 +160,34 @@ class Session:
             within = planned if context.ordered else planned.within(order)
             if within is not None:
                 record.hoisted += 1
-                return self._run(within, call, q, k, v)
+                return self._run(within, call, q, k, v, context.summaries)
             record.permuted[_ANOTHER_ORDER] += 1
             return _in_model_order(order, partial(self._run, planned, call), q, k, v)
         if planned.plan.order is not None:
             record.permuted[self._apart] += 1
-        return self._run(planned, call, q, k, v)
+        return self._run(planned, call, q, k, v, context.summaries)
 
     def _plan_and_run(
         self, context: CallContext, call: StockCall, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """A sparse call on tensors in the model's order."""
-        planned = self._plans.get(q, k, replace(context, values=v))
-        return self._run(planned, call, q, k, v)
+        context = replace(context, values=v, summaries=Summaries(q, k, v))
+        planned = self._plans.get(q, k, context)
+        return self._run(planned, call, q, k, v, context.summaries)
 
     def _run(
-        self, planned: PlannedCall, call: StockCall, q: Tensor, k: Tensor, v: Tensor
+        self,
+        planned: PlannedCall,
+        call: StockCall,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        summaries: Summaries | None = None,
     ) -> Tensor:
         """A sparse call on tensors in the order that the plan begins with."""
-        out, prepared = planned.run(q, k, v, call.scale, self.backend, self.precision)
+        out, prepared = planned.run(
+            q, k, v, call.scale, self.backend, self.precision, summaries=summaries
+        )
         self._generation_calls["sparse"] += 1
         self.layers[call.layer].ran(planned, prepared.backend.name, prepared.refusals)
         return out

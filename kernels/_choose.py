@@ -48,7 +48,9 @@ def _holding(score, key, possible, mass):
 
 @triton.jit
 def _choose_fwd(
-    scores_ptr, context_ptr, hidden_ptr, indices_ptr, full_ptr, pooled_ptr, visited_ptr,
+    scores_ptr, context_ptr, hidden_ptr, starts_ptr,
+    indices_ptr, first_keys_ptr, n_keys_ptr, offsets_ptr, full_ptr, partial_ptr, pooled_ptr,
+    visited_ptr,
     hidden_stride_b, rows_of_batch, n_blocks, room, end_0, end_1, end_2, end_3, mass,
     WIDTH: tl.constexpr, N_LEVELS: tl.constexpr, BY_MASS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr, VISITED: tl.constexpr,
@@ -56,6 +58,7 @@ def _choose_fwd(
     """Every level takes the next blocks by score; text is exact, padding is nowhere.
 
     Thresholds are found by halving over the bits of the scores, which is exact and needs no sort.
+    Every row has `room` entries; those behind its last one are block 0. None is partial.
     """
     row = tl.program_id(0)
     block = row % n_blocks
@@ -70,6 +73,12 @@ def _choose_fwd(
     exact = inside & (context + tl.load(context_ptr + block) > 0)
     possible = inside & (exact == 0) & (score > float("-inf"))
     key = _ordered_key(score)
+    start = tl.load(starts_ptr + number, mask=number < n_blocks, other=0)
+    length = tl.load(starts_ptr + number + 1, mask=number < n_blocks, other=0) - start
+    first = row.to(tl.int64) * room
+    indices_ptr += first
+    first_keys_ptr += first
+    n_keys_ptr += first
 
     taken = exact
     written = 0
@@ -85,8 +94,10 @@ def _choose_fwd(
         upto = _holding(score, key, possible, mass) if BY_MASS else _highest(key, possible, end)
         listed = upto | exact if level == 0 else upto & (taken == 0)
         place = written + tl.cumsum(listed.to(tl.int32), 0) - 1
-        places = indices_ptr + row.to(tl.int64) * room + place
-        tl.store(places, number, mask=listed & (place < room))
+        listed_inside = listed & (place < room)
+        tl.store(indices_ptr + place, number, mask=listed_inside)
+        tl.store(first_keys_ptr + place, start, mask=listed_inside)
+        tl.store(n_keys_ptr + place, length, mask=listed_inside)
         count = tl.sum(listed.to(tl.int32), 0)
         if level == 0:
             tl.store(full_ptr + row, count)
@@ -94,5 +105,11 @@ def _choose_fwd(
             tl.store(pooled_ptr + row * (N_LEVELS - 1) + level - 1, count)
         written += count
         taken = taken | upto
+    rest = (number >= written) & (number < room)
+    tl.store(indices_ptr + number, 0, mask=rest)
+    tl.store(first_keys_ptr + number, 0, mask=rest)
+    tl.store(n_keys_ptr + number, tl.load(starts_ptr + 1), mask=rest)
+    tl.store(offsets_ptr + row, row * room)
+    tl.store(partial_ptr + row, 0)
     if VISITED:
         tl.store(visited_ptr + at, taken.to(tl.uint8), mask=number < n_blocks)

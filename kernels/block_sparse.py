@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from dit_sparse.backend import Again, AttentionOutput, refuses_beyond_basics
+from dit_sparse.backend import Again, AttentionOutput, BlockSummaries, refuses_beyond_basics
 from dit_sparse.kernels import (
     approximate,
     hopper,
     hopper_persistent,
-    norms,
     pool,
     pooled,
     portable,
     tail,
 )
 from dit_sparse.kernels.launch import Launch, Repeat, refuses_heads
-from dit_sparse.kernels.permute import empty, gather, gather_with_means, permute
+from dit_sparse.kernels.rooms import Room, in_order, room_for
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
@@ -36,39 +35,6 @@ _BLOCKS = (16, 32, 64, 128, 256)
 _TILES_WORTH_A_BOUND = 2048
 
 
-class _Room(NamedTuple):
-    """All tensors of a call, which has none but these between its launches.
-
-    Args:
-        q, k, v: the caller's.
-        moved: those that were put into plan order, as one tensor; `None` if none were.
-        ordered: q, k and v as the kernels get them.
-        result: what the kernels write.
-        lengths: of the queries and of the longest key, if kernels subtract a bound.
-        means: of the blocks of k and v, if a tail of them is to follow.
-        centres: those of k in fp32, if its slope is to follow too.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    moved: Tensor | None
-    ordered: tuple[Tensor, Tensor, Tensor]
-    result: AttentionOutput
-    lengths: tuple[Tensor, Tensor] | None
-    means: Tensor | None = None
-    centres: Tensor | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        moved = () if self.moved is None else (self.moved,)
-        return [
-            *(self.q, self.k, self.v, *moved, *self.ordered, *self.result),
-            *(self.lengths or ()),
-            *(x for x in (self.means, self.centres) if x is not None),
-        ]
-
-
 class _Made(NamedTuple):
     """What a call did.
 
@@ -77,41 +43,9 @@ class _Made(NamedTuple):
         rest: what adds pooled entries and the tail to the result, if no launch does.
     """
 
-    room: _Room
+    room: Room
     launches: list[Launch]
-    rest: Callable[[_Room], None] | None
-
-
-def _room(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    moved: int,
-    bounded: bool,
-    means: int = 0,
-    sloped: bool = False,
-) -> _Room:
-    """Makes room for a call.
-
-    Args:
-        q, k, v: the caller's.
-        moved: how many of them, the last ones, are put into plan order.
-        bounded: whether lengths are needed.
-        means: how many blocks of k and v have means; 0 if none are needed.
-        sloped: whether a slope is to follow them.
-    """
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    result = AttentionOutput(like(q, v.shape[-1]), lse)
-    lengths = norms.empty(q) if bounded else None
-    shape = (*k.shape[:2], means, k.shape[3])
-    of_blocks = k.new_empty(2, *shape) if means else None
-    centres = k.new_empty(shape, dtype=torch.float32) if sloped else None
-    if not moved:
-        return _Room(q, k, v, None, (q, k, v), result, lengths, of_blocks, centres)
-    room = empty((q, k, v)[-moved:])
-    *first, k_ordered, v_ordered = room.unbind()
-    ordered = (first[0] if first else q, k_ordered, v_ordered)
-    return _Room(q, k, v, room, ordered, result, lengths, of_blocks, centres)
+    rest: Callable[[Room], None] | None
 
 
 @dataclass(frozen=True)
@@ -179,6 +113,18 @@ class TritonBackend:
     ) -> AttentionOutput:
         return self._on_device(q, k, v, plan, scale).room.result
 
+    def run_summarised(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        summaries: BlockSummaries,
+    ) -> AttentionOutput:
+        """See `dit_sparse.backend.SummarisedBackend`."""
+        return self._on_device(q, k, v, plan, scale, summaries).room.result
+
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
     ) -> tuple[AttentionOutput, Again | None]:
@@ -198,16 +144,35 @@ class TritonBackend:
         again = partial(_again, ready, moved, bounded, means=means, sloped=sloped, rest=rest)
         return room.result, again
 
-    def _on_device(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
+    def _on_device(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        summaries: BlockSummaries | None = None,
+    ) -> _Made:
         q, k, v = (unit_stride(t) for t in (q, k, v))
         with device_of(q):
-            return self._run(q, k, v, plan, scale)
+            return self._run(q, k, v, plan, scale, summaries)
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> _Made:
+    def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        summaries: BlockSummaries | None,
+    ) -> _Made:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
         bounded = on_hopper and scale > 0 and self._bounded(q, plan)
         means = on_hopper and tail.runs(q, k, v, plan)
-        room, launches = _in_order(q, k, v, plan, queries=on_hopper, bounded=bounded, means=means)
+        known = summaries if on_hopper else None
+        room, launches = in_order(
+            q, k, v, plan, queries=on_hopper, bounded=bounded, means=means, summaries=known
+        )
         main = self._specialised(room, plan, scale) if on_hopper else []
         specialised = bool(main)
         if not specialised:
@@ -230,7 +195,7 @@ class TritonBackend:
         tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
         return tiles >= _TILES_WORTH_A_BOUND if self.bound is None else self.bound
 
-    def _specialised(self, room: _Room, plan: BlockPlan, scale: float) -> list[Launch]:
+    def _specialised(self, room: Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (_, k, v), result = room.q, room.ordered, room.result
         mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
@@ -250,13 +215,13 @@ class TritonBackend:
         ]
 
     def _main(
-        self, room: _Room, plan: BlockPlan, scale: float, mask: MaskProduct | None
+        self, room: Room, plan: BlockPlan, scale: float, mask: MaskProduct | None
     ) -> Launch | None:
         """Runs the Hopper kernel, on masked entries too if there is a mask."""
         q, lengths = room.ordered[0], room.lengths
         given = (*room.ordered, plan, scale, room.result)
         each = self.each
-        if each is None and q.is_cuda and hopper.chosen(q, plan) == "hopper_persistent":
+        if each is None and q.is_cuda and hopper.chosen(q, plan.k_blocks) == "hopper_persistent":
             each = hopper_persistent.blocks_each(q, plan, masked=mask is not None)
         # Masks and running maxima in one loop leave no exponentials under its products.
         if each is not None and each > 1 and (mask is None or lengths is not None):
@@ -279,51 +244,8 @@ class TritonBackend:
 BACKEND = TritonBackend()
 
 
-def _in_order(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan,
-    *,
-    queries: bool,
-    bounded: bool,
-    means: bool = False,
-) -> tuple[_Room, list[Launch]]:
-    """Room for a call, with q, k and v in plan order and lengths measured.
-
-    Args:
-        queries: put q into order too; the portable kernel gathers queries itself.
-        bounded: measure lengths.
-        means: make those of the blocks of k and v, for a tail; queries are then put in order.
-    """
-    if means:
-        moved = 0 if plan.order is None else 3
-        room = _room(q, k, v, moved, bounded, plan.k_blocks.n, tail.has_slope(plan))
-        assert room.means is not None
-        made = gather_with_means(
-            q, k, v, plan, room.means, out=room.moved, lengths=room.lengths, centres=room.centres
-        )
-        return room, [made]
-    if plan.order is None:
-        room = _room(q, k, v, 0, bounded)
-        if room.lengths is None:
-            return room, []
-        return room, [norms.measure(q, k, room.lengths)]
-    given = (q, k, v) if queries else (k, v)
-    if len({t.shape for t in given}) == 1:
-        room = _room(q, k, v, len(given), bounded)
-        assert room.moved is not None
-        return room, [gather(given, plan.order, room.moved, room.lengths)]
-    *first, k, v = permute(given, plan.order)
-    room = _room(q, k, v, 0, bounded)
-    room = room._replace(ordered=(first[0] if first else q, k, v))
-    if room.lengths is not None:
-        norms.measure(*room.ordered[:2], room.lengths)
-    return room, []
-
-
 def _approximate(
-    plan: BlockPlan, scale: float, specialised: bool, of_tail: bool, room: _Room
+    plan: BlockPlan, scale: float, specialised: bool, of_tail: bool, room: Room
 ) -> None:
     """Adds pooled entries and a tail to the result for exact entries.
 
@@ -353,11 +275,11 @@ def _again(
     *,
     means: int = 0,
     sloped: bool = False,
-    rest: Callable[[_Room], None] | None = None,
+    rest: Callable[[Room], None] | None = None,
 ) -> AttentionOutput:
     """The launches on other tensors, see `_room`, and what is added to their result."""
     with device_of(q):
-        room = _room(q, k, v, moved, bounded, means, sloped)
+        room = room_for(q, k, v, moved, bounded, means, sloped)
         hopper.repeat(launches, room.tensors)
         if rest is not None:
             rest(room)
@@ -383,10 +305,3 @@ def _shared_memory(device: torch.device) -> int:
 
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def like(q: Tensor, value_dim: int) -> Tensor:
-    """An output in the memory order of q, so that [B, N, H, D] models reshape it for free."""
-    if value_dim == q.shape[-1]:
-        return torch.empty_like(q)
-    return q.new_empty(*q.shape[:-1], value_dim)

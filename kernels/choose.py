@@ -36,34 +36,37 @@ def choose(
     batch, heads, n, _ = scores.shape
     scores = scores.contiguous()
     room = n if frame.has_context or mass is not None else max(1, ends[-1])
-    indices = scores.new_zeros(batch * heads * n, room, dtype=torch.int32)
-    full = scores.new_empty(batch, heads, n, dtype=torch.int32)
+    entries, rows = (batch * heads * n * room,), (batch, heads, n)
+    # One by one: Triton compiles anew for addresses that are no multiples of 16.
+    indices, first_keys, n_keys = (scores.new_empty(entries, dtype=torch.int32) for _ in range(3))
+    offsets, full, partial = (scores.new_empty(rows, dtype=torch.int32) for _ in range(3))
     pooled = scores.new_empty(batch, heads, n, len(factors), dtype=torch.int32)
     visited = scores.new_empty((batch, heads, n, n) if tail != "none" else (0,), dtype=torch.bool)
     hidden = frame.hidden
     _choose_fwd[(batch * heads * n,)](
         scores, frame.context.view(torch.uint8),
-        scores if hidden is None else hidden.view(torch.uint8), indices, full, pooled,
-        visited.view(torch.uint8),
+        scores if hidden is None else hidden.view(torch.uint8), frame.blocks.starts,
+        indices, first_keys, n_keys, offsets, full, partial, pooled, visited.view(torch.uint8),
         n if hidden is not None and hidden.shape[0] > 1 else 0, heads * n, n, room,
         *(*ends, 0, 0, 0)[:4], mass or 0.0,
         WIDTH=triton.next_power_of_2(n), N_LEVELS=1 + len(factors), BY_MASS=mass is not None,
         HAS_HIDDEN=hidden is not None, VISITED=tail != "none",
         num_warps=4 if n <= 1024 else 8,
     )  # fmt: skip
-    offsets = torch.arange(0, indices.numel(), room, dtype=torch.int32, device=scores.device)
     plan = BlockPlan(
         q_blocks=frame.blocks,
         k_blocks=frame.blocks,
-        indices=indices.view(-1),
-        offsets=offsets.view(full.shape),
+        indices=indices,
+        offsets=offsets,
         full=full,
-        partial=torch.zeros_like(full),
+        partial=partial,
         pools=Pools(factors, pooled) if factors else None,
         tail=tail,
         hidden=hidden,
         order=frame.order,
     )
-    if tail != "none":  # known here, and getting it from the lists would wait for the device
+    # Known here: getting them from the lists takes more launches, or waits for the device.
+    vars(plan)["spans"] = (first_keys, n_keys)
+    if tail != "none":
         vars(plan)["visited"] = visited
     return plan

@@ -18,7 +18,7 @@ from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor, launch_s
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.variants import Kernel, masked_kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
-from dit_sparse.plan import BlockPlan
+from dit_sparse.plan import BlockPlan, Blocks
 
 T = TypeVar("T")
 
@@ -87,13 +87,16 @@ class Matrix:
 
 def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     """Whether the kernel was built for this problem: Hopper, 16 bit, blocks of 128."""
+    plain = plan.bias is None and plan.words is None
+    return plain and plan.q_blocks.size == 128 and suits(q, v, plan.k_blocks)
+
+
+def suits(q: Tensor, v: Tensor, k_blocks: Blocks) -> bool:
+    """`runs`, as far as tensors and blocks of keys decide it."""
     return (
-        chosen(q, plan) != "portable"
+        chosen(q, k_blocks) != "portable"
         and q.shape[-1] == v.shape[-1]
-        and plan.bias is None
-        and plan.words is None
-        and plan.q_blocks.size == 128
-        and plan.k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
+        and k_blocks.size == 128  # blocks of 64 gave NaN under Triton 3.6
     )
 
 
@@ -103,14 +106,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def chosen(q: Tensor, plan: BlockPlan) -> Kernel:
+def chosen(q: Tensor, k_blocks: Blocks) -> Kernel:
     """What the table says of the kernel for entries that need no mask."""
     return whole_kernel(
         capability(q.device),
         triton.__version__,
         str(q.dtype).removeprefix("torch."),
         padded(q.shape[-1]),
-        plan.k_blocks.ragged,
+        k_blocks.ragged,
     )
 
 

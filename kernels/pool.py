@@ -107,11 +107,10 @@ def slope(
     """Mean key-value covariance per token, in the dtype of k: `[B, H, D, D_v]`; the arguments are
     those of `covariance_sum`."""
     total = covariance_sum(k, v, blocks, means, hidden)
-    lengths = blocks.lengths
+    tokens: Tensor | int = k.shape[2]
     if hidden is not None:
-        lengths = lengths * ~hidden
-    tokens = lengths.sum(-1).view(-1, 1, 1, 1).clamp(min=1)
-    return (total / tokens).to(k.dtype)
+        tokens = (blocks.lengths * ~hidden).sum(-1).view(-1, 1, 1, 1).clamp(min=1)
+    return torch.div(total, tokens, out=torch.empty_like(total, dtype=k.dtype))
 
 
 def covariance_sum(

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
 from dit_sparse import methods
-from dit_sparse.attention import attend, prepare, select_backend
+from dit_sparse.attention import attend, plan_and_attend, prepare, select_backend
 from dit_sparse.bench import environment, time_interleaved
 from dit_sparse.calibration import Calibration, pack
 from dit_sparse.frame import frame_of
@@ -98,8 +98,8 @@ def measure(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
         backend, _ = select_backend(q, k, v, plan)
         variants: dict[str, Callable[[], Any]] = {
             "dense": lambda: dense(q, k, v),
-            "whole": lambda method=method: attend(q, k, v, method.plan(q, k, context)),
-            "hoisted": lambda method=in_order: attend(q, k, v, method.plan(q, k, context)),
+            "whole": lambda method=method: plan_and_attend(method, q, k, v, context),
+            "hoisted": lambda method=in_order: plan_and_attend(method, q, k, v, context),
             "attend": lambda plan=plan: attend(q, k, v, plan),
             "plan": lambda method=method: method.plan(q, k, context),
         }

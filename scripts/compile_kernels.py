@@ -46,6 +46,7 @@ from dit_sparse.kernels._quantise import (
     _quantise_rows_fwd,
     _quantise_values_fwd,
 )
+from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
@@ -113,6 +114,8 @@ def approximations(every: bool) -> Iterator[Variant]:
             yield Variant("pooled_tiles", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True, hidden=True)
+            for hidden in (False, True):
+                yield Variant("summaries", capability, head_dim, ragged=True, hidden=hidden)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
 
@@ -128,6 +131,7 @@ def approximation(variant: Variant) -> Report:
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
         "permute_blocks": (_permute_blocks, 4),
+        "summaries": (_summaries_fwd, 4),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]
@@ -136,7 +140,8 @@ def approximation(variant: Variant) -> Report:
     constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True}
-    rows = {"importance": 128, "permute_blocks": 32, "pooled_tiles": POOLED_ROWS}
+    rows = {"importance": 128, "permute_blocks": 32, "summaries": 32}
+    rows |= {"pooled_tiles": POOLED_ROWS}
     constants |= {
         "ROWS": rows.get(variant.kernel, 64),
         "SUB": K_BLOCK // 64,
@@ -145,11 +150,12 @@ def approximation(variant: Variant) -> Report:
     }
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
-    constants |= {"CENTRES": True, "PER_ENTRY": 2}
+    constants |= {"CENTRES": True, "VALUES": True, "PER_ENTRY": 2}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False}
     constants |= {"TMA": variant.capability == 90, "WHOLE": True}
-    others = {"means_ptr": "*bf16"} if variant.kernel == "permute_blocks" else {}
+    halves = variant.kernel in ("permute_blocks", "summaries")
+    others = {"means_ptr": "*bf16"} if halves else {}
     if variant.kernel == "importance" and variant.capability == 90:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
     source = source_of(function, constants, {}, others)

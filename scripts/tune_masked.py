@@ -102,7 +102,7 @@ class Way:
 
 def ways(q: torch.Tensor, plan: BlockPlan, *, product: bool) -> tuple[list[Way], Way]:
     """All that production may take for such problems, and the one that it takes for large ones."""
-    chosen = hopper.chosen(q, plan)
+    chosen = hopper.chosen(q, plan.k_blocks)
     if chosen == "portable" and not product:
         return [Way(False, 0)], Way(False, 0)
     found, several = [], chosen == "hopper_persistent"

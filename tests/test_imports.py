@@ -53,6 +53,7 @@ LAYERS = (
         "method",
         "backend",
         "forward",
+        "summaries",
         "kernels",
     ),
     ("methods", "hoist"),

@@ -99,7 +99,7 @@ class PisaMethod:
         frame = frame_of(ctx.layout, self.block, self.order, device=q.device)
         if ctx.ordered:
             frame = frame.in_order
-        scores = selection.pooled_scores(q, k, frame)
+        scores = selection.pooled_scores(q, k, frame, summaries=ctx.summaries, tail=self.tail)
         if self.prior != "none":
             scores = scores + self._prior(k, ctx, frame, q.shape[1])[:, :, None]
         scores = selection.of_picture(scores, frame)

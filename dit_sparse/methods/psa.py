@@ -127,7 +127,7 @@ class PsaMethod:
             )
         importance = self._candidates(self._importance(q, k, ctx, frame), frame)
         ends = self._ends_on(frame)
-        tail: Tail = "zeroth" if self.skipped == "mean" else "none"
+        tail = self._tail
         ranked = self.allocation == "quantile" and self.similarity is None
         if ranked and not self.forced and not self.causal:
             ranks = tuple(int(ends[g] * frame.candidates + 1e-9) for g in (1, *self._factors))
@@ -149,6 +149,10 @@ class PsaMethod:
         return selection.plan_of_selection(level, frame, factors=self._factors, tail=tail)
 
     @property
+    def _tail(self) -> Tail:
+        return "zeroth" if self.skipped == "mean" else "none"
+
+    @property
     def _factors(self) -> tuple[int, ...]:
         """The pool factors that occur."""
         before = (0.0, *self.ends)
@@ -159,8 +163,8 @@ class PsaMethod:
 
     def _importance(self, q: Tensor, k: Tensor, ctx: CallContext, frame: Frame) -> Tensor:
         if self.importance == "means":
-            scores = self._candidates(selection.pooled_scores(q, k, frame), frame)
-            return scores.softmax(-1).nan_to_num(0.0)
+            scores = selection.pooled_scores(q, k, frame, summaries=ctx.summaries, tail=self._tail)
+            return self._candidates(scores, frame).softmax(-1).nan_to_num(0.0)
         moment = (ctx.step or 0) * ctx.layers + ctx.layer
         seed = self.seed * 1_000_003 + 2 * moment
         return sampled_importance(

@@ -17,8 +17,10 @@ from dit_sparse.frame import frame_of
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.importance import sampled_importance
 from dit_sparse.method import CallContext
+from dit_sparse.summaries import Summaries
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 
 LAYOUTS = {
     "image": TokenLayout.of(TokenGrid(1, 48, 48)),
@@ -92,6 +94,33 @@ class TestOnGpu:
         exact = attend(*(x.double() for x in (q, k, v)), plan, backend="reference")
         assert relative_error(got.out, exact.out) <= 6e-3
         torch.testing.assert_close(got.lse, exact.lse, rtol=0, atol=5e-3)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            *(("pisa", {"density": 0.2, "tail": tail}) for tail in ("none", "zeroth", "first")),
+            ("psa", {"ends": (0.1, 0.2, 0.3, 0.5), "importance": "means", "skipped": "mean"}),
+        ],
+    )
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_summaries_of_planning_serve_attention(
+        self, name: str, options: dict[str, Any], layout: str, bound: bool
+    ):
+        q, k, v = qkv(LAYOUTS[layout], 128)
+        summaries = Summaries(q, k, v)
+        context = CallContext(LAYOUTS[layout], values=v, ordered=True, summaries=summaries)
+        plan = methods.create(name, options).plan(q, k, context)
+        found = summaries.of(q, k, v, plan)
+        if hopper.capability(q.device) < (9, 0):
+            assert found is None
+            return
+        backend = block_sparse.TritonBackend(bound=bound)
+        got = backend.run_summarised(q, k, v, plan, 128**-0.5, found)
+        exact = attend(*(x.double() for x in (q, k, v)), plan, backend="reference")
+        seen = exact.lse > -torch.inf
+        assert relative_error(got.out[seen], exact.out[seen]) <= 1e-2
+        torch.testing.assert_close(got.lse[seen], exact.lse[seen], rtol=0, atol=5e-3)
 
     @pytest.mark.parametrize(("name", "options"), METHODS)
     def test_calls_repeat(self, name: str, options: dict[str, Any]):

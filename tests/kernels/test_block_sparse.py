@@ -24,6 +24,7 @@ from tests.oracle import masked_attention
 from tests.problems import Boxes
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+rooms = pytest.importorskip("dit_sparse.kernels.rooms")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 hopper_persistent = pytest.importorskip("dit_sparse.kernels.hopper_persistent")
 launching = pytest.importorskip("dit_sparse.kernels.launch")
@@ -177,7 +178,7 @@ class TestInterpreted:
         case = Case(64, 128, 128, torch.float16, ragged=ragged, box=box, order=order)
         plan = plan_of(case)
         q, k, v = tensors_of(case, plan)
-        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=False)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=False)
         backend = block_sparse.TritonBackend(interpreted=True)
         monkeypatch.setattr(portable, "launch", None)  # it has no part in this
         launches = backend._specialised(room, plan, 64**-0.5)
@@ -195,7 +196,7 @@ class TestInterpreted:
         q, k, v = tensors_of(case, plan)
         q = q / 8
         q[:, 0, ::50] *= 1000
-        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=bounded)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
         backend = block_sparse.TritonBackend(interpreted=True)
         assert len(backend._specialised(room, plan, 64**-0.5)) == 2 + bounded
         check(room.result, q, k, v, plan)
@@ -208,7 +209,7 @@ class TestInterpreted:
         assert hopper.mask_of(plan, 0.125) is plan.mask_product is not None
         assert hopper.mask_of(plan, scale) is None
         q, k, v = tensors_of(case, plan)
-        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=False)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=False)
         block_sparse.TritonBackend(interpreted=True)._specialised(room, plan, scale)
         out, lse = masked_attention(q, k, v, plan.to_mask(), scale)
         torch.testing.assert_close(room.result.out.double(), out, rtol=3e-3, atol=3e-3)
@@ -250,7 +251,7 @@ class TestInterpreted:
         k[:, 1] *= 32  # heads differ in their longest key
         out_of_reach = torch.arange(0, q.shape[2], 50)
         q[:, 0, out_of_reach] *= 1000
-        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=True)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=True)
         (qo, ko, vo), result = room.ordered, room.result
         mask = plan.mask_product
         assert (mask is not None) == box
@@ -272,7 +273,7 @@ class TestInterpreted:
         assert plan.k_blocks.ragged
         q, k, v = (x.contiguous() for x in tensors_of(case, plan))
         q = q / 8  # within reach of a bound in half precision
-        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=bounded)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
         assert main(q, k, v, plan, 72**-0.5, room.result, lengths=room.lengths)
         check(room.result, q, k, v, plan)
 
@@ -286,7 +287,7 @@ class TestInterpreted:
         k[:, 1] *= 3
         q[:, :, 256:] *= torch.linspace(1, 30, 256)[:, None]
         q[:, 1, 256:] /= 3
-        room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=True)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=True)
         result = room.result
         assert main(q, k, v, plan, 64**-0.5, result, lengths=room.lengths)
         exact = masked_attention(q, k, v)[1]
@@ -316,7 +317,7 @@ class TestInterpreted:
         q = (q / 8).contiguous()
         broken = q.clone()
         broken[0, 0, 5] = torch.nan
-        room, _ = block_sparse._in_order(broken, k, v, plan, queries=True, bounded=True)
+        room, _ = rooms.in_order(broken, k, v, plan, queries=True, bounded=True)
         assert main(broken, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
         marked = (room.result.lse == torch.inf).nonzero().tolist()
         assert marked == [[0, 0, 5]]
@@ -462,7 +463,7 @@ def test_heads_that_share_keys_in_specialised_kernels(main: Any, bounded: bool):
     plan = plan_of(case)
     q, k, v = (x.contiguous() for x in tensors_of(case, plan))
     q, k, v = q / 8, k[:, 1:].contiguous(), v[:, 1:].contiguous()
-    room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=bounded)
+    room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
     assert room.ordered[1].shape[1] == 1
     assert main(q, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
     check(room.result, q, k.expand_as(q), v.expand_as(q), plan)

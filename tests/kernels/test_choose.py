@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dit_sparse import pyramid, selection
+from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check
 from tests.selection_cases import frame
 
@@ -16,6 +19,12 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
 ]
 all_layouts = pytest.mark.parametrize("layout", ["ragged", "padding", "reference", "one token"])
+
+
+def same_spans(plan: BlockPlan) -> None:
+    """Every entry, also those behind the last of a row, has the span that the lists say."""
+    for got, expected in zip(plan.spans, replace(plan).spans, strict=True):
+        assert torch.equal(got, expected)
 
 
 def scores_of(n: int, seed: int = 0) -> Tensor:
@@ -44,6 +53,7 @@ def test_the_highest(layout: str, count: int, tail: str):
     expected = selection.plan_of_selection(chosen.to(torch.uint8), cut, tail=tail)
     assert torch.equal(got.visited, expected.visited)
     assert torch.equal(got.full, expected.full)
+    same_spans(got)
     assert torch.equal(got.to("cpu").listed("full"), expected.visited)
 
 
@@ -59,6 +69,7 @@ def test_levels(layout: str, shares: tuple[float, ...]):
     got = check(choosing.choose(scores, cut, ends, factors=(2, 4, 8)))
     assert torch.equal(got.full, expected.full)
     assert torch.equal(got.pools.counts, expected.pools.counts)
+    same_spans(got)
     for part in ("full", "pooled"):
         assert torch.equal(got.listed(part), expected.listed(part))
 
@@ -75,3 +86,4 @@ def test_by_mass(layout: str, mass: float):
     chosen = selection.top_p(scores, mass)
     expected = selection.plan_of_selection(chosen.to(torch.uint8), cut)
     assert torch.equal(got.visited, expected.visited)
+    same_spans(got)

@@ -190,7 +190,7 @@ def test_pooled_entries_and_tails_use_the_matrix_units(reports, capability: int)
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_means_and_choices_take_no_local_memory(reports, capability: int):
-    for kernel in ("means", "take", "choose", "pooled_tiles", "permute_blocks"):
+    for kernel in ("means", "take", "choose", "pooled_tiles", "permute_blocks", "summaries"):
         for report in chosen(reports, kernel, capability):
             assert report["counts"]["spills"] == 0, report
 

@@ -25,6 +25,7 @@ from dit_sparse.plan_cache import PlannedCall
 
 OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+rooms = pytest.importorskip("dit_sparse.kernels.rooms")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 norms = pytest.importorskip("dit_sparse.kernels.norms")
 permute = pytest.importorskip("dit_sparse.kernels.permute")
@@ -137,7 +138,7 @@ def test_specialised_launches(jit: Jit, window: tuple[int, int, int]) -> None:
     mask = hopper.mask_of(one, 0.125)
     assert (mask is not None) == (window == (1, 7, 9))
     q, k, v = (t.contiguous() for t in tensors(0))
-    room = block_sparse._room(q, k, v, 0, bounded=False)
+    room = rooms.room_for(q, k, v, 0, bounded=False)
     main = hopper.launch(q, k, v, one, 0.125, room.result, mask=mask)
     others = tuple(t.contiguous() for t in tensors(1))
     repeated = block_sparse._again([main.repeatable(room.tensors)], 0, False, *others)
@@ -227,7 +228,7 @@ def test_a_specialised_kernel_and_what_it_leaves(
         monkeypatch.setattr(module, name, Jit(getattr(module, name), jit.seen, jit.examined))
     q, k, v = (t.contiguous() for t in tensors(0))
     made = plan(ordered=ordered)
-    room, before = block_sparse._in_order(q, k, v, made, queries=True, bounded=bounded)
+    room, before = rooms.in_order(q, k, v, made, queries=True, bounded=bounded)
     assert len(before) == (ordered or bounded)
     qo, ko, vo = room.ordered
     main = hopper.launch(qo, ko, vo, made, 0.125, room.result, lengths=room.lengths)
@@ -235,13 +236,13 @@ def test_a_specialised_kernel_and_what_it_leaves(
         q, ko, vo, made, 0.125, block_sparse.Tile(64, 4, 2, tma=True), room.result, part="partial"
     )
     repeats = [one.repeatable(room.tensors) for one in (*before, main, rest)]
-    others, rooms = tuple(t.contiguous() for t in tensors(1)), []
-    make = block_sparse._room
+    others, seconds = tuple(t.contiguous() for t in tensors(1)), []
+    make = rooms.room_for
     monkeypatch.setattr(
-        block_sparse, "_room", lambda *given: rooms.append(make(*given)) or rooms[-1]
+        block_sparse, "room_for", lambda *given: seconds.append(make(*given)) or seconds[-1]
     )
     again = block_sparse._again(repeats, 3 if ordered else 0, bounded, *others)
-    (second,) = rooms
+    (second,) = seconds
     assert again is second.result
     if bounded:
         assert not second.lengths[1].any()

@@ -19,7 +19,7 @@ from tests.problems import pooled
 
 tail = pytest.importorskip("dit_sparse.kernels.tail")
 pooled_rows = pytest.importorskip("dit_sparse.kernels.pooled")
-block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+rooms = pytest.importorskip("dit_sparse.kernels.rooms")
 pool = pytest.importorskip("dit_sparse.kernels.pool")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter"),
@@ -97,7 +97,7 @@ def test_a_tail_of_means(values: dict):
     plan = with_tail(values)
     q, k, v = without_hidden(*(x.contiguous() for x in tensors_of(case_of(values), plan)), plan)
     assert tail.runs(q, k, v, plan)
-    room, launches = block_sparse._in_order(
+    room, launches = rooms.in_order(
         q, k, v, plan, queries=True, bounded=values["bounded"], means=True
     )
     assert len(launches) == 1  # order, means and lengths in one pass
@@ -116,7 +116,7 @@ def test_a_tail_with_a_slope_that_stands_for_nothing_or_for_everything(visited: 
     plan = BlockPlan.from_mask(seen, plan.q_blocks, plan.k_blocks)
     q, k, v = (x.contiguous() for x in tensors_of(case, plan))
     plan = check(replace(plan, tail="first"))
-    room, _ = block_sparse._in_order(q, k, v, plan, queries=True, bounded=False, means=True)
+    room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=False, means=True)
     got = added(room, plan, scale, replace(plan, tail="none"))
     out, lse = attend(*(x.double() for x in (q, k, v)), plan, scale=scale, backend="reference")
     torch.testing.assert_close(got.out.double(), out, rtol=1e-2, atol=4e-3)

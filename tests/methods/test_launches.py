@@ -7,6 +7,7 @@ a GPU. `docs/piecewise.md` has the counts.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit_sparse import methods
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
+from dit_sparse.summaries import Summaries
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 kernels = {
@@ -26,10 +28,12 @@ kernels = {
         "choose",
         "hopper",
         "importance",
+        "norms",
         "permute",
         "pool",
         "pooled",
         "portable",
+        "summaries",
         "tail",
     )
 }
@@ -80,6 +84,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             ("approximate", "_approximate_fwd"),
         ),
         ("pooled", "_pooled_tiles_fwd"),
+        ("summaries", "_summaries_fwd"),
     ):
         monkeypatch.setattr(kernels[module], name, Kernel(name, found))
 
@@ -89,6 +94,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in ("hopper", "pooled"):
         monkeypatch.setattr(kernels[module], "launch_specialised", note)
+    monkeypatch.setattr(kernels["norms"], "launch", note)
     monkeypatch.setattr(kernels["permute"], "launch", note)
     monkeypatch.setattr(kernels["portable"], "launch_kernel", note)
     monkeypatch.setattr(kernels["tail"], "launch_kernel", note)
@@ -111,16 +117,18 @@ class OnGpu(TorchFunctionMode):
 
 MEANS = ["_means_fwd", "mul", "bmm"]
 NORMS = ["_means_fwd", "_covariance_fwd", "sum", "sqrt", "add", "log", "add"]
-PLACES = ["_to_copy", "sub", "minimum", "add", "_to_copy", "gather"]
-SAMPLED = [*PLACES, "_take_fwd", "_importance_fwd", "sum", "clamp", "div"]
-CHOICE = ["new_zeros", "_choose_fwd", "arange", "zeros_like"]
+PLACES = ["_to_copy", "sub", "minimum", "add", "_to_copy"]
+IMPORTANCE = ["_take_fwd", "_importance_fwd", "sum", "clamp", "div"]
+SAMPLED = [*PLACES, "gather", *IMPORTANCE]
+SAMPLED_IN_ORDER = [*PLACES, *IMPORTANCE]
+CHOICE = ["_choose_fwd"]
 
-SPANS = ["index_select", "index_select"]
-EXACT = ["zeros", "_permute_rows", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
-LISTED = ["zeros", "_permute_blocks", *SPANS, "_block_sparse_fwd_hopper", "_portable_fwd"]
+SPARSE = ["_block_sparse_fwd_hopper", "_portable_fwd"]
+EXACT = ["zeros", "_permute_rows", *SPARSE]
+LISTED = ["zeros", "_permute_blocks", *SPARSE]
 TAIL = ["_tail_bias_fwd", "_tail_fwd"]
 WITH_MEANS = [*LISTED, *TAIL]
-COVARIANCE = ["_covariance_fwd", "sum", "sum", "clamp", "div", "_to_copy"]
+COVARIANCE = ["_covariance_fwd", "sum", "div"]
 WITH_SLOPE = [*LISTED, *COVARIANCE, *TAIL]
 POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper"]
 
@@ -143,6 +151,58 @@ CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ),
     ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*WITH_MEANS, *POOLED]),
 ]
+
+
+# Tokens are in the order of the blocks, and attention knows what planning has measured.
+SUMMARIES = ["_summaries_fwd", "bmm"]
+MEASURED = ["amax", *SPARSE]
+IN_ORDER: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
+    ("pisa", {"tail": "zeroth"}, [*SUMMARIES, *CHOICE], [*MEASURED, *TAIL]),
+    ("pisa", {}, [*SUMMARIES, *CHOICE], [*MEASURED, *COVARIANCE, *TAIL]),
+    ("pisa", {"mass": 0.8, "tail": "none"}, [*SUMMARIES, *CHOICE], MEASURED),
+    (
+        "pisa",
+        {"prior": "norm", "tail": "zeroth"},
+        [*SUMMARIES, *NORMS, *CHOICE],
+        [*MEASURED, *TAIL],
+    ),
+    ("psa", {}, [*SAMPLED_IN_ORDER, *CHOICE], ["zeros", "_norms", *SPARSE, *POOLED]),
+    (
+        "psa",
+        {"importance": "means", "skipped": "mean"},
+        [*SUMMARIES, "_softmax", "nan_to_num", *CHOICE],
+        [*MEASURED, *TAIL, *POOLED],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "planning", "attending"), IN_ORDER)
+def test_launches_of_tensors_in_order(
+    name: str,
+    options: dict[str, Any],
+    planning: list[str],
+    attending: list[str],
+    seen: list[str],
+):
+    method = methods.create(name, options)
+    q, k, v = torch.empty(3, 1, 24, LAYOUT.length, 128, dtype=torch.bfloat16, device="meta")
+    context = CallContext(LAYOUT, values=v, ordered=True)
+    backend = block_sparse.TritonBackend()
+    with OnGpu():
+        backend.run(q, k, v, method.plan(q, k, context), 0.1)
+        seen.clear()
+        with Operators(seen):
+            summaries = Summaries(q, k, v)
+            plan = method.plan(q, k, replace(context, summaries=summaries))
+            first = list(seen)
+            seen.clear()
+            found = summaries.of(q, k, v, plan)
+            if found is None:
+                backend.run(q, k, v, plan, 0.1)
+            else:
+                backend.run_summarised(q, k, v, plan, 0.1, found)
+    assert first == planning
+    assert seen == attending
 
 
 @pytest.mark.parametrize(("name", "options", "planning", "attending"), CALLS)
