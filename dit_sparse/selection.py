@@ -29,16 +29,26 @@ def block_means(x: Tensor, frame: Frame) -> Tensor:
     return correction.block_means(_ordered(x, frame), frame.blocks)
 
 
-def covariance_norms(k: Tensor, v: Tensor, frame: Frame, *, centred: bool) -> Tensor:
+def covariance_norms(
+    k: Tensor,
+    v: Tensor,
+    frame: Frame,
+    *,
+    centred: bool,
+    summaries: Summaries | None = None,
+) -> Tensor:
     """Frobenius norm of every block's key-value covariance, fp32 `[B, H, n]`.
 
     Args:
         k, v: `[B, H, N, D]` and `[B, H, N, D_v]` in the model's order.
         centred: norms of the deviations from the mean over blocks.
+        summaries: those of the call, which may have the means of k.
     """
     if k.is_cuda and (kernels := kernel_module("pool")):
+        means = None if summaries is None else summaries.keys(k, frame)
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        means = kernels.pool(k, frame.blocks, order=frame.order).blocks
+        if means is None:
+            means = kernels.pool(k, frame.blocks, order=frame.order).blocks
         return kernels.covariance_norms(
             k, v, frame.blocks, means, centred=centred, order=frame.order
         )

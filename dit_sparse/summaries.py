@@ -63,6 +63,13 @@ class Summaries:
         enough = plan.tail == "none" or found.means is not None
         return found if same and enough and plan.order is None and plan.coarse is None else None
 
+    def keys(self, k: Tensor, frame: Frame) -> Tensor | None:
+        """Means of the blocks of k in fp32, see `BlockSummaries`, if they were measured."""
+        if self._known is None or k is not self.k or frame.order is not None:
+            return None
+        blocks, _, found = self._known
+        return found.keys if frame.blocks is blocks else None
+
     @property
     def measured(self) -> bool:
         """Whether planning has measured anything."""

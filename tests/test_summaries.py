@@ -145,6 +145,11 @@ def test_they_describe_no_other_tensors_and_no_other_plan(backend: Measured):
         replace(plan, order=order),
     ):
         assert summaries.of(q, k, v, other) is None
+    ours = frame_of(LAYOUT, 64, "raster", device=q.device)
+    assert summaries.keys(k, ours) is not None
+    assert summaries.keys(k.clone(), ours) is None
+    assert summaries.keys(k, frame) is None
+    assert summaries.keys(k, replace(ours, order=order)) is None
     summaries = Summaries(q, k, v)  # measured for a plan without a tail, which takes no means
     dropping = replace(PISA, tail="none").plan(q, k, replace(context, summaries=summaries))
     assert summaries.of(q, k, v, dropping) is not None

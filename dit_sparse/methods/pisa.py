@@ -125,7 +125,11 @@ class PisaMethod:
                 f"Expected the values of the call for prior={self.prior!r}, got none. Pass them "
                 "as CallContext.values, or choose prior='none'."
             )
-        norms = selection.covariance_norms(k, ctx.values, frame, centred=self.prior == "deviation")
+        norms = selection.covariance_norms(
+            *(k, ctx.values, frame),
+            centred=self.prior == "deviation",
+            summaries=ctx.summaries,
+        )
         prior = (norms + 1e-5).log()
         group = heads // k.shape[1]
         return prior if group == 1 else prior.repeat_interleave(group, dim=1)

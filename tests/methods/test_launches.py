@@ -163,7 +163,7 @@ IN_ORDER: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "pisa",
         {"prior": "norm", "tail": "zeroth"},
-        [*SUMMARIES, *NORMS, *CHOICE],
+        [*SUMMARIES, *NORMS[1:], *CHOICE],
         [*MEASURED, *TAIL],
     ),
     ("psa", {}, [*SAMPLED_IN_ORDER, *CHOICE], ["zeros", "_norms", *SPARSE, *POOLED]),
