@@ -38,7 +38,7 @@ def plan_of_causal_levels(
     before = past(blocks).to(level.device)
     level = level.masked_fill(~before, 0)
     level = level.masked_fill(before.new_ones(blocks.n).diag(), 1)
-    plan = plan_of_levels(level, blocks, blocks, factors=factors, room=blocks.n)
+    plan = plan_of_levels(level, blocks, blocks, factors=factors, room=blocks.n, uneven=True)
     token = torch.arange(blocks.total, dtype=torch.int32, device=level.device)
     guard = 1 << blocks.total.bit_length()
     box = BoxPredicate(torch.zeros_like(token)[None], token[None], token, token, guard)

@@ -22,6 +22,7 @@ from dit_sparse.mask_product import MaskProduct
 from dit_sparse.pools import Pools as Pools
 from dit_sparse.pools import Tail as Tail
 from dit_sparse.predicate import BoxPredicate, DiskPredicate, Predicate, make_contiguous
+from dit_sparse.unevenness import uneven
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +145,8 @@ class BlockPlan:
         coarse: further keys, means over cells of tokens; `attend` adds them, backends do not.
         order: the permutation that leads from the caller's order to plan order; `None`: none.
         scale: what the caller's scale of the scores is multiplied by; above 0.
+        uneven: whether some rows may be so much longer than others that kernels do well to begin
+            with them; no result depends on it.
     """
 
     q_blocks: Blocks
@@ -162,6 +165,7 @@ class BlockPlan:
     coarse: Coarse | None = None
     order: Permutation | None = None
     scale: float = 1.0
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         others = ("bias", "words", "hidden")
@@ -223,6 +227,7 @@ class BlockPlan:
             box=box,
             tail=tail,
             order=order,
+            uneven=uneven(count),
         )
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dit_sparse.grid import Permutation
 from dit_sparse.plan import BlockPlan, Blocks, Pools
 from dit_sparse.plan_check import check, tensors
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
+from dit_sparse.unevenness import uneven
 
 _KEY = "dit_sparse.plan"
 _VERSION = 2
@@ -105,11 +107,12 @@ def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
             "Write it again with save_plan."
         )
     try:
-        return check(_plan(header, stored))
+        plan = check(_plan(header, stored))
     except ValueError as error:
         raise ValueError(
             f"Expected a well-formed plan in {path}. {error} Write it again with save_plan."
         ) from error
+    return replace(plan, uneven=uneven(plan.full + plan.partial))
 
 
 def _without_copies(plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, str]]:

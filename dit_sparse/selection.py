@@ -166,7 +166,7 @@ def plan_of_ranks(
         scores = scores.masked_fill(frame.hidden[:, None, None], -torch.inf)
     if mass is not None:
         level = top_p(scores, mass).to(torch.uint8)
-        return plan_of_selection(level, frame, tail=tail)
+        return plan_of_selection(level, frame, tail=tail, uneven=True)
     level = torch.zeros_like(scores, dtype=torch.uint8)
     # From the coarsest level to the finest: each one overwrites its own part of the last.
     for factor, end in reversed(list(zip((1, *factors), ends, strict=True))):
@@ -183,6 +183,7 @@ def plan_of_selection(
     room: int | None = None,
     total: int | None = None,
     tail: Tail = "none",
+    uneven: bool = False,
 ) -> BlockPlan:
     """The plan of a choice among the picture's blocks, with text added.
 
@@ -194,7 +195,7 @@ def plan_of_selection(
         factors: the pool factors that occur.
         room: the most picture blocks that a row may list; `None`: all of them.
         total: instead: entries of the whole plan, text's too, where the host knows.
-        tail: the plan's field of this name.
+        tail, uneven: the plan's fields of these names.
     """
     room = frame.blocks.n if room is None else room
     if frame.has_context:
@@ -212,6 +213,7 @@ def plan_of_selection(
         tail=tail,
         hidden=frame.hidden,
         order=frame.order,
+        uneven=uneven,
     )
 
 

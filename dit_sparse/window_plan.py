@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_lists import Surroundings, write_lists
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
 from dit_sparse.tile_lists import Reach, Tiling, Visits, cuts
+from dit_sparse.unevenness import much_longer
 
 #: One rule for each of (frames, height, width).
 Axes: TypeAlias = tuple[Axis, Axis, Axis]
@@ -61,7 +63,9 @@ def plan_windows(
     box = None
     if any(_masked(reach) for reach in reaches.values()):
         box = _pack([known[axes] for axes in (known if len(known) == 1 else heads)], tiling, layout)
-    return assemble(layout, tiling, [visits[axes] for axes in heads], block, box=box)
+    plan = assemble(layout, tiling, [visits[axes] for axes in heads], block, box=box)
+    context = plan.q_blocks.n - len(tiling.sizes)
+    return replace(plan, uneven=_uneven([reaches[axes] for axes in heads], context))
 
 
 def tile_grid(
@@ -125,6 +129,18 @@ def of_layout(values: Tensor, layout: TokenLayout, context: int) -> Tensor:
     row = values.new_full((layout.length,), context)
     row[layout.grid_start : layout.grid_start + len(values)] = values
     return row.int()
+
+
+def _uneven(heads: Sequence[Sequence[Reach]], context: int) -> bool:
+    """Whether the picture's rows differ much in length; known without the lists.
+
+    Args:
+        heads: the reaches of each head.
+        context: entries that every row has besides.
+    """
+    longest = max(math.prod(int(r.count.max()) for r in reaches) for reaches in heads)
+    means = [math.prod(float(r.count.double().mean()) for r in reaches) for reaches in heads]
+    return much_longer(longest + context, sum(means) / len(means) + context)
 
 
 def _masked(reaches: Sequence[Reach]) -> bool:

@@ -81,12 +81,20 @@ def _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads):
     return block, pair % n_heads, pair // n_heads
 
 
+@triton.jit
+def _queued(queue_ptr, at, n_q_blocks, n_heads):
+    """Query block, head and batch entry of the tile at a place of a queue."""
+    tile = tl.load(queue_ptr + at)
+    pair = tile // n_q_blocks
+    return tile % n_q_blocks, pair % n_heads, pair // n_heads
+
+
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])  # compiled once for all of them
 def _block_sparse_fwd_hopper(
     q_ptr, k_desc, v_desc, classes_ptr, hidden_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
-    q_starts_ptr, order_ptr,
+    q_starts_ptr, order_ptr, queue_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
     k_row_b, k_row_h, k_col_h,
     v_row_b, v_row_h, v_col_h,
@@ -95,8 +103,12 @@ def _block_sparse_fwd_hopper(
     n_heads, group, n_q_blocks, n_outer, first_inner, n_queries, n_classes, scale_log2, floor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, COLUMNS: tl.constexpr, BOUND: tl.constexpr,
+    QUEUED: tl.constexpr,
 ):  # fmt: skip
-    block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
+    if QUEUED:
+        block, head, batch = _queued(queue_ptr, tl.program_id(0), n_q_blocks, n_heads)
+    else:
+        block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     q_start = tl.load(q_starts_ptr + block)
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]

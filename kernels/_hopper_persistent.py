@@ -9,7 +9,7 @@ two of keys and values. A kernel of its own, because either loop alone may be sp
 import triton
 import triton.language as tl
 
-from dit_sparse.kernels._hopper import _forget_stale_barriers, _placed
+from dit_sparse.kernels._hopper import _forget_stale_barriers, _placed, _queued
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _block_sparse_fwd_hopper_persistent(
     q_ptr, k_desc, v_desc, classes_ptr, hidden_desc, out_ptr, lse_ptr,
     norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
-    q_starts_ptr, order_ptr,
+    q_starts_ptr, order_ptr, queue_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h,
     k_row_b, k_row_h, k_col_h,
     v_row_b, v_row_h, v_col_h,
@@ -36,6 +36,7 @@ def _block_sparse_fwd_hopper_persistent(
     n_classes, scale_log2, floor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, COLUMNS: tl.constexpr, BOUND: tl.constexpr,
+    QUEUED: tl.constexpr,
 ):  # fmt: skip
     q_desc = tl.make_tensor_descriptor(
         q_ptr, shape=[q_rows, q_cols], strides=[q_row_stride, 1], block_shape=[BLOCK_M, BLOCK_D]
@@ -45,14 +46,18 @@ def _block_sparse_fwd_hopper_persistent(
             classes_ptr, shape=[n_classes, COLUMNS], strides=[COLUMNS, 1],
             block_shape=[BLOCK_M, COLUMNS],
         )  # fmt: skip
-    # The blocks around the picture, which read everything, have a program each, the first ones.
+    # As many as there are blocks around the picture, which read everything, have a program each,
+    # the first ones.
     outer = n_tiles // n_q_blocks * n_outer
     q_row_h += _forget_stale_barriers()
     pid = tl.program_id(0)
     begin = tl.where(pid < outer, pid, outer + (pid - outer) * n_each)
     end = tl.minimum(begin + tl.where(pid < outer, 1, n_each), n_tiles)
     for tile in tl.range(begin, end, num_stages=1, warp_specialize=True):
-        block, head, batch = _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads)
+        if QUEUED:
+            block, head, batch = _queued(queue_ptr, tile, n_q_blocks, n_heads)
+        else:
+            block, head, batch = _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads)
         q_start = tl.load(q_starts_ptr + block)
         q = q_desc.load([batch * q_row_b + head * q_row_h + q_start, head * q_col_h])
 

@@ -91,7 +91,7 @@ def _divided(m_i, l_i, acc):
 def _portable_fwd(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr,
-    lower_ptr, upper_ptr, above_ptr, below_ptr, words_ptr, bias_ptr,
+    queue_ptr, lower_ptr, upper_ptr, above_ptr, below_ptr, words_ptr, bias_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
@@ -102,10 +102,12 @@ def _portable_fwd(
     BLOCK_M: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
     FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
     HAS_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    TMA: tl.constexpr, REPAIR: tl.constexpr,
+    TMA: tl.constexpr, REPAIR: tl.constexpr, QUEUED: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
     pid = tl.program_id(0) // PARTS
+    if QUEUED:
+        pid = tl.load(queue_ptr + pid)
     block = pid % n_q_blocks
     head = (pid // n_q_blocks) % n_heads
     batch = pid // n_q_blocks // n_heads

@@ -64,6 +64,7 @@ def choose(
         tail=tail,
         hidden=hidden,
         order=frame.order,
+        uneven=mass is not None,
     )
     # Known here: getting them from the lists takes more launches, or waits for the device.
     vars(plan)["spans"] = (first_keys, n_keys)

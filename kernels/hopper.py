@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor, launch_specialised
+from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.variants import Kernel, masked_kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
@@ -210,13 +211,14 @@ def _launch(
     n_blocks = plan.q_blocks.n
     picture = plan.q_blocks.picture or range(n_blocks)
     order = starts if plan.order is None else plan.order.index
+    queue = longest_first(plan, batch, heads)
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
         mask.queries if mask else starts, describe(mask) if mask else None,
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
         mask.query if mask else starts, mask.entry if mask else starts,
-        plan.q_blocks.starts, order,
+        plan.q_blocks.starts, order, starts if queue is None else queue,
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
@@ -233,6 +235,7 @@ def _launch(
         "HAS_ORDER": plan.order is not None,
         "COLUMNS": COLUMNS if mask else 0,
         "BOUND": lengths is not None,
+        "QUEUED": queue is not None,
     }
     kernel, grid = _block_sparse_fwd_hopper, (batch * heads * n_blocks, 1, 1)
     return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)

@@ -12,6 +12,7 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
 from dit_sparse.kernels.hopper import Matrix, describe, matrices_of, with_scratch
 from dit_sparse.kernels.launch import Launch, launch_specialised
+from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
@@ -29,21 +30,26 @@ _SMALL_HEAD = 18e6
 _SHORT_LIST = 40.0
 
 
-def blocks_each(q: Tensor, plan: BlockPlan, *, masked: bool) -> int:
+def blocks_each(q: Tensor, plan: BlockPlan, *, masked: bool, places: int | None = None) -> int:
     """How many query blocks a program should take; 1 for the kernel with one to each.
 
-    Waits for nothing: lists count with the mean of their lengths.
+    Waits for nothing: lists count with the mean of their lengths, and where some are much longer
+    no more than two share a program, which would otherwise be the last to end.
 
     Args:
         masked: whether a mask takes part, which takes shared memory.
+        places: programs that run at the same time; `None`: those of the device of q.
     """
     tiles = q.shape[0] * q.shape[1] * plan.q_blocks.n
     entries = max(plan.indices.numel() / plan.offsets.numel(), 1.0)
     dim = padded(q.shape[-1])
     small = 2 * plan.k_blocks.n * plan.k_blocks.size * dim * q.element_size() <= _SMALL_HEAD
-    if dim > 64 and not (small and entries <= _SHORT_LIST):
+    # Begun in another order, masks leave few exponentials under its products [sm_90, Triton 3.6].
+    alone = masked and plan.uneven
+    if dim > 64 and (alone or not (small and entries <= _SHORT_LIST)):
         return 1
-    return _soonest(tiles, entries, _slots(q.device, dim, masked), _MOST if small else 2)
+    slots = _slots(q.device, dim, masked) if places is None else places
+    return _soonest(tiles, entries, slots, _MOST if small and not plan.uneven else 2)
 
 
 def _soonest(tiles: int, entries: float, slots: int, most: int) -> int:
@@ -103,6 +109,7 @@ def _launch(
     picture = plan.q_blocks.picture or range(blocks)
     starts, counts = plan.spans
     order = starts if plan.order is None else plan.order.index
+    queue = longest_first(plan, batch, heads)
     tiles = batch * heads * blocks
     arguments = (
         q, km.describe([keys, dim]), vm.describe([keys, dim]),
@@ -110,7 +117,7 @@ def _launch(
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
         mask.query if mask else starts, mask.entry if mask else starts,
-        plan.q_blocks.starts, order,
+        plan.q_blocks.starts, order, starts if queue is None else queue,
         *qm.shape, qm.row_stride, *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
@@ -127,6 +134,7 @@ def _launch(
         "HAS_ORDER": plan.order is not None,
         "COLUMNS": COLUMNS if mask else 0,
         "BOUND": lengths is not None,
+        "QUEUED": queue is not None,
     }
     outer = batch * heads * (blocks - len(picture))  # blocks around it have a program each
     kernel, grid = _block_sparse_fwd_hopper_persistent, (outer + -(-(tiles - outer) // each), 1, 1)

@@ -10,6 +10,7 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels.launch import Launch, TensorDescriptor
 from dit_sparse.kernels.launch import launch as launch_kernel
+from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.kernels.tiles import Tile
 from dit_sparse.plan import BlockPlan
 
@@ -44,6 +45,7 @@ def launch(
     block_d, block_dv = padded(head_dim), padded(value_dim)
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
+    queue = longest_first(plan, batch, heads) if part == "all" else None
     masks = None if part == "repair full" else plan.predicate
     lower, upper, above, below = masks.operands if masks else (starts,) * 4
     queries = min(tile.queries, plan.q_blocks.size)
@@ -54,7 +56,7 @@ def launch(
         TensorDescriptor.from_tensor(v, [1, 1, tile.keys, block_dv]) if tma else None,
         out, lse,
         plan.offsets, plan.full, plan.partial, starts, lengths, plan.q_blocks.starts, order,
-        lower, upper, above, below,
+        starts if queue is None else queue, lower, upper, above, below,
         starts if plan.words is None else plan.words, starts if plan.bias is None else plan.bias,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *list_strides(plan),
@@ -81,6 +83,7 @@ def launch(
         "HAS_ORDER": plan.order is not None,
         "TMA": tma,
         "REPAIR": part in ("repair", "repair full"),
+        "QUEUED": queue is not None,
     }
     grid = (batch * heads * plan.q_blocks.n * constants["PARTS"], 1, 1)
     return launch_kernel(

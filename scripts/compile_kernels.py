@@ -36,6 +36,7 @@ from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persi
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
+from dit_sparse.kernels._longest_first import _longest_first_fwd
 from dit_sparse.kernels._permute import _permute_blocks
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
@@ -49,6 +50,7 @@ from dit_sparse.kernels._quantise import (
 from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
+from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
 from dit_sparse.kernels.tail import choose_tile as tail_tile
@@ -82,7 +84,20 @@ def variants(every: bool) -> Iterator[Variant]:
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("hopper", 90, head_dim, ragged=True, dtype="fp16")
         yield Variant("hopper", 90, head_dim, ragged=True, grouped=True)
+        yield from queued_variants(head_dim)
     yield from portable_variants(every)
+
+
+def queued_variants(head_dim: int) -> Iterator[Variant]:
+    """The kernels that begin with the longest rows."""
+    several = whole_kernel((9, 0), triton.__version__, "bfloat16", head_dim, True)
+    for kernel in sorted({"hopper", several}):
+        for bound in (False, True):
+            yield Variant(kernel, 90, head_dim, ragged=True, bound=bound, queued=True)
+        yield Variant(kernel, 90, head_dim, ragged=False, bound=True, queued=True)
+        if kernel == "hopper" or head_dim <= 64:
+            yield Variant(kernel, 90, head_dim, ragged=False, box=True, bound=True, queued=True)
+    yield Variant("portable", 80, head_dim, ragged=True, queued=True)
 
 
 def portable_variants(every: bool) -> Iterator[Variant]:
@@ -110,6 +125,7 @@ def approximations(every: bool) -> Iterator[Variant]:
             yield Variant("importance", capability, head_dim, ragged=True)
             yield Variant("take", capability, head_dim, ragged=True)
             yield Variant("choose", capability, head_dim, ragged=True)
+            yield Variant("longest_first", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
             yield Variant("pooled_tiles", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True)
@@ -128,6 +144,7 @@ def approximation(variant: Variant) -> Report:
         "importance": (_importance_fwd, 8),
         "take": (_take_fwd, 4),
         "choose": (_choose_fwd, 4),
+        "longest_first": (_longest_first_fwd, 8),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
         "permute_blocks": (_permute_blocks, 4),
@@ -139,9 +156,14 @@ def approximation(variant: Variant) -> Report:
     constants |= {"BLOCK_N": 64, "PARTS": 1, "BLOCK": 64, "CHUNK": 64, "COLUMNS": 64}
     constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
-    constants |= {"COUNT": 32, "SOFTMAX": True}
-    rows = {"importance": 128, "permute_blocks": 32, "summaries": 32}
-    rows |= {"pooled_tiles": POOLED_ROWS}
+    constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS}
+    rows = {
+        "importance": 128,
+        "longest_first": 128,
+        "permute_blocks": 32,
+        "pooled_tiles": POOLED_ROWS,
+        "summaries": 32,
+    }
     constants |= {
         "ROWS": rows.get(variant.kernel, 64),
         "SUB": K_BLOCK // 64,
@@ -150,9 +172,9 @@ def approximation(variant: Variant) -> Report:
     }
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
-    constants |= {"CENTRES": True, "VALUES": True, "PER_ENTRY": 2}
+    constants |= {"VALUES": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
-    constants |= {"RAGGED": variant.ragged, "EACH": False}
+    constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True, "PER_ENTRY": 2}
     constants |= {"TMA": variant.capability == 90, "WHOLE": True}
     halves = variant.kernel in ("permute_blocks", "summaries")
     others = {"means_ptr": "*bf16"} if halves else {}
@@ -296,6 +318,7 @@ def compiled(variant: Variant) -> Report:
         "HAS_WORDS": variant.words,
         "HAS_BIAS": variant.biased,
         "REPAIR": False,
+        "QUEUED": variant.queued,
     }
     constants |= {} if variant.box else {"hidden_desc": None}
     constants |= {} if variant.grouped else {"group": 1}  # Triton takes a 1 for a constant

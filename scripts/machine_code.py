@@ -47,6 +47,7 @@ class Variant:
     biased: bool = False
     dtype: str = "bf16"
     grouped: bool = False
+    queued: bool = False
 
 
 @dataclass(frozen=True)

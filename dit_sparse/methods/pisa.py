@@ -112,7 +112,8 @@ class PisaMethod:
         else:  # forced blocks come first, and the others get what is left of the density
             chosen = selection.top_k(scores.masked_fill(forced, torch.inf), most)
         level = (chosen | forced).to(torch.uint8)
-        return selection.plan_of_selection(level, frame, tail=self.tail)
+        uneven = self.mass is not None
+        return selection.plan_of_selection(level, frame, tail=self.tail, uneven=uneven)
 
     def _count(self, frame: Frame) -> int:
         if self.density is None:  # nobody asked for so few

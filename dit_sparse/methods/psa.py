@@ -146,7 +146,11 @@ class PsaMethod:
             level = level.masked_fill(forced, 1)
         if self.causal:
             return plan_of_causal_levels(level, frame.blocks, factors=self._factors)
-        return selection.plan_of_selection(level, frame, factors=self._factors, tail=tail)
+        # Ranks give all rows the same levels; forced blocks are few.
+        uneven = self.allocation != "quantile" or self.similarity is not None
+        return selection.plan_of_selection(
+            level, frame, factors=self._factors, tail=tail, uneven=uneven
+        )
 
     @property
     def _tail(self) -> Tail:

@@ -1,5 +1,7 @@
 """How many query blocks a program of the Hopper kernel takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,3 +58,16 @@ def test_ends_of_short_blocks_are_read_only_where_nothing_else_stands():
     assert hopper.matrices_of(even, even, even, plan_of(256, 2)) is not None
     transposed = own.transpose(2, 3)
     assert hopper.matrices_of(own, transposed, own, short) is None
+
+
+def test_lists_of_different_lengths_share_programs_in_pairs():
+    """And with a mask not at all where a program has a multiprocessor: it would leave exponentials
+    bare."""
+    q = torch.empty(1, 24, 16_896, 128, dtype=torch.bfloat16, device="meta")
+    plan = plan_of(16_896, 26)
+    uneven = replace(plan, uneven=True)
+    assert hopper_persistent.blocks_each(q, plan, masked=True) == 8
+    assert hopper_persistent.blocks_each(q, uneven, masked=False) == 2
+    assert hopper_persistent.blocks_each(q, uneven, masked=True) == 1
+    assert hopper_persistent.blocks_each(q[..., :64], uneven, masked=True) == 2
+    assert hopper_persistent.blocks_each(q, plan, masked=False, places=2) != 1

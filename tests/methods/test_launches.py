@@ -28,6 +28,7 @@ kernels = {
         "choose",
         "hopper",
         "importance",
+        "longest_first",
         "norms",
         "permute",
         "pool",
@@ -85,6 +86,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ),
         ("pooled", "_pooled_tiles_fwd"),
         ("summaries", "_summaries_fwd"),
+        ("longest_first", "_longest_first_fwd"),
     ):
         monkeypatch.setattr(kernels[module], name, Kernel(name, found))
 
@@ -125,6 +127,7 @@ CHOICE = ["_choose_fwd"]
 
 SPARSE = ["_block_sparse_fwd_hopper", "_portable_fwd"]
 EXACT = ["zeros", "_permute_rows", *SPARSE]
+QUEUED = [*EXACT[:-2], "_longest_first_fwd", *SPARSE]  # lists of any length
 LISTED = ["zeros", "_permute_blocks", *SPARSE]
 TAIL = ["_tail_bias_fwd", "_tail_fwd"]
 WITH_MEANS = [*LISTED, *TAIL]
@@ -135,7 +138,7 @@ POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper"]
 CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("pisa", {"tail": "zeroth"}, [*MEANS, *CHOICE], WITH_MEANS),
     ("pisa", {}, [*MEANS, *CHOICE], WITH_SLOPE),
-    ("pisa", {"mass": 0.8, "tail": "none"}, [*MEANS, *CHOICE], EXACT),
+    ("pisa", {"mass": 0.8, "tail": "none"}, [*MEANS, *CHOICE], QUEUED),
     (
         "pisa",
         {"prior": "norm", "tail": "zeroth"},
@@ -159,7 +162,7 @@ MEASURED = ["amax", *SPARSE]
 IN_ORDER: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("pisa", {"tail": "zeroth"}, [*SUMMARIES, *CHOICE], [*MEASURED, *TAIL]),
     ("pisa", {}, [*SUMMARIES, *CHOICE], [*MEASURED, *COVARIANCE, *TAIL]),
-    ("pisa", {"mass": 0.8, "tail": "none"}, [*SUMMARIES, *CHOICE], MEASURED),
+    ("pisa", {"mass": 0.8, "tail": "none"}, [*SUMMARIES, *CHOICE], ["amax", *QUEUED[-3:]]),
     (
         "pisa",
         {"prior": "norm", "tail": "zeroth"},

@@ -1,0 +1,78 @@
+"""The time of a program, from what `bench_kernels` measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_sparse.plan import BlockPlan, Blocks
+from scripts.bench_kernels import Case, planner
+from scripts.launches.schedule import Cost, Work
+
+# Shorter calls are as long as the host takes to launch them.
+_LEAST_TOKENS = 10_000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Least squares of relative errors.
+
+    Args:
+        cost: of programs.
+        token: microseconds of all multiprocessors for the lengths of q and k, per token and head,
+            which are measured before and are no part of a program.
+        rows: how many measurements.
+        worst: the largest relative error of one.
+    """
+
+    cost: Cost
+    token: float
+    rows: int
+    worst: float
+
+
+def fit(path: Path, head_dim: int) -> Fit:
+    """Time of the whole GPU = program * programs + entry * entries + token * tokens * heads.
+
+    Args:
+        path: rows of `bench_kernels`, on a GPU of 132 multiprocessors: those in the order of the
+            plan (`triton` of random lists, `ordered` of windows without masked entries) count.
+    """
+    known, times = [], []
+    for row in _rows(path, head_dim):
+        work = Work.of(_plan(row), row["heads"], head_dim)
+        programs = work.programs
+        known.append([len(programs), sum(programs), row["heads"] * row["tokens"]])
+        times.append(1000 * row["ms"] * work.places)
+    x, y = np.array(known, dtype=np.float64), np.array(times)
+    found = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
+    worst = float(np.abs(x @ found / y - 1.0).max())
+    return Fit(Cost(float(found[0]), float(found[1])), float(found[2]), len(y), worst)
+
+
+def _rows(path: Path, head_dim: int) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["head_dim"] != head_dim or row["tokens"] < _LEAST_TOKENS or row["density"] is None:
+            continue
+        if row["variant"] == ("triton" if row["grid"] is None else "ordered"):
+            yield row
+
+
+def _plan(row: dict[str, Any]) -> BlockPlan:
+    grid, density = row["grid"], row["density"]
+    if grid is None:  # lists of one length, wherever they point
+        blocks = Blocks.uniform(row["tokens"], 128)
+        entries = max(1, round(density * blocks.n))
+        count = torch.full((1, 1, blocks.n), entries, dtype=torch.int32)
+        zero = torch.zeros_like(count)
+        indices = torch.zeros(entries * blocks.n, dtype=torch.int32)
+        return BlockPlan(blocks, blocks, indices, zero, count, zero)
+    case = Case("window", row["tokens"], row["heads"], row["head_dim"], density, grid)
+    return planner(case, "cpu", torch.empty(1, row["heads"], 1, row["head_dim"]))()
