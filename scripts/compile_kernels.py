@@ -164,18 +164,13 @@ def approximation(variant: Variant) -> Report:
         "pooled_tiles": POOLED_ROWS,
         "summaries": 32,
     }
-    constants |= {
-        "ROWS": rows.get(variant.kernel, 64),
-        "SUB": K_BLOCK // 64,
-        "FACTORS": 14,
-        "N_FACTORS": 3,
-    }
+    constants |= {"ROWS": rows.get(variant.kernel, 64), "SUB": K_BLOCK // 64}
+    constants |= {"FACTORS": 14, "N_FACTORS": 3}
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
-    constants |= {"VALUES": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True, "PER_ENTRY": 2}
-    constants |= {"TMA": variant.capability == 90, "WHOLE": True}
+    constants |= {"TMA": variant.capability == 90, "WHOLE": True, "VALUES": True}
     halves = variant.kernel in ("permute_blocks", "summaries")
     others = {"means_ptr": "*bf16"} if halves else {}
     if variant.kernel == "importance" and variant.capability == 90:
