@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -14,14 +13,18 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
-from dit_sparse.kernels.launch import Launch, Repeat, TensorDescriptor, launch_specialised
+from dit_sparse.kernels.launch import (
+    Launch,
+    Repeat,
+    TensorDescriptor,
+    launch_specialised,
+    with_scratch,
+)
 from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.variants import Kernel, masked_kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan, Blocks
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -176,22 +179,8 @@ def launch(
 
 def repeat(launches: Sequence[Repeat], tensors: Sequence[Tensor]) -> None:
     """Runs launches of this kernel, and any others, again."""
-
-    def run() -> None:
-        for one in launches:
-            one(tensors)
-
-    with_scratch(run)
-
-
-def with_scratch(run: Callable[[], T]) -> T:
-    """Runs in a context of its own, which leaves the allocator that others set alone."""
-
-    def inside() -> T:
-        triton.set_allocator(_scratch)
-        return run()
-
-    return contextvars.copy_context().run(inside)
+    for one in launches:
+        one(tensors)
 
 
 def _launch(
@@ -245,8 +234,3 @@ def describe(mask: MaskProduct) -> Any:
     """A descriptor of the blocks of keys, one below the other."""
     rows = mask.keys.flatten(0, 1)
     return TensorDescriptor(rows, list(rows.shape), [COLUMNS, 1], [mask.keys.shape[1], COLUMNS])
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptor that each program makes of the queries."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")

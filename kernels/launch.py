@@ -8,20 +8,24 @@ and all numbers are the same.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import triton
 from torch import Tensor
 from triton import JITFunction
 from triton.runtime.errors import OutOfResources
+
+from dit_sparse.kernels.direct import DirectLaunch, direct
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -37,6 +41,8 @@ _PRODUCT, _WAIT = r"[HQI]GMMA", r"WARPGROUP\.DEPBAR"
 _PRODUCTS_A_WAIT = 2
 _MOST_PAIRS = 65_535  # programs along a grid's second axis [CUDA]
 _LOG = logging.getLogger("dit_sparse")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +74,13 @@ class Launch:
                 fields = _without_base(argument) if described else None
                 fixed[at] = None
                 moving.append((at, found, fields))
-        return Repeat(self.kernel[self.grid], tuple(fixed), tuple(moving))
+        places = [(at, found) for at, found, _ in moving]
+        return Repeat(
+            self.kernel[self.grid],
+            tuple(fixed),
+            tuple(moving),
+            direct(self.kernel, self.grid, self.arguments, places),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +92,20 @@ class Repeat:
         fixed: arguments, with gaps.
         moving: for every gap its place, the number of the tensor that goes there, and the fields
             of the descriptor around it if it has one.
+        direct: the same launch without Triton, where that is possible.
     """
 
     run: Callable[..., None]
     fixed: tuple[Any, ...]
     moving: tuple[tuple[int, int, dict[str, Any] | None], ...]
+    direct: DirectLaunch | None = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Launches on tensors of the same sizes, strides and dtypes; see `launch`."""
+        if self.direct is None or _watched() or not self.direct(tensors):
+            with_scratch(partial(self._by_triton, tensors))
+
+    def _by_triton(self, tensors: Sequence[Tensor]) -> None:
         arguments = list(self.fixed)
         for at, number, fields in self.moving:
             tensor = tensors[number]
@@ -119,6 +137,28 @@ def launch(
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
     return Launch(kernel if _REPEATS else None, grid, whole)
+
+
+def with_scratch(run: Callable[[], T]) -> T:
+    """Runs in a context of its own, which leaves the allocator that others set alone."""
+
+    def inside() -> T:
+        triton.set_allocator(_scratch)
+        return run()
+
+    return contextvars.copy_context().run(inside)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors that each program makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _watched() -> bool:
+    """Whether a profiler wants to hear from Triton of every launch."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def refuses_heads(q: Tensor) -> str | None:

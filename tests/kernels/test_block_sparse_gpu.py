@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,10 +100,25 @@ class TestCompiled:
         plan, (q, k, v) = on_gpu(case)
         first, prepared = prepare(q, k, v, plan)
         assert prepared.again.func is block_sparse._again
+        launches = prepared.again.args[0]
+        assert all(launch.direct is not None for launch in launches)  # what they gain is host time
         check_on_gpu(first, q, k, v, plan)
         # A clone keeps the strides, which `roll` does not: other strides are another kind.
         q, k, v = (x.clone().copy_(x.roll(7, dims=2)) for x in (q, k, v))
         check_on_gpu(prepared.again(q, k, v), q, k, v, plan)
+
+    def test_in_other_threads(self):
+        """Which begin without a CUDA context, and share what was made ready."""
+        case = Case(128, 128, 128, torch.bfloat16, box=False, order="head", tokens=2304)
+        plan, inputs = on_gpu(case)
+        _, prepared = prepare(*inputs, plan)
+        many = [tuple(x.clone().copy_(x.roll(n, dims=2)) for x in inputs) for n in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(prepared.again, *many[n % 4]) for n in range(40)]
+            found = [future.result() for future in futures]
+        torch.cuda.synchronize()
+        for n, got in enumerate(found):
+            assert all(map(torch.equal, got, attend(*many[n % 4], plan)))
 
     @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("order", ["none", "head"])
