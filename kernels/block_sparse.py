@@ -288,7 +288,8 @@ def _again(
 
 def device_of(q: Tensor) -> AbstractContextManager[None]:
     """Makes the device of q current, which Triton launches on."""
-    if not q.is_cuda or q.device.index == torch.cuda.current_device():
+    index = q.get_device()  # -1: not on a GPU
+    if index < 0 or index == torch.cuda.current_device():
         return _NOWHERE_ELSE
     return torch.cuda.device(q.device)
 

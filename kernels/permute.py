@@ -114,4 +114,4 @@ def gather_with_means(
 def empty(tensors: Sequence[Tensor]) -> Tensor:
     """Where `gather` puts tensors of one shape."""
     first = tensors[0]
-    return torch.empty((len(tensors), *first.shape), dtype=first.dtype, device=first.device)
+    return first.new_empty((len(tensors), *first.shape))

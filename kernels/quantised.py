@@ -18,7 +18,7 @@ from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.portable import padded
 from dit_sparse.kernels.quantise import Quantised, fill
 from dit_sparse.kernels.quantise import empty as empty_eight
-from dit_sparse.kernels.rooms import like
+from dit_sparse.kernels.results import empty_result
 from dit_sparse.plan import BlockPlan
 
 
@@ -102,13 +102,12 @@ class QuantisedBackend:
     def _room(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> _Room:
         integers = self.precision == "int8"
         moved = empty((v,)) if integers and plan.order is not None else None
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         return _Room(
             *(q, k, v),
             eight=empty_eight(q, v, plan, integers=integers, values=not integers),
             moved=moved,
             values=v if moved is None else moved[0],
-            result=AttentionOutput(like(q, v.shape[-1]), lse),
+            result=empty_result(q, v.shape[-1]),
         )
 
 

@@ -11,6 +11,7 @@ from dit_sparse.backend import AttentionOutput, BlockSummaries
 from dit_sparse.kernels import norms, tail
 from dit_sparse.kernels.launch import Launch
 from dit_sparse.kernels.permute import empty, gather, gather_with_means, permute
+from dit_sparse.kernels.results import empty_result
 from dit_sparse.plan import BlockPlan
 
 
@@ -40,10 +41,11 @@ class Room(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         moved = () if self.moved is None else (self.moved,)
+        means = () if self.means is None else (self.means,)
+        centres = () if self.centres is None else (self.centres,)
         return [
             *(self.q, self.k, self.v, *moved, *self.ordered, *self.result),
-            *(self.lengths or ()),
-            *(x for x in (self.means, self.centres) if x is not None),
+            *(*(self.lengths or ()), *means, *centres),
         ]
 
 
@@ -65,17 +67,18 @@ def room_for(
         means: how many blocks of k and v have means; 0 if none are needed.
         sloped: whether a slope is to follow them.
     """
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    result = AttentionOutput(like(q, v.shape[-1]), lse)
+    result = empty_result(q, v.shape[-1])
     lengths = norms.empty(q) if bounded else None
-    shape = (*k.shape[:2], means, k.shape[3])
-    of_blocks = k.new_empty(2, *shape) if means else None
-    centres = k.new_empty(shape, dtype=torch.float32) if sloped else None
+    of_blocks = centres = None
+    if means:
+        shape = (*k.shape[:2], means, k.shape[3])
+        of_blocks = k.new_empty(2, *shape)
+        centres = k.new_empty(shape, dtype=torch.float32) if sloped else None
     if not moved:
         return Room(q, k, v, None, (q, k, v), result, lengths, of_blocks, centres)
     room = empty((q, k, v)[-moved:])
-    *first, k_ordered, v_ordered = room.unbind()
-    ordered = (first[0] if first else q, k_ordered, v_ordered)
+    of_queries, of_keys, of_values = (*(q,)[: 3 - moved], *room.unbind())
+    ordered = (of_queries, of_keys, of_values)
     return Room(q, k, v, room, ordered, result, lengths, of_blocks, centres)
 
 
@@ -135,10 +138,3 @@ def _summarised(
         centres = summaries.keys if tail.has_slope(plan) else None
         room = room._replace(means=summaries.means, centres=centres)
     return room
-
-
-def like(q: Tensor, value_dim: int) -> Tensor:
-    """An output in the memory order of q, so that [B, N, H, D] models reshape it for free."""
-    if value_dim == q.shape[-1]:
-        return torch.empty_like(q)
-    return q.new_empty(*q.shape[:-1], value_dim)
