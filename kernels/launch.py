@@ -62,18 +62,30 @@ class Launch:
 
     def repeatable(self, tensors: Sequence[Tensor]) -> Repeat | None:
         """The launch with other tensors in the places of these, which must all be objects of their
-        own; `None` where that is not possible. Keeps none of them."""
+        own; `None` where that is not possible. Keeps none of them.
+
+        Raises:
+            ValueError: an argument is a view of one of them, whose place would be that of the first
+                call for ever.
+        """
         if self.kernel is None:
             return None
         number = {id(tensor): n for n, tensor in enumerate(tensors)}
+        memory = {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
         fixed, moving = list(self.arguments), []
         for at, argument in enumerate(self.arguments):
             described = TensorDescriptor is not None and isinstance(argument, TensorDescriptor)
-            found = number.get(id(argument.base if described else argument))
+            tensor = argument.base if described else argument
+            found = number.get(id(tensor))
             if found is not None:
                 fields = _without_base(argument) if described else None
                 fixed[at] = None
                 moving.append((at, found, fields))
+            elif isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in memory:
+                raise ValueError(
+                    f"Expected tensors of the call itself as arguments, got a view {at} of one, "
+                    f"{tuple(tensor.shape)}. Pass the tensor, or describe it with its own base."
+                )
         places = [(at, found) for at, found, _ in moving]
         return Repeat(
             self.kernel[self.grid],
@@ -102,8 +114,12 @@ class Repeat:
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Launches on tensors of the same sizes, strides and dtypes; see `launch`."""
-        if self.direct is None or _watched() or not self.direct(tensors):
-            with_scratch(partial(self._by_triton, tensors))
+        if self.direct is not None and not _watched():
+            if self.direct(tensors):
+                return
+            # Triton gives a thread its context too late for descriptors; this does it now.
+            tensors[0].new_zeros(1)
+        with_scratch(partial(self._by_triton, tensors))
 
     def _by_triton(self, tensors: Sequence[Tensor]) -> None:
         arguments = list(self.fixed)

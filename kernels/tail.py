@@ -67,7 +67,7 @@ def launch(
     blocks, n_blocks, width = plan.k_blocks, plan.q_blocks.n, padded(dim)
     order = blocks.starts if plan.order is None else plan.order.index
     tile = choose_tile(width)
-    described = _described(means.flatten(0, 2), [1, tile.means, width])
+    described = _described(means, [2 * batch * heads, blocks.n, dim], [1, tile.means, width])
     biases = bias_of(plan, tile)
     of_batch, of_heads, _, room = biases.shape
     described_bias = TensorDescriptor(
@@ -75,7 +75,7 @@ def launch(
     )
     arguments = (
         q, described, described_bias,
-        None if slope is None else _described(slope.flatten(0, 1), [1, width, width]),
+        None if slope is None else _described(slope, [batch * heads, dim, dim], [1, width, width]),
         out, lse, plan.q_blocks.starts, order,
         *q.stride()[:3], *out.stride()[:3], order.stride(0) if order.ndim == 2 else 0,
         of_heads * n_blocks if of_batch > 1 else 0, n_blocks if of_heads > 1 else 0,
@@ -120,9 +120,9 @@ def bias_of(plan: BlockPlan, tile: Tile) -> Tensor:
     return bias
 
 
-def _described(matrices: Tensor, box: list[int]) -> Any:
-    """A descriptor of contiguous matrices, one below the other."""
-    shape = list(matrices.shape)
+def _described(matrices: Tensor, shape: list[int], box: list[int]) -> Any:
+    """A descriptor of contiguous matrices, one below the other. The tensor itself is its base,
+    which repeated launches look for."""
     return TensorDescriptor(matrices, shape, [shape[1] * shape[2], shape[2], 1], box)
 
 

@@ -30,6 +30,7 @@ LAYOUTS = {
 LONG = TokenLayout.of(TokenGrid(9, 48, 64), 100)  # 217 blocks: several tiles of means
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("pisa", {"density": 0.2}),
+    ("pisa", {"density": 0.2, "tail": "zeroth"}),
     ("pisa", {"density": 0.2, "tail": "zeroth", "block": 64}),
     ("pisa", {"mass": 0.4, "tail": "block", "forced": ("self",)}),
     ("pisa", {"density": 0.2, "prior": "deviation", "order": "tile"}),
@@ -128,7 +129,7 @@ class TestOnGpu:
         q, k, v = qkv(layout, 128)
         plan = methods.create(name, options).plan(q, k, CallContext(layout, values=v))
         _, prepared = prepare(q, k, v, plan)
-        q, k, v = q.flip(1), k.flip(1), v.flip(1)  # the memory order changes with them
+        q, k, v = -2 * q.flip(1), k.flip(1), 30 * v.flip(1)  # the memory order changes with them
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
         got, expected = prepared.again(q, k, v), attend(q, k, v, plan)
         assert torch.equal(got.out, expected.out)

@@ -107,9 +107,10 @@ class TestCompiled:
         q, k, v = (x.clone().copy_(x.roll(7, dims=2)) for x in (q, k, v))
         check_on_gpu(prepared.again(q, k, v), q, k, v, plan)
 
-    def test_in_other_threads(self):
+    @pytest.mark.parametrize("order", ["none", "head"])
+    def test_in_other_threads(self, order: str):
         """Which begin without a CUDA context, and share what was made ready."""
-        case = Case(128, 128, 128, torch.bfloat16, box=False, order="head", tokens=2304)
+        case = Case(128, 128, 128, torch.bfloat16, box=False, order=order, tokens=2304)
         plan, inputs = on_gpu(case)
         _, prepared = prepare(*inputs, plan)
         many = [tuple(x.clone().copy_(x.roll(n, dims=2)) for x in inputs) for n in range(4)]

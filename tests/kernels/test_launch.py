@@ -33,6 +33,7 @@ portable = pytest.importorskip("dit_sparse.kernels.portable")
 launch = pytest.importorskip("dit_sparse.kernels.launch")
 quantise = pytest.importorskip("dit_sparse.kernels.quantise")
 quantised = pytest.importorskip("dit_sparse.kernels.quantised")
+tail = pytest.importorskip("dit_sparse.kernels.tail")
 
 Descriptor = launch.TensorDescriptor
 pytestmark = pytest.mark.skipif(Descriptor is None, reason="needs tensor descriptors")
@@ -250,6 +251,46 @@ def test_a_specialised_kernel_and_what_it_leaves(
     firsts, seconds = jit.seen[: len(repeats)], jit.seen[len(repeats) :]
     for one, other in zip(firsts, seconds, strict=True):
         same_arguments(one, other, addresses)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_tail_reads_the_means_of_its_own_call(
+    jit: Jit, ordered: bool, bounded: bool, monkeypatch: Any
+) -> None:
+    """As `_run` does on Hopper for a tail of zeroth order."""
+    homes = {permute: ["_permute_blocks"], tail: ["_tail_fwd", "_tail_bias_fwd"]}
+    for home, names in homes.items():
+        for name in names:
+            monkeypatch.setattr(home, name, Jit(getattr(home, name), jit.seen, jit.examined))
+    q, k, v = (t.contiguous() for t in tensors(0))
+    made = replace(plan((2, 16, 16), ordered=ordered), tail="zeroth")
+    room, before = rooms.in_order(q, k, v, made, queries=True, bounded=bounded, means=True)
+    last = tail.launch(room.ordered[0], room.means, made, 0.125, room.result)
+    repeats = [one.repeatable(room.tensors) for one in (*before, last)]
+    others, seconds = tuple(t.contiguous() for t in tensors(1)), []
+    make = rooms.room_for
+    monkeypatch.setattr(
+        block_sparse, "room_for", lambda *given: seconds.append(make(*given)) or seconds[-1]
+    )
+    moved = 3 if ordered else 0
+    block_sparse._again(repeats, moved, bounded, *others, means=made.k_blocks.n)
+    addresses = {a.data_ptr(): b for a, b in zip(room.tensors, seconds[0].tensors, strict=True)}
+    launched = [one for one in jit.seen if len(one) != 1 + len(tail._tail_bias_fwd.arg_names)]
+    assert len(launched) == 4
+    for one, other in zip(launched[:2], launched[2:], strict=True):
+        same_arguments(one, other, addresses)
+    assert launched[3][2].base is seconds[0].means
+
+
+def test_views_of_what_changes_are_refused() -> None:
+    """They would show the tensors of the first call for ever."""
+    q, k, v = tensors(0)
+    rows = k.transpose(1, 2).view(-1, 64)
+    for argument in (k[:, :1], Descriptor(rows, list(rows.shape), [64, 1], [1, 64])):
+        made = launch.Launch(Compiled([]), (1, 1, 1), (q, argument, v))
+        with pytest.raises(ValueError, match="got a view 1 of one"):
+            made.repeatable((q, k, v))
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
