@@ -3,12 +3,91 @@
 The loop of `_hopper.py`, with scores and, where V_8BIT, values from 8-bit products. Keys and
 queries stand in whole blocks, short ones padded; so do values in 8 bits, each block transposed, as
 the product with them wants it.
+
+Where all is e4m3, an exponential takes the special-function unit as long as its products take the
+matrix unit, so none is computed: scores are added in float16, which holds them as they are scaled,
+and the bits of weights are made of them two at a time. Steps of 1/32 of a power of two and a square
+for the exponential within one are off by 0.7 %, rounding to e4m3 by 2.6 %.
 """
 
 import triton
 import triton.language as tl
 
 from dit_sparse.kernels._hopper import _forget_stale_barriers, _place
+
+#: Elements of a row block that a thread of a warpgroup holds: of two rows, two and two in turn.
+_HELD = 64
+
+
+def _by_row(combine: str, first: int, apart: int, end: list[str]) -> str:
+    """Assembly that combines the pairs of each of a thread's two rows, and what it does then with
+    the last, `all0` or `all1`, and the row's first output.
+
+    Args:
+        first, apart: number of the first pair's operand, and of operands from one to the next.
+    """
+    lines = []
+    for row in range(2):
+        pairs = [f"${first + apart * n}" for n in range(row, _HELD // 2, 2)]
+        lines.append(f".reg .b32 all{row};")
+        while len(pairs) > 1:
+            into = [f"of{row}_{len(pairs)}_{n}" for n in range(len(pairs) // 2)]
+            lines += [f".reg .b32 {x};" for x in into]
+            lines += [
+                f"{combine} {x}, {pairs[2 * n]}, {pairs[2 * n + 1]};" for n, x in enumerate(into)
+            ]
+            pairs = into
+        lines.append(f"mov.b32 all{row}, {pairs[0]};")
+        lines += [line.format(row=row, out=2 * row) for line in end]
+    return "\n".join(
+        ["{", ".reg .b16 low, high;", ".reg .b32 bits, sign;", ".reg .f32 f, g;", *lines]
+    )
+
+
+def _operands(outputs: int, inputs: int) -> str:
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+# All elements of a row get its greatest, and a maximum of equals costs nothing. It is an integer of
+# the same order, in which what is no number comes last.
+_GREATEST = tl.constexpr(
+    _by_row(
+        "max.NaN.f16x2",
+        _HELD,
+        1,
+        [
+            "mov.b32 {{low, high}}, all{row};",
+            "max.NaN.f16 low, low, high;",
+            "cvt.f32.f16 f, low;",
+            "mov.b32 bits, f;",
+            "shr.s32 sign, bits, 31;",
+            "or.b32 sign, sign, 0x80000000;",
+            "xor.b32 all{row}, bits, sign;",
+        ],
+    )
+    + "".join(f"\nmov.b32 ${n}, all{n // 2 % 2};" for n in range(_HELD))
+    + "\n}"
+)
+# Units of 2^-15, in integers: the compiler leaves out the sums with 0.
+_SUMS = tl.constexpr(
+    _by_row(
+        "add.f16x2",
+        _HELD,
+        2,
+        [
+            "mov.b32 {{low, high}}, all{row};",
+            "cvt.f32.f16 f, low;",
+            "cvt.f32.f16 g, high;",
+            "add.f32 f, f, g;",
+            "mul.f32 f, f, 0f47000000;",
+            "cvt.rni.s32.f32 ${out}, f;",
+        ],
+    )
+    + "".join(f"\nmov.b32 ${n}, 0;" for n in range(_HELD) if n not in (0, 2))
+    + "\n}"
+)
+_GREATEST_OPERANDS = tl.constexpr(_operands(_HELD, _HELD // 2))
+_SUMS_OPERANDS = tl.constexpr(_operands(_HELD, _HELD))
 
 
 @triton.jit
@@ -49,6 +128,89 @@ def _nothing(like):
     return tl.inline_asm_elementwise(
         "mov.b32 $0, 0;", "=f,f", [like], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def _greatest(scores):
+    """The greatest score of each row, in float32; no number if one of them is none."""
+    each = tl.inline_asm_elementwise(
+        _GREATEST, _GREATEST_OPERANDS, [scores], dtype=tl.int32, is_pure=True, pack=64
+    )
+    key = tl.max(each.to(tl.uint32, bitcast=True), 1)
+    return tl.where(key >= 0x80000000, key ^ 0x80000000, ~key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weights(scores, factor, origin):
+    """1.5 * 2^(n / 32 - 47) for n = scores * factor + origin from 1024 on, and 0 below, as two
+    float16 in the bits of every other element; the others hold nothing.
+
+    The last 10 bits of n, shifted, are 2^e (1 + f) in float16, with 2^e and (1 + f) / 2 in parts of
+    them; 2^f is ((1 + f)^2 + 2) / 3 but for 0.3 %.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 least, back, n, power, half;
+        mov.b32 least, 0x64006400;
+        mov.b32 back, 0x7ff38000;
+        fma.rn.f16x2 n, $4, $6, $8;
+        max.f16x2 n, n, least;
+        mad.lo.u32 n, n, 32, back;
+        and.b32 power, n, 0x7c007c00;
+        lop3.b32 half, n, power, 0x38003800, 0xba;
+        fma.rn.f16x2 $0, n, half, power;
+        mov.b32 $1, 0;
+        fma.rn.f16x2 n, $5, $7, $9;
+        max.f16x2 n, n, least;
+        mad.lo.u32 n, n, 32, back;
+        and.b32 power, n, 0x7c007c00;
+        lop3.b32 half, n, power, 0x38003800, 0xba;
+        fma.rn.f16x2 $2, n, half, power;
+        mov.b32 $3, 0;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+        [scores, factor.to(tl.float16), origin.to(tl.float16)[:, None]],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _packed_pairs(pairs):
+    """`_packed` of what `_weights` made."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f16x2 low, $4;
+        cvt.rn.satfinite.e4m3x2.f16x2 high, $6;
+        mov.b32 $0, {low, high};
+        mov.b32 $1, 0;
+        mov.b32 $2, 0;
+        mov.b32 $3, 0;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r",
+        [pairs],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _mass_of_pairs(pairs, length, SHORT: tl.constexpr):
+    """`_mass` of what `_weights` made."""
+    parts = tl.inline_asm_elementwise(
+        _SUMS, _SUMS_OPERANDS, [pairs], dtype=tl.int32, is_pure=True, pack=64
+    )
+    mass = tl.sum(parts, 1).to(tl.float32) * 2.0**-15
+    if SHORT:
+        size: tl.constexpr = pairs.shape[1]
+        picked = tl.arange(0, size)[None, :] == size - 2
+        last = tl.sum(tl.where(picked, pairs, 0), 1) >> 16
+        copy = last.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        mass += copy * (length - size).to(tl.float32)
+    return mass
 
 
 @triton.jit
@@ -180,6 +342,11 @@ def _quantised_fwd_hopper(
         rows = q_start + tl.arange(0, BLOCK_M)
         box_rows = head.to(tl.int64) * box_stride_h + rows
         lower, upper = _sides(lower_ptr, upper_ptr, box_rows, rows < n_queries, guard)
+    HALF: tl.constexpr = FRESH and q_ptr.dtype.element_ty == tl.float8e4nv
+    # Maxima are in ticks then, 32 for a power of two. From 1024 on numbers of float16 are 1 apart,
+    # and its exponent for 1 is 15. e4m3 holds 1.5 * 2^8 exactly.
+    TICKS: tl.constexpr = 32.0
+    ORIGIN: tl.constexpr = 1024.0 + 15 * 32
     # Weights in 8 bits reach up to 2^8 of 448 that e4m3 holds: its small numbers are coarse.
     TOP: tl.constexpr = 8.0 if V_8BIT else 0.0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -202,7 +369,13 @@ def _quantised_fwd_hopper(
         length = BLOCK_N
         if RAGGED and not PARTIAL:
             length = tl.load(lengths_ptr + it)
-        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+        if HALF:
+            # At most 1, so that float16 holds what follows: scores beyond 1,200 are too small then,
+            # which rounding to 8 bits has made uncertain by a factor of 50 anyway.
+            factor = tl.minimum(factor * TICKS, 1.0).to(tl.float16).to(tl.float32)
+            scores = tl.dot(q, tl.trans(k), out_dtype=tl.float16)
+        else:
+            scores = tl.dot(q, tl.trans(k)).to(tl.float32)
         if PARTIAL:
             above = above_desc.load([number, 0]).reshape(BLOCK_N)
             below = below_desc.load([number, 0]).reshape(BLOCK_N)
@@ -222,7 +395,13 @@ def _quantised_fwd_hopper(
             acc = acc * alpha[:, None]
             acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
         alpha_before = alpha
-        if PARTIAL or (RAGGED and not V_8BIT):
+        if HALF:
+            top = tl.math.ceil(_greatest(scores) * factor) - TOP * TICKS
+            m_new = tl.maximum(m_i, top, propagate_nan=tl.PropagateNan.ALL)
+            origin = (ORIGIN - m_new).to(tl.float16).to(tl.float32)
+            m_new = ORIGIN - origin  # the same but for what float16 rounds
+            pairs = _weights(scores, factor, origin)
+        elif PARTIAL or (RAGGED and not V_8BIT):
             if not PARTIAL:  # a column bias rides on the scaling, a select would not
                 bias = tl.where(within < length, 0.0, float("-inf"))
                 scores = scores * factor + bias[None, :]
@@ -232,10 +411,15 @@ def _quantised_fwd_hopper(
         else:
             m_new = tl.maximum(m_i, tl.max(scores, 1) * factor - TOP)
             p = tl.math.exp2(scores * factor - m_new[:, None])
-        alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + _mass(p, length, RAGGED and V_8BIT and not PARTIAL)
+        if HALF:
+            alpha = tl.math.exp2((m_i - m_new) * (1 / TICKS))
+            l_i = l_i * alpha + _mass_of_pairs(pairs, length, RAGGED)
+            behind = _packed_pairs(pairs)
+        else:
+            alpha = tl.math.exp2(m_i - m_new)
+            l_i = l_i * alpha + _mass(p, length, RAGGED and V_8BIT and not PARTIAL)
+            behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
         m_i = m_new
-        behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
 
     if FRESH:
         acc = acc * alpha_before[:, None] + fresh
@@ -256,6 +440,8 @@ def _quantised_fwd_hopper(
     if V_8BIT:
         channels_ptr = centres_ptr + pair * 3 * BLOCK_D
         acc = _restored(acc, empty, channels_ptr, excess_ptr + pair, BLOCK_D)
+    if HALF:
+        m_i = m_i * (1 / TICKS) - 0.58679  # weights are 1.5 of the true ones, in the mean 1.502
     m_i += tl.math.log2(l_safe)
     # What all scores of the row lost with the mean key.
     # Triton moves the row of `q_desc.load` for its second half: nothing else may be made of it.

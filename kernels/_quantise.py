@@ -141,8 +141,12 @@ def _quantise_rows_fwd(
         at = shift_ptr + pair * n_tokens + start + within
         tl.store(at, tl.sum(x * centre, 1), mask=within < stop - start)
     number = pair * tl.num_programs(1) + block
-    reach = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12)
-    step = reach / (127.0 if INTEGERS else 448.0)  # one for the whole block
+    if INTEGERS:
+        step = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12) / 127.0  # one for the block
+    else:
+        # No row is longer than 224, nor than 240 when it is rounded, so float16 holds the product
+        # of any two. e4m3 has small numbers to spare.
+        step = tl.maximum(tl.max(tl.sqrt(tl.sum(x * x, 1)), 0), 1e-12) / 224.0
     tl.store(step_ptr + number, step)
     x = x * (1.0 / step)
     if INTEGERS:  # to the nearest: a conversion would cut

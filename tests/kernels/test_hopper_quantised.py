@@ -35,10 +35,43 @@ def _nothing(like):
     return tl.zeros(like.shape, tl.float32)
 
 
+@triton.jit
+def _greatest(scores):
+    return tl.max(scores.to(tl.float32), 1)
+
+
+@triton.jit
+def _weights(scores, factor, origin):
+    """Two to a number on a GPU, here one."""
+    n = scores.to(tl.float32) * factor.to(tl.float16) + origin[:, None]
+    n = tl.maximum(n.to(tl.float16), 1024.0).to(tl.int16, bitcast=True) - 0x6400
+    power = ((n >> 5) << 10).to(tl.float16, bitcast=True).to(tl.float32)
+    part = 1.0 + (n & 31).to(tl.float32) / 32
+    return (power * (part * part + 2) / 2).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _packed_pairs(pairs):
+    return _packed(pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def _mass_of_pairs(pairs, length, SHORT: tl.constexpr):
+    p = pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    inside = tl.arange(0, pairs.shape[1])[None, :] < length
+    return tl.sum(tl.where(inside, p, 0.0), 1)
+
+
+ASSEMBLY = (
+    *(_packed, _unpacked, _nothing),
+    *(_greatest, _weights, _packed_pairs, _mass_of_pairs),
+)
+
+
 @pytest.fixture(autouse=True)
 def without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows no assembly: what it is meant to do takes its place."""
-    for function in (_packed, _unpacked, _nothing):
+    for function in ASSEMBLY:
         monkeypatch.setattr(_hopper_quantised, function.fn.__name__, function)
 
 
