@@ -7,6 +7,7 @@ multiplies 4-bit integers faster than 8-bit ones: its emulation says what it wou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -20,8 +21,13 @@ from dit_sparse.plan import BlockPlan, Blocks
 Rounding = Literal["fp8", "int8", "int4"]
 
 E4M3_MAX = 448.0
+#: No row of queries or keys in e4m3 is longer: the kernel adds their products in float16.
+LONGEST = 224.0
 _INTEGERS = {"int8": 127, "int4": 7}
-_TOP = 8.0  # the largest weight is 2**8 in e4m3, whose small numbers are coarse
+# Powers of two with straight lines between them, of steps of 1/32: the greatest weight is
+# 2**8 * 1.75, all that e4m3 holds, and lines are above the exponential by 2**0.0565 in the mean.
+_TOP, _TICKS, _ABOVE = 8.75, 32, 0.0565
+_LEAST = -15.0  # of the exponents; less is 0
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class EmulatedBackend:
     """Attention with rounded operands for exact entries; pooled ones and the tail are not rounded.
 
     Args:
-        precision: `"fp8"`: queries, keys, weights and values in e4m3; `"int8"` and `"int4"`:
+        precision: `"fp8"`: queries, keys, weights and values in e4m3, and lines for the exponential
+            (the kernel has the exponential itself for masked entries); `"int8"` and `"int4"`:
             queries and keys in integers, weights and values as they are. Queries and keys have a
             step for each block, values one for each channel of a head.
         smooth: subtract the mean key from all keys, which alters no weight (arXiv 2410.02367),
@@ -99,14 +106,22 @@ class EmulatedBackend:
         return AttentionOutput(out, lse)
 
     def _weights(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax with rounded weights over their exact sum, and the LSE."""
-        mass = scores.logsumexp(-1)
+        """Softmax, in fp8 of rounded weights over the sum of unrounded ones, and the LSE."""
+        if self.precision != "fp8":
+            mass = scores.logsumexp(-1)
+            return (scores - mass[..., None]).exp().nan_to_num(0.0), mass
         top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-        weights = (scores - top).exp()
-        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        if self.precision == "fp8":
-            weights = (weights * 2**_TOP).to(torch.float8_e4m3fn).float() / 2**_TOP
-        return weights / total, mass
+        powers = _lines((scores - top) / math.log(2) + _TOP)
+        total = powers.sum(-1, keepdim=True)
+        mass = top + total.log() - (_TOP + _ABOVE) * math.log(2)
+        return _e4m3(powers) / total.clamp_min(2**_LEAST), mass[..., 0]
+
+
+def _lines(exponents: Tensor) -> Tensor:
+    """Powers of two, between whole ones by straight lines."""
+    ticks = (exponents.clamp_min(2 * _LEAST) * _TICKS).round() / _TICKS
+    whole = ticks.floor()
+    return torch.where(ticks >= _LEAST, whole.exp2() * (1 + ticks - whole), 0.0)
 
 
 def _without_hidden(x: Tensor, plan: BlockPlan) -> Tensor:
@@ -139,11 +154,12 @@ def _with_rest(
 
 def round_blocks(x: Tensor, blocks: Blocks, precision: Rounding) -> Tensor:
     """`x` `[B, H, N, D]` rounded with one step for each block: its largest magnitude over the
-    largest number of the precision."""
+    largest integer, and in e4m3 the length of its longest row over `LONGEST`."""
     of_block = x.new_zeros(*x.shape[:2], blocks.n)
     index = blocks.of_token.expand(*x.shape[:2], -1)
-    reach = of_block.scatter_reduce(2, index, x.abs().amax(-1), "amax").clamp_min(1e-12)
-    largest = _INTEGERS.get(precision, E4M3_MAX)
+    reaches = x.norm(dim=-1) if precision == "fp8" else x.abs().amax(-1)
+    reach = of_block.scatter_reduce(2, index, reaches, "amax").clamp_min(1e-12)
+    largest = _INTEGERS.get(precision, LONGEST)
     step = (reach / largest).gather(2, index)[..., None]
     if precision == "fp8":
         return _e4m3(x / step) * step

@@ -11,7 +11,7 @@ from dit_sparse.kernels.hopper import suits
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import Blocks
 
-_ROWS, _WARPS = 32, 4  # of a program
+_ROWS, _WARPS = 32, 2  # of a program
 
 
 def worth(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> bool:

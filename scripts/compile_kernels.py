@@ -148,7 +148,7 @@ def approximation(variant: Variant) -> Report:
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
         "permute_blocks": (_permute_blocks, 4),
-        "summaries": (_summaries_fwd, 4),
+        "summaries": (_summaries_fwd, 2),
         "approximate": (_approximate_fwd, 8),
     }
     function, warps = functions[variant.kernel]

@@ -47,7 +47,7 @@ def _weights(scores, factor, origin):
     n = tl.maximum(n.to(tl.float16), 1024.0).to(tl.int16, bitcast=True) - 0x6400
     power = ((n >> 5) << 10).to(tl.float16, bitcast=True).to(tl.float32)
     part = 1.0 + (n & 31).to(tl.float32) / 32
-    return (power * (part * part + 2) / 2).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    return (power * part).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
 
 
 @triton.jit
