@@ -129,10 +129,10 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of whole denoising steps, dense and with every method."""
     lines = [
         f"{environment_of(rows)}, random weights of the full size, one forward without guidance, "
-        "variants in turn, medians. The baseline is the faster of diffusers' default and this "
-        "package's dense attention; *ideal* is a sparse kernel with the rate of dense cuDNN and "
-        "free planning at the measured density. Times with a ~ are estimates for all layers, on "
-        "the line through the times of two depths.",
+        f"variants in turn, {_rounds(rows)}. The baseline is the faster of diffusers' default and "
+        "this package's dense attention; *ideal* is a sparse kernel with the rate of dense cuDNN "
+        "and free planning at the measured density. Times with a ~ are estimates for all layers, "
+        "on the line through the times of two depths.",
         "",
         "| model, tokens | mode | diffusers | dense | attention | method | density | sparse "
         "| speedup | ideal | of ideal |",
@@ -152,6 +152,14 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
             if name not in ("stock", "dense") and "ms" in row
         ]
     return "\n".join([*lines, *_failures(rows)])
+
+
+def _rounds(rows: list[dict[str, Any]]) -> str:
+    counts = {row["rounds"] for row in rows if "rounds" in row} or {1}
+    least, most = min(counts), max(counts)
+    if most == 1:
+        return "one round each behind one that compiles"
+    return f"medians of {least} to {most} rounds" if least < most else f"medians of {most} rounds"
 
 
 def _milliseconds(row: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 
@@ -38,6 +38,8 @@ from scripts.tune_masked import ERROR, HEADS, room, tile_for
 TOKENS, DENSITIES = 16_384, (0.1, 0.2)
 DTYPES = ("bfloat16", "float16")
 ENTRIES = ("whole", "masked")
+# Medians of different processes differ by as much from run to run.
+NOISE = 0.05
 
 _Row = TypeVar("_Row", bound=Whole | Masked)
 
@@ -194,14 +196,17 @@ def summed(tries: Mapping[Trial, float | str]) -> float | str:
 
 
 def merged(before: Table, rows: Sequence[Whole | Masked], made: Mapping[str, object]) -> Table:
-    """The table with these rows in the places of those for the same problems."""
+    """The table with these rows in the places of those for the same problems. A variant that was
+    chosen before stays where no other is faster by more than `NOISE`."""
 
     def key(row: Whole | Masked) -> tuple[str, ...]:
         of_problem = (row.dtype, row.head_dim, row.ragged) if isinstance(row, Whole) else ()
         return tuple(map(str, (row.architecture, row.triton, *of_problem)))
 
     def put(old: Sequence[_Row], new: Sequence[_Row]) -> tuple[_Row, ...]:
-        found: dict[tuple[str, ...], _Row] = {key(row): row for row in (*old, *new)}
+        found: dict[tuple[str, ...], _Row] = {key(row): row for row in old}
+        for row in new:
+            found[key(row)] = _steady(found[key(row)], row) if key(row) in found else row
         return tuple(found.values())
 
     whole = put(before.whole, [row for row in rows if isinstance(row, Whole)])
@@ -211,6 +216,16 @@ def merged(before: Table, rows: Sequence[Whole | Masked], made: Mapping[str, obj
         what = ", masked entries" if isinstance(row, Masked) else ""
         provenance[f"{row.architecture}, Triton {row.triton}{what}"] = dict(made)
     return replace(before, provenance=provenance, whole=whole, masked=masked)
+
+
+def _steady(before: _Row, row: _Row) -> _Row:
+    """A row with the choice of before, unless that is refused now or slower beyond noise."""
+    took, best = row.trials.get(before.kernel), row.trials.get(row.kernel)
+    if isinstance(took, str) or took is None or isinstance(best, str) or best is None:
+        return row
+    if took > (1 + NOISE) * best:
+        return row
+    return cast(_Row, replace(cast(Any, row), kernel=before.kernel))
 
 
 def text_of(whole: Table) -> str:

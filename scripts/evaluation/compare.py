@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from dit_sparse import methods
-from dit_sparse.attention import attend, dense_attention
+from dit_sparse.attention import attend, dense_attention, plan_and_attend
 from dit_sparse.bench import time_interleaved
 from dit_sparse.method import SparseMethod
 from scripts.evaluation.maps import map_head
@@ -20,6 +20,8 @@ from scripts.evaluation.probe import Capture
 
 #: Shares of the key blocks that are read exactly, which set a method's time.
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+#: Heads of a timed call, at least.
+HEADS = 24
 _TINY = 1e-12
 
 
@@ -93,13 +95,15 @@ def measure_times(
 ) -> tuple[float, dict[Variant, float]]:
     """Milliseconds of dense attention, and of each variant's planning and attending.
 
-    Numbers of blocks are fixed, so that times are the same for all calls of a layout.
+    Numbers of blocks are fixed, so that times are the same for all calls of a layout. They are of
+    copies of the heads, as many as large models have: with a few the device waits for the host.
     """
-    q, k, v = capture.tensors
-    context = capture.context
+    copies = -(-HEADS // capture.tensors[0].shape[1])
+    q, k, v = (x.repeat(1, copies, 1, 1) for x in capture.tensors)
+    context = replace(capture.context, values=v)
 
     def run(method: SparseMethod) -> Any:
-        return lambda: attend(q, k, v, method.plan(q, k, context))
+        return lambda: plan_and_attend(method, q, k, v, context)
 
     runs = {repr(variant): run(variant.method) for variant in variants}
     runs["dense"] = lambda: dense_attention(q, k, v, layout=context.layout)

@@ -72,6 +72,8 @@ def examples(maps: Sequence[HeadMap]) -> list[HeadMap]:
 
 def draw_curves(points: Sequence[Point], path: Path, title: str) -> None:
     """Median error over the time of every method, a panel for each kind of heads."""
+    from matplotlib.ticker import FixedLocator, NullFormatter
+
     found: dict[str, dict[str, dict[float, list[Point]]]] = {}
     for point in points:
         for kind in ("all", point.kind):
@@ -88,6 +90,9 @@ def draw_curves(points: Sequence[Point], path: Path, title: str) -> None:
             panel.plot(*zip(*sorted(places), strict=True), marker="o", ms=3, lw=0.8, label=name)
         heads = {(p.layer, p.head, p.step) for c in curves.values() for g in c.values() for p in g}
         panel.set(xscale="log", yscale="log", xlabel="time / time of dense attention")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5]))
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_title(f"{kind} ({len(heads)} heads)", fontsize=8)
     axes[0, 0].set_ylabel("relative error, median")
     axes[0, 0].legend(fontsize=6)

@@ -18,6 +18,7 @@ from dit_sparse.kernels.variants import (
     tile_row,
     whole_kernel,
 )
+from scripts.tune_kernels import NOISE
 
 BF16 = ("bfloat16", 64, False)
 
@@ -33,12 +34,12 @@ def test_the_table_survives_its_record():
 
 
 def test_measured_rows_choose_the_fastest_of_their_trials():
-    """And never a variant that was refused."""
+    """But for noise, and never a variant that was refused."""
     for row in variants.table().whole:
         times = {name: ms for name, ms in row.trials.items() if not isinstance(ms, str)}
         assert row.kernel not in row.trials or row.kernel in times, row
         if row.source == "measured":
-            assert row.kernel == min(times, key=lambda name: times[name]), row
+            assert times[row.kernel] <= (1 + NOISE) * min(times.values()), row
 
 
 @pytest.fixture

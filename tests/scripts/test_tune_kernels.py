@@ -74,6 +74,22 @@ def test_rows_for_other_problems_stay():
     assert after.provenance.items() >= before.provenance.items()
 
 
+def test_a_choice_stays_where_no_other_is_clearly_faster():
+    old = replace(table().whole[0], kernel="hopper")
+
+    def chosen(**trials):
+        best = min(trials, key=lambda name: trials[name] if trials[name] != "no" else 9.0)
+        row = replace(old, kernel=best, source="measured", trials=trials)
+        (found,) = merged(replace(table(), whole=(old,)), [row], MADE).whole
+        assert (found.source, found.trials) == ("measured", trials)
+        return found.kernel
+
+    assert chosen(hopper=1.04, hopper_persistent=1.0) == "hopper"
+    assert chosen(hopper=1.06, hopper_persistent=1.0) == "hopper_persistent"
+    assert chosen(hopper="no", hopper_persistent=1.0) == "hopper_persistent"
+    assert chosen(hopper_persistent=1.0) == "hopper_persistent"
+
+
 def test_the_text_is_the_table():
     text = text_of(table())
     assert Table.of(json.loads(text)) == table()
