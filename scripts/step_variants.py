@@ -22,8 +22,10 @@ from dit_sparse.pipelines.identity import identity_of
 _BLOCK = 128
 
 
-#: `pisa` has the method's own first-order tail, which a slower kernel runs.
-NAMES = ("window", "pisa-zeroth", "pisa", "psa", "paro")
+#: `pisa` has the method's own first-order tail, which a slower kernel runs. `psa` samples tokens as
+#: its paper does, which is 1/32 of dense attention's products in every call; `psa-means` looks at
+#: means in their place.
+NAMES = ("window", "pisa-zeroth", "pisa", "psa", "psa-means", "paro")
 
 
 def names(densities: Sequence[float]) -> list[str]:
@@ -45,6 +47,7 @@ def variants(densities: Sequence[float]) -> Iterator[tuple[str, SparseMethod]]:
     for density in densities:
         ends = [min(1.0, density * share) for share in (0.5, 1.0, 1.5, 2.5)]
         yield f"psa {density}", PsaMethod(ends=tuple(ends))
+        yield f"psa-means {density}", PsaMethod(ends=tuple(ends), importance="means")
 
 
 def paro_method(
