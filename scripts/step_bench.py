@@ -15,6 +15,7 @@ from torch import nn
 import dit_sparse
 from dit_sparse.attention import dense_attention
 from dit_sparse.bench import time_interleaved
+from dit_sparse.pipelines.compile import compile_blocks
 from scripts.step_models import Model
 from scripts.supervision import Progress
 
@@ -113,7 +114,7 @@ class Bench:
     def compile(self) -> None:
         """Compiles the blocks; other models' sizes are forgotten, or they would become dynamic."""
         torch._dynamo.reset()
-        self.transformer.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+        compile_blocks(self.transformer)
 
     def attention_ms(self) -> float:
         """Time of all dense self-attention of a step, measured apart."""

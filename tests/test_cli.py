@@ -209,7 +209,7 @@ class TestSample:
             WanTransformer3DModel, "compile_repeated_blocks", lambda self, **kw: calls.append(kw)
         )
         assert sample("--compile")["compiled"] is True
-        assert calls == [{"fullgraph": True}]
+        assert calls == [{"fullgraph": True, "backend": "inductor"}]
 
     def test_nan_frames_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from diffusers.video_processor import VideoProcessor

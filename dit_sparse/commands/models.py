@@ -146,21 +146,6 @@ def open_model(
     return model
 
 
-def compile_blocks(model: Model) -> None:
-    """Compiles the repeated blocks of the transformers.
-
-    Raises:
-        ValueError: a transformer has none.
-    """
-    for transformer in model.transformers:
-        if not getattr(transformer, "_repeated_blocks", None):
-            raise ValueError(
-                f"Expected a transformer with repeated blocks for --compile, got "
-                f"{type(transformer).__name__}. Leave --compile out."
-            )
-        transformer.compile_repeated_blocks(fullgraph=True)
-
-
 def _tiny(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     family = among(name.removeprefix(TINY), tiny_names(), f"a family after {TINY!r}")
     pipe = tiny_pipeline(family)

@@ -17,7 +17,7 @@ from dit_sparse import attention, media
 from dit_sparse.backend import Precision
 from dit_sparse.commands.call import call_arguments, check_counts
 from dit_sparse.commands.methods import Wording, wording_on
-from dit_sparse.commands.models import Model, compile_blocks, open_model
+from dit_sparse.commands.models import Model, open_model
 from dit_sparse.commands.report import Comparison, Report, Result
 from dit_sparse.commands.timing import DenoisingTimer
 from dit_sparse.commands.words import among, at_least
@@ -25,6 +25,7 @@ from dit_sparse.method import SparseMethod
 from dit_sparse.methods import create
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.pipelines.apply import apply, summary
+from dit_sparse.pipelines.compile import compile_blocks
 
 logger = logging.getLogger("dit_sparse")
 
@@ -119,7 +120,8 @@ def sample(request: Request) -> Report:
         media.check_output(path)
     model.pipeline.set_progress_bar_config(disable=request.quiet, leave=False)
     if request.compile:
-        compile_blocks(model)
+        for transformer in model.transformers:
+            compile_blocks(transformer)
     started = time.perf_counter()
     _warm_up(model, request, method, calls[0])
     warm = time.perf_counter() - started

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dit_sparse.bench import environment
 from dit_sparse.commands.call import call_arguments
-from dit_sparse.commands.models import Model, compile_blocks
+from dit_sparse.commands.models import Model
 from dit_sparse.commands.report import describe
 from dit_sparse.commands.words import dtype_of
 from dit_sparse.evaluation.features import EXTRACTOR
@@ -26,6 +26,7 @@ from dit_sparse.evaluation.prompts import fixed_prompts
 from dit_sparse.evaluation.spec import Spec
 from dit_sparse.evaluation.store import Line, Store, Task
 from dit_sparse.evaluation.variants import STOCK, Variant
+from dit_sparse.pipelines.compile import compile_blocks
 
 logger = logging.getLogger("dit_sparse")
 
@@ -102,7 +103,8 @@ class Runner:
         """Compiles, if asked for, and silences the pipeline's own progress bar."""
         self.model.pipeline.set_progress_bar_config(disable=True)
         if self.spec.compile:
-            compile_blocks(self.model)
+            for transformer in self.model.transformers:
+                compile_blocks(transformer)
 
     def make_clips(self) -> None:
         """The clips of this process's tasks that are missing, compared with the dense ones.

@@ -55,6 +55,17 @@ def test_models_are_the_published_ones(name: str) -> None:
     assert inputs
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_block_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = MODELS[name], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: found.append(self))
+    bench = Bench.build(model, 2, torch.device("meta"))
+    bench.compile()
+    blocks = {block for stack in model.stacks for block in getattr(bench.transformer, stack)}
+    assert len(blocks) == model.layers(2)
+    assert blocks <= {*found}
+
+
 @pytest.mark.parametrize("density", [0.1, 0.25])
 def test_what_looks_at_q_and_k_has_the_density_of_its_name(density: float) -> None:
     layout = TokenLayout.of(TokenGrid(8, 32, 32))  # 64 blocks of 128
