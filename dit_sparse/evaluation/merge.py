@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_sparse.evaluation.metrics import Clip, psnr
 from dit_sparse.evaluation.runner import done
-from dit_sparse.evaluation.store import FOLDERS, Line, Store
+from dit_sparse.evaluation.store import FOLDERS, Line, Store, check_labels
 from dit_sparse.evaluation.variants import STOCK
 
 
@@ -27,8 +27,8 @@ def merge(folders: Sequence[Path], into: Path) -> Store:
         into: a new folder, or one that was merged before and is made anew.
 
     Raises:
-        ValueError: fewer than two folders, no evaluation in one of them, other settings, or the
-            target is in use.
+        ValueError: fewer than two folders, no evaluation in one of them, other settings or methods
+            by the same names, or the target is in use.
     """
     parts = [Store(folder) for folder in folders]
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
@@ -36,6 +36,7 @@ def merge(folders: Sequence[Path], into: Path) -> Store:
             f"Expected two or more different folders to merge, got {[str(f) for f in folders]}."
         )
     settings = _shared_settings(parts)
+    check_labels(line for part in parts for line in part.lines())
     target = Store(into)
     known = target.settings()
     if into.exists() and any(into.iterdir()) and not (known or {}).get("parts"):

@@ -24,7 +24,7 @@ from dit_sparse.evaluation.metrics import Clip, Metrics
 from dit_sparse.evaluation.probe import probe
 from dit_sparse.evaluation.prompts import fixed_prompts
 from dit_sparse.evaluation.spec import Spec
-from dit_sparse.evaluation.store import Line, Store, Task
+from dit_sparse.evaluation.store import Line, Store, Task, check_labels
 from dit_sparse.evaluation.variants import STOCK, Variant
 from dit_sparse.pipelines.compile import compile_blocks
 
@@ -80,6 +80,8 @@ class Runner:
         given = call_arguments(spec)
         self._calls = {p: model.arguments(p, spec.negative_prompt, given) for p in self.prompts}
         self.tasks = [Task(prompt, seed) for seed in spec.seeds for prompt in self.prompts]
+        wanted = [{"variant": v.label, "method": _method(v)} for v in spec.variants]
+        check_labels([*self.store.lines(), *wanted])
         allowed = math.inf if self.minutes is None else 60 * self.minutes
         self._deadline = time.monotonic() + allowed
 
@@ -259,7 +261,7 @@ class Runner:
         return {
             "kind": kind,
             "variant": variant.label,
-            "method": None if variant.method is None else describe(variant.method),
+            "method": _method(variant),
             "prompt": task.prompt,
             "seed": task.seed,
             "status": "ok",
@@ -363,6 +365,10 @@ def timed_warm(line: Mapping[str, Any]) -> bool:
     """Whether a line has times of the first process that no compilation or tuning is part of."""
     made = line["kind"] in ("clip", "repeat") and line["status"] == "ok"
     return made and line["warm"] and line["process"] == 0
+
+
+def _method(variant: Variant) -> str | None:
+    return None if variant.method is None else describe(variant.method)
 
 
 def _costs(made: Generation) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,23 @@ def slug(label: str) -> str:
     if plain == label.replace(" ", "_").replace("=", "_") and len(plain) <= 100:
         return plain
     return f"{plain[:100]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def check_labels(lines: Iterable[Mapping[str, Any]]) -> None:
+    """Checks that each label stands for one method: it has the last part of a path only.
+
+    Raises:
+        ValueError: two folders that options name have the same name.
+    """
+    known: dict[str, Any] = {}
+    for line in lines:
+        if "method" in line:
+            method = known.setdefault(line["variant"], line["method"])
+            if method != line["method"]:
+                raise ValueError(
+                    f"Expected one method by the name of {line['variant']!r}, got {method} and "
+                    f"{line['method']}. Rename one of the folders, or choose another --output."
+                )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any, cast, get_args
 
 from dit_sparse.backend import Precision
@@ -29,7 +30,7 @@ class Variant:
     """A way to run attention.
 
     Args:
-        label: its name in every table; no two are alike.
+        label: its name in every table; no two are alike. Of paths it has the last part.
         method: of the self-attention; `None` keeps the stock processors.
         kernel: for stock processors, an attention backend of diffusers; `None` is its default.
         precision: what sparse calls multiply in; see `dit_sparse.apply`.
@@ -167,9 +168,15 @@ def _variant(name: str, chosen: Mapping[str, str]) -> Variant:
     return _of_wording(wording, cast(Precision, precision))
 
 
+def _shown(option: str) -> str:
+    """An option as a label has it: of a path, which differs between machines, its last part."""
+    key, equals, value = option.partition("=")
+    return f"{key}{equals}{Path(value).name or value}" if "/" in value else option
+
+
 def _of_wording(wording: Wording, precision: Precision) -> Variant:
     dense = {key: value for key, value in wording.schedule.items() if value != NOTHING[key]}
-    words, shown = ["--method", wording.name], [wording.name, *wording.options]
+    words, shown = ["--method", wording.name], [wording.name, *map(_shown, wording.options)]
     for option in wording.options:
         words += ["--option", option]
     # Without a word for nothing, `sample` would take what the family has.

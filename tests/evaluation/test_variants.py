@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_sparse.commands.methods import Wording
 from dit_sparse.commands.models import Model
 from dit_sparse.evaluation.spec import read_config, spec_of
 from dit_sparse.evaluation.store import slug
@@ -44,6 +45,15 @@ def test_what_stays_dense_is_an_option_too_and_overrides_the_common_one() -> Non
         *("--method", "window", "--dense-first", "2"),
         *("--dense-layers", "0,-1"),
     )
+
+
+def test_labels_have_the_last_part_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wording, "method", lambda _: WindowMethod())  # there is no calibration
+    (found,) = variants_of(["paro:path=/models/wan/calibrated-0.3/:tail=none"])
+    assert found.label == "paro path=calibrated-0.3 tail=none"
+    assert "path=/models/wan/calibrated-0.3/" in found.words
+    with pytest.raises(ValueError, match="'paro path=b' twice"):
+        variants_of(["paro:path=a/b|c/b"])
 
 
 def test_layer_0_is_a_layer_and_none_is_nothing() -> None:
