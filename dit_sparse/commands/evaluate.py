@@ -15,11 +15,12 @@ import torch
 
 import dit_sparse
 from dit_sparse.commands.models import open_model
+from dit_sparse.commands.words import at_least
 from dit_sparse.evaluation.merge import merge as merge_folders
 from dit_sparse.evaluation.metrics import Metrics
 from dit_sparse.evaluation.report import write_report
 from dit_sparse.evaluation.runner import Runner, Share
-from dit_sparse.evaluation.spec import Spec
+from dit_sparse.evaluation.spec import SHOWN, Spec
 from dit_sparse.evaluation.store import Store
 from dit_sparse.evaluation.summary import Summary, summarise
 
@@ -95,18 +96,25 @@ def evaluate(
     runner.probe_calls()
     runner.repeat_for_time()
     summary = summarise(store, spec.target_psnr)
-    return Report(spec.output, write_report(store, summary), summary)
+    return Report(spec.output, write_report(store, summary, spec.shown), summary)
 
 
-def merge(folders: Sequence[Path], into: Path, target_psnr: float = 30.0) -> Report:
+def merge(
+    folders: Sequence[Path], into: Path, target_psnr: float = 30.0, shown: int = SHOWN
+) -> Report:
     """One report of folders that were evaluated apart, each with its own methods.
 
+    Args:
+        folders, into: see `dit_sparse.evaluation.merge.merge`.
+        target_psnr, shown: see `Spec`.
+
     Raises:
-        ValueError: see `dit_sparse.evaluation.merge.merge`.
+        ValueError: see `dit_sparse.evaluation.merge.merge`; a negative `shown`.
     """
+    at_least(shown, 0, "--shown")
     store = merge_folders(folders, into)
     summary = summarise(store, target_psnr)
-    return Report(into, write_report(store, summary), summary)
+    return Report(into, write_report(store, summary, shown), summary)
 
 
 def launch(processes: int, words: Sequence[str]) -> int:

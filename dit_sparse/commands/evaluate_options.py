@@ -79,6 +79,9 @@ def evaluate(
     target_psnr: Annotated[
         float | None, typer.Option(help="dB that the recommendation must reach (30).")
     ] = None,
+    shown: Annotated[
+        int | None, typer.Option(help="Methods whose pictures are in report.html, at most (6).")
+    ] = None,
     negative_prompt: NegativePrompt = None,
     steps: Steps = None,
     size: Annotated[
@@ -124,7 +127,8 @@ def evaluate(
             _check_merge({**given, "config": config, "prompts": prompts})
             place = Path("evaluation") if output is None else output
             wanted = 30.0 if target_psnr is None else target_psnr
-            merged = evaluating.merge([Path(f) for f in _items(merge)], place, wanted)
+            most = evaluating.SHOWN if shown is None else shown
+            merged = evaluating.merge([Path(f) for f in _items(merge)], place, wanted, most)
             show(merged.to_dict(), str(merged), output_format)
             return
         if processes != 1 and not evaluating.launched():
@@ -156,9 +160,9 @@ _HANDLED = (
 
 def _check_merge(given: dict[str, Any]) -> None:
     for name, value in given.items():
-        if value is not None and name not in ("output", "target_psnr"):
+        if value is not None and name not in ("output", "target_psnr", "shown"):
             raise ValueError(
-                f"Expected --merge with --output and --target-psnr alone, got "
+                f"Expected --merge with --output, --target-psnr and --shown alone, got "
                 f"--{name.replace('_', '-')}. Nothing is run; leave it out."
             )
 

@@ -16,12 +16,18 @@ from dit_sparse.evaluation.summary import Row, Summary
 _MARKERS = "osD^vP*Xh<>"
 _CEILING = 60.0  # dB: where identical clips are drawn
 _LABELLED = 5
+_WRITTEN = 200  # values of a table of colours that are written into it, at most
+_LETTER = 0.055  # inches of a letter of 7 points, and a bit
+_LINE = 0.15  # inches of a line of a legend
 _AMOUNTS = ("density", "ends", "window", "mass", "path")
 _GAMMA = 0.35  # of colours: a few large entries would leave the rest black
+_DOTS, _QUALITY = 100, 70  # of block maps, which are too fine to be drawn as lines
 
 
 def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | None:
     """A metric against the speedup: a colour for each method, a line for each of its other options.
+
+    The front is numbered from its fastest variant; a legend below has the names.
 
     `None` if nothing has both.
     """
@@ -32,12 +38,16 @@ def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | 
     ]
     if not rows:
         return None
-    figure = _figure(6.4, 4.2)
-    axes = figure.add_subplot()
     names = sorted({_method(row) for row in rows})
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[_method(row), _but_density(row)].append(row)
+    front = _front(rows, metric, higher)
+    named = [row for point in front for row in rows if _point(row, metric) == point]
+    others = [row for row in rows if row not in named] if len(rows) <= _LABELLED else []
+    width = 0.6 + _width([row.label for row in rows])
+    figure = _figure(max(5.9, width), 4.0 + _LINE * (len(groups) + len(named) + len(others)))
+    axes = figure.add_subplot()
     for number, ((name, label), group) in enumerate(sorted(groups.items())):
         group.sort(key=lambda row: row.density)
         axes.plot(
@@ -49,15 +59,14 @@ def pareto(summary: Summary, metric: str, title: str, *, higher: bool) -> str | 
             color="gray" if name == "dense" else f"C{names.index(name) % 10}",
             label=label,
         )
-    front = _front(rows, metric, higher)
     axes.plot(*zip(*front, strict=True), color="black", lw=0.8, ls="--", zorder=0)
-    _annotate(axes, rows, metric, front)
+    _number(axes, [*named, *others], metric)
     axes.axvline(1, color="gray", lw=0.6)
     if metric == "psnr":
         axes.axhline(summary.target, color="gray", lw=0.6, ls=":")
     axes.set(xlabel="speedup of denoising over the fastest dense attention", ylabel=title)
-    axes.margins(0.12)
-    axes.legend(fontsize="x-small")
+    axes.margins(0.08)
+    figure.legend(fontsize=7, loc="outside lower left", frameon=False, labelspacing=0.3)
     return _svg(figure)
 
 
@@ -113,14 +122,14 @@ def step_errors(summary: Summary) -> str | None:
     sums = {name: sums[name] for name in shown}
     if not sums or all(len(found) < 2 for found in sums.values()):
         return None
-    figure = _figure(6.4, 3.6)
+    figure = _figure(5.0 + _width(list(sums)), 3.6)
     axes = figure.add_subplot()
     for number, (name, found) in enumerate(sums.items()):
         steps = sorted(found)
         means = [float(np.mean(found[step])) for step in steps]
         axes.plot(steps, means, marker=_MARKERS[number % len(_MARKERS)], ms=4, label=name)
     axes.set(xlabel="denoising step", ylabel="relative error of attention", ylim=(0, None))
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _svg(figure)
 
 
@@ -129,9 +138,9 @@ def seconds(summary: Summary) -> str | None:
     rows = [row for row in summary.rows if row.seconds]
     if not rows:
         return None
-    figure = _figure(6.4, 0.6 + 0.28 * len(rows))
-    axes = figure.add_subplot()
     labels = [row.label for row in rows][::-1]
+    figure = _figure(4.5 + _width(labels), 1.0 + 0.2 * len(rows))
+    axes = figure.add_subplot()
     left = np.zeros(len(rows))
     for part, name in (("encode", "text"), ("denoise", "denoising"), ("decode", "decoding")):
         values = np.array([row.seconds[part] for row in rows][::-1])
@@ -139,25 +148,30 @@ def seconds(summary: Summary) -> str | None:
         left += values
     axes.tick_params(labelsize=7)
     axes.set(xlabel="seconds")
-    axes.legend(fontsize="x-small")
+    axes.margins(y=0.01)
+    figure.legend(fontsize=7, loc="outside upper right", ncols=3, frameon=False)
     return _svg(figure)
 
 
-def block_pictures(maps: Mapping[str, np.ndarray]) -> str | None:
-    """Maps of a few heads, dense mass beside what is read, a row for each variant."""
+def block_pictures(maps: Mapping[str, np.ndarray]) -> bytes | None:
+    """WebP of maps of a few heads, dense mass beside what is read, a row for each variant."""
     if not maps:
         return None
     heads = max(len(pictures) for pictures in maps.values())
     figure = _figure(3.0 * heads, 1.8 * len(maps))
-    panels = figure.subplots(len(maps), 2 * heads, squeeze=False)
-    for panel in panels.flat:
-        panel.set_axis_off()
-    for row, (label, pictures) in zip(panels, maps.items(), strict=True):
+    # A title would widen the first of its panels, but not the row that it is of.
+    parts = figure.subfigures(len(maps), 1, squeeze=False)[:, 0]
+    for part, (label, pictures) in zip(parts, maps.items(), strict=True):
+        part.suptitle(f"{label}: mass and what is read", fontsize=8, x=0.01, ha="left")
+        panels = part.subplots(1, 2 * heads, squeeze=False)[0]
+        for panel in panels:
+            panel.set_axis_off()
         for head, (mass, read) in enumerate(pictures.astype(np.float32)):
-            row[2 * head].imshow(mass**_GAMMA, cmap="magma", interpolation="nearest")
-            row[2 * head + 1].imshow(read, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        row[0].set_title(f"{label}: mass and what is read", fontsize=7, loc="left")
-    return _svg(figure)
+            panels[2 * head].imshow(mass**_GAMMA, cmap="magma")
+            panels[2 * head + 1].imshow(read, cmap="gray", vmin=0, vmax=1)
+    file = io.BytesIO()
+    figure.savefig(file, format="webp", dpi=_DOTS, pil_kwargs={"quality": _QUALITY})
+    return file.getvalue()
 
 
 def _is_same(row: Row) -> bool:
@@ -173,10 +187,14 @@ def _value(row: Row, metric: str) -> float | None:
     return row.quality.get(metric)
 
 
+def _point(row: Row, metric: str) -> tuple[float, float]:
+    return row.speedup or 0.0, _value(row, metric) or 0.0
+
+
 def _front(rows: Sequence[Row], metric: str, higher: bool) -> list[tuple[float, float]]:
     sign = 1 if higher else -1
     points = sorted(
-        ((row.speedup or 0.0, _value(row, metric) or 0.0) for row in rows),
+        (_point(row, metric) for row in rows),
         key=lambda p: (-p[0], -sign * p[1]),
     )
     best, found = -math.inf, []
@@ -198,15 +216,13 @@ def _but_density(row: Row) -> str:
     return "dense" if row.is_baseline else " ".join([name, *kept])
 
 
-def _annotate(
-    axes: Any, rows: Sequence[Row], metric: str, front: Sequence[tuple[float, float]]
-) -> None:
-    """Names on the front, or everywhere if there are few."""
-    for row in rows:
-        point = (row.speedup or 0.0, _value(row, metric) or 0.0)
-        if point in front or len(rows) <= _LABELLED:
-            text = row.label.replace("density=", "").replace("dense_", "")
-            axes.annotate(text, point, xytext=(4, 4), textcoords="offset points", fontsize=6)
+def _number(axes: Any, rows: Sequence[Row], metric: str) -> None:
+    """Numbers beside points, and lines of the legend that name them."""
+    for number, row in enumerate(rows, start=1):
+        axes.annotate(
+            str(number), _point(row, metric), (4, 4), textcoords="offset points", fontsize=8
+        )
+        axes.plot([], [], ls="", label=f"{number}: {row.label}")
 
 
 def _looked_at(calls: Sequence[Line]) -> list[Line]:
@@ -217,7 +233,8 @@ def _heat(
     values: np.ndarray, labels: Sequence[str], xlabel: str, title: str, top: float | None
 ) -> str:
     rows, columns = values.shape
-    figure = _figure(max(4.0, 2.6 + 0.3 * columns), 0.9 + 0.26 * rows)
+    width = max(1.6 + 0.3 * columns + _width(labels), 0.5 + 1.3 * _width([title]))
+    figure = _figure(width, 1.2 + 0.2 * rows)
     axes = figure.add_subplot()
     finite = values[np.isfinite(values)]
     image = axes.imshow(
@@ -231,10 +248,15 @@ def _heat(
     axes.set_xticks(range(columns), [str(i) for i in range(columns)], fontsize=6)
     axes.set(xlabel=xlabel, title=title)
     axes.title.set_fontsize(9)
-    if rows * columns <= 400:
+    if rows * columns <= _WRITTEN:
         _write_values(axes, values, image)
     figure.colorbar(image, ax=axes)
     return _svg(figure)
+
+
+def _width(labels: Sequence[str]) -> float:
+    """Inches of the longest label, which a plot must be wider by."""
+    return _LETTER * max(map(len, labels), default=0)
 
 
 def _write_values(axes: Any, values: np.ndarray, image: Any) -> None:

@@ -19,16 +19,18 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; border-bottom: 1px solid #d8dee4
 .advice { font-size: 1.1rem; background: #eef6ff; border-left: 4px solid #0969da;
   padding: .7rem 1rem; margin: 1rem 0; }
 .note { color: #57606a; font-size: .88rem; max-width: 80ch; }
-pre { background: #f6f8fa; padding: .7rem 1rem; overflow-x: auto; }
+pre { background: #f6f8fa; padding: .7rem 1rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap;
+th, td { padding: .22rem .45rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #eaeef2; }
 th { white-space: normal; vertical-align: bottom; max-width: 6.5em; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 19em;
+  max-width: 30em; overflow-wrap: anywhere; }
+tr.front td:first-child { font-weight: 600; }
 tr.best td { background: #dafbe1; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem;
-  margin-top: 1rem; }
+.plots { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; margin-top: 1rem; }
 figure { margin: 0 0 1rem; }
 figcaption { font-size: .85rem; color: #57606a; margin-bottom: .2rem; }
 img { max-width: 100%; height: auto; }
@@ -39,7 +41,7 @@ img { max-width: 100%; height: auto; }
 
 def page(
     summary: Summary,
-    plots: Mapping[str, str],
+    plots: Mapping[str, str | bytes],
     sheets: Mapping[str, bytes],
     moving: Mapping[str, bytes],
 ) -> str:
@@ -47,10 +49,12 @@ def page(
 
     Args:
         summary: what was measured.
-        plots: SVG by name.
+        plots: SVG, or WebP as bytes, by name.
         sheets, moving: WebP by variant.
     """
     found = tables(summary)
+    count = sum(row.clips > 0 for row in summary.rows if not row.is_baseline)
+    shown = _shown(len(sheets), count)
     body = [
         "<h1>Quality against speed</h1>",
         f'<p class="note">{escape(conditions(summary))}</p>',
@@ -60,7 +64,7 @@ def page(
         _plots({k: v for k, v in plots.items() if k in _FIRST}),
         _pictures(
             "Clips in motion",
-            f"Dense, with the method, and their difference times {AMPLIFIED}.",
+            f"Dense, with the method, and their difference times {AMPLIFIED}. {shown}",
             moving,
         ),
         *(_table(table, summary) for table in found[1:]),
@@ -68,7 +72,7 @@ def page(
         _plots({k: v for k, v in plots.items() if k not in _FIRST}),
         _pictures(
             "Frames",
-            f"Rows: dense, with the method, and their difference times {AMPLIFIED}.",
+            f"Rows: dense, with the method, and their difference times {AMPLIFIED}. {shown}",
             sheets,
         ),
         _notes("Failed", summary.failed),
@@ -88,13 +92,23 @@ def page(
 _FIRST = {"PSNR", "SSIM", "LPIPS", "Features", "Seconds"}
 
 
+def _shown(some: int, count: int) -> str:
+    if some >= count:
+        return ""
+    return (
+        f"Of {some} of the {count} methods: the recommended one and others along the front. "
+        "The option --shown says how many."
+    )
+
+
 def _table(table: Table, summary: Summary) -> str:
     if not table.rows:
         return ""
     best = None if summary.best is None else summary.best.label
+    front = {row.label for row in summary.front}
     head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
     rows = [
-        ('<tr class="best">' if cells[0] == best else "<tr>")
+        f'<tr class="{"front" * (cells[0] in front)}{" best" * (cells[0] == best)}">'
         + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         + "</tr>"
         for cells in table.rows
@@ -106,10 +120,14 @@ def _table(table: Table, summary: Summary) -> str:
     )
 
 
-def _plots(plots: Mapping[str, str]) -> str:
+def _plots(plots: Mapping[str, str | bytes]) -> str:
+    sources = {
+        name: _data("webp", plot) if isinstance(plot, bytes) else _data("svg+xml", plot.encode())
+        for name, plot in plots.items()
+    }
     figures = [
-        f'<figure><img alt="{escape(name)}" src="{_data("svg+xml", svg.encode())}"></figure>'
-        for name, svg in plots.items()
+        f'<figure><img alt="{escape(name)}" src="{source}"></figure>'
+        for name, source in sources.items()
     ]
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 

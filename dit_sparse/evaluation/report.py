@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
 
 from dit_sparse.evaluation import figures, html, sheets, tables
+from dit_sparse.evaluation.spec import SHOWN
 from dit_sparse.evaluation.store import Store, Task
 from dit_sparse.evaluation.summary import Row, Summary
 from dit_sparse.evaluation.variants import STOCK
 
 logger = logging.getLogger("dit_sparse")
 
-_MOVING = 6  # variants whose clips move on the page
-_MAPS = 4  # variants whose block maps are on it
+_MAPS = 4  # variants whose block maps are on it, at most
 
 
-def write_report(store: Store, summary: Summary) -> tuple[Path, ...]:
+def write_report(store: Store, summary: Summary, shown: int = SHOWN) -> tuple[Path, ...]:
     """Writes `report.html`, `report.md` and `summary.jsonl`, with whatever can be shown.
+
+    Args:
+        store: of the evaluation.
+        summary: of the same.
+        shown: variants whose pictures are on the page, which weighs little beside them.
 
     Raises:
         ValueError: a file cannot be written.
     """
-    shown = [row for row in summary.rows if row.label != STOCK and row.clips]
     chosen = _chosen(summary, shown)
-    differ = [row for row in shown if row.psnr != math.inf]
-    pictures = {row.label: _picture(store, row, "sheet") for row in differ}
+    pictures = {row.label: _picture(store, row, "sheet") for row in chosen}
     moving = {row.label: _picture(store, row, "moving") for row in chosen}
     plots = _plots(store, summary, chosen)
     page = html.page(
@@ -45,17 +47,19 @@ def write_report(store: Store, summary: Summary) -> tuple[Path, ...]:
     )
 
 
-def _chosen(summary: Summary, shown: list[Row]) -> list[Row]:
-    """The recommended variant, the front, then others."""
+def _chosen(summary: Summary, most: int) -> list[Row]:
+    """The recommended variant, others evenly spread over the front, then the rest in turn."""
     best = [] if summary.best is None else [summary.best]
-    sparse = [row for row in shown if not row.is_baseline]
-    order = {row.label: row for row in (*best, *summary.front, *sparse)}
-    return [row for row in order.values() if row.clips][:_MOVING]
+    front = [row for row in summary.front if row not in best]
+    spread = [front[i] for i in sheets.spread(len(front), max(0, most - len(best)))]
+    rest = [row for row in summary.rows if not row.is_baseline]
+    order = {row.label: row for row in (*best, *spread, *front, *rest)}
+    return [row for row in order.values() if row.clips][:most]
 
 
-def _plots(store: Store, summary: Summary, chosen: list[Row]) -> dict[str, str]:
-    """SVG by name; empty, with a warning, where matplotlib is missing."""
-    found: dict[str, str] = {}
+def _plots(store: Store, summary: Summary, chosen: list[Row]) -> dict[str, str | bytes]:
+    """SVG or WebP by name; empty, with a warning, where matplotlib is missing."""
+    found: dict[str, str | bytes] = {}
     try:
         for name, draw in figures.PLOTS:
             svg = draw(summary)
@@ -67,9 +71,9 @@ def _plots(store: Store, summary: Summary, chosen: list[Row]) -> dict[str, str]:
                 if svg is not None:
                     found[f"{title}, {row.label}"] = svg
         stored = {row.label: store.read_array(store.map_path(row.label)) for row in chosen[:_MAPS]}
-        svg = figures.block_pictures({k: v for k, v in stored.items() if v is not None})
-        if svg is not None:
-            found["Attention maps"] = svg
+        maps = figures.block_pictures({k: v for k, v in stored.items() if v is not None})
+        if maps is not None:
+            found["Attention maps"] = maps
     except ImportError as error:
         logger.warning("No plots in the report: %s. Install matplotlib.", error)
     return found

@@ -11,8 +11,10 @@ from PIL import Image
 AMPLIFIED = 4
 _COLUMNS = 6  # frames of a clip on a sheet
 _WIDTH = 256  # pixels of a frame, at most
-_MOVING = 32  # frames of a moving picture, at most
 _QUALITY = 82
+_MOVING = 24  # frames of a moving picture, at most; these weigh most of a page
+_MOVING_WIDTH = 192
+_MOVING_QUALITY = 55
 _GAP = 2
 
 
@@ -26,15 +28,18 @@ def sheet(clip: np.ndarray, dense: np.ndarray) -> bytes:
     """WebP of evenly spread frames `[F, H, W, 3]`: rows dense, method and difference."""
     shown = spread(len(clip), _COLUMNS)
     rows = [dense[shown], clip[shown], difference(clip[shown], dense[shown])]
-    return _webp([_grid([[_small(frame) for frame in row] for row in rows])])
+    return _webp([_grid([[_small(frame, _WIDTH) for frame in row] for row in rows])], _QUALITY)
 
 
 def moving(clip: np.ndarray, dense: np.ndarray, fps: float = 12.0) -> bytes:
     """Animated WebP: dense, method and difference beside each other."""
     shown = spread(len(clip), _MOVING)
     rows = (dense[shown], clip[shown], difference(clip[shown], dense[shown]))
-    frames = [_grid([[_small(frame) for frame in cells]]) for cells in zip(*rows, strict=True)]
-    return _webp(frames, 1000 * len(clip) / len(shown) / fps)
+    frames = [
+        _grid([[_small(frame, _MOVING_WIDTH) for frame in cells]])
+        for cells in zip(*rows, strict=True)
+    ]
+    return _webp(frames, _MOVING_QUALITY, 1000 * len(clip) / len(shown) / fps)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -42,11 +47,11 @@ def spread(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def _small(frame: np.ndarray) -> np.ndarray:
+def _small(frame: np.ndarray, most: int) -> np.ndarray:
     height, width = frame.shape[:2]
-    if width <= _WIDTH:
+    if width <= most:
         return frame
-    size = (_WIDTH, max(1, round(height * _WIDTH / width)))
+    size = (most, max(1, round(height * most / width)))
     return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
 
@@ -60,7 +65,7 @@ def _padded(frame: np.ndarray) -> np.ndarray:
     return np.pad(frame, padding, constant_values=255)
 
 
-def _webp(frames: Sequence[np.ndarray], pause: float = 0.0) -> bytes:
+def _webp(frames: Sequence[np.ndarray], quality: int, pause: float = 0.0) -> bytes:
     first, *others = (Image.fromarray(frame) for frame in frames)
     file = io.BytesIO()
     if others:
@@ -71,8 +76,8 @@ def _webp(frames: Sequence[np.ndarray], pause: float = 0.0) -> bytes:
             append_images=others,
             duration=max(20, round(pause)),
             loop=0,
-            quality=_QUALITY,
+            quality=quality,
         )
     else:
-        first.save(file, "WEBP", quality=_QUALITY)
+        first.save(file, "WEBP", quality=quality)
     return file.getvalue()

@@ -46,10 +46,13 @@ KEYS = (
         "clip_model",
         "probe_at",
         "target_psnr",
+        "shown",
     ),
     *("dense_first", "dense_last", "dense_layers", "min_tokens", "output"),
 )
-_WHOLE = ("count", "height", "width", "frames", "steps", "rounds")
+#: Methods whose pictures are on a page if nothing else is asked for.
+SHOWN = 6
+_WHOLE = ("count", "height", "width", "frames", "steps", "rounds", "shown")
 _REAL = ("guidance", "target_psnr")
 _LISTS = ("methods", "baselines", "prompts", "seeds", "metrics", "probe_at")
 
@@ -72,6 +75,7 @@ class Spec:
         clip_model: folder of a CLIP model.
         probe_at: shares of the schedule at which attention calls are looked at; none for no probe.
         target_psnr: dB that the recommendation must reach.
+        shown: variants whose pictures are on the page.
         compile: compile the transformers' repeated blocks, for dense variants too.
         height, width, frames, steps, guidance, negative_prompt: arguments of the pipeline.
     """
@@ -91,6 +95,7 @@ class Spec:
     clip_model: str | None = None
     probe_at: tuple[float, ...] = (0.1, 0.5, 0.9)
     target_psnr: float = 30.0
+    shown: int = SHOWN
     compile: bool = False
     offload: str = "none"
     height: int | None = None
@@ -104,6 +109,7 @@ class Spec:
         check_counts(self)
         at_least(self.count, 1, "--count")
         at_least(self.rounds, 0, "--rounds")
+        at_least(self.shown, 0, "--shown")
         labels = [variant.label for variant in self.variants]
         twice = {label for label in labels if labels.count(label) > 1}
         if twice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from dit_sparse.evaluation.features import EXTRACTOR
@@ -30,7 +30,7 @@ def tables(summary: Summary) -> tuple[Table, ...]:
             "Speedups are over the fastest dense variant of this folder, from medians of "
             "interleaved runs. PSNR and SSIM are against the stock pipeline from the same noise, "
             "means over clips, with the worst clip in brackets; identical clips are left out of "
-            "the mean.",
+            "the mean. Bold is the front: what no other method beats in both speed and PSNR.",
             summary,
             _MAIN,
         ),
@@ -69,9 +69,10 @@ def markdown(summary: Summary) -> str:
     if summary.command is not None:
         parts += ["```bash", summary.command, "```", ""]
     parts += [conditions(summary), ""]
+    front = {row.label for row in summary.front}
     for table in tables(summary):
         if table.rows:
-            parts += [f"## {table.title}", "", table.note, "", *_markdown_rows(table), ""]
+            parts += [f"## {table.title}", "", table.note, "", *_markdown_rows(table, front), ""]
     for title, notes in (("Failed", summary.failed), ("Not measured", summary.gaps)):
         if notes:
             parts += [f"## {title}", "", *(f"- {name}: {why}" for name, why in notes.items()), ""]
@@ -112,8 +113,9 @@ def _table(title: str, note: str, summary: Summary, columns: Sequence[tuple[str,
     )
 
 
-def _markdown_rows(table: Table) -> list[str]:
-    lines = [table.columns, tuple("---" for _ in table.columns), *table.rows]
+def _markdown_rows(table: Table, front: Set[str]) -> list[str]:
+    rows = [(f"**{row[0]}**", *row[1:]) if row[0] in front else row for row in table.rows]
+    lines = [table.columns, tuple("---" for _ in table.columns), *rows]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
 
 

@@ -292,8 +292,9 @@ def test_the_probe_is_part_of_the_report() -> None:
 
     table = quality_table(rows_in(Path("out/summary.jsonl")))
     assert "tiny:wan, height 64, num_frames 9" in table
-    assert f"| window density=0.2 block=64 | {0.375} |" in table
-    assert "| identical |" in table
+    assert "| window density=1.0 block=64 | 1.000 |" in table, "what is best is on the front"
+    assert "Of 2 methods" in table
+    assert "| stock |" not in table
 
 
 @pytest.mark.parametrize("family", ["flux", "dit"])
@@ -383,6 +384,33 @@ def test_a_merged_folder_keeps_nothing_of_parts_that_were_made_again(
     assert np.array_equal(np.load(Path("all/clips/stock") / path.name), frames)
 
 
+def test_a_label_stands_for_one_method(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Labels have the last part of a path only, and other folders may have the same."""
+    shutil.copytree(finished[0], "out")
+    path = Path("out/runs-0.jsonl")
+    before = path.read_text()
+    path.write_text(before.replace("window(density=0.2,", "window(density=0.25,"))
+    assert path.read_text() != before
+    assert "Rename one of the folders" in refused()
+    result = merged(f"{finished[0]},out")
+    assert result.exit_code == 2, result.stdout
+    assert "one method by the name of 'window density=0.2 block=64'" in result.stderr
+
+
+def test_as_many_pictures_as_wanted(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    shutil.copytree(folder, "part")
+    shutil.rmtree("part/pictures")
+    for count, sentence in ((2, None), (1, "Of 1 of the 2 methods"), (0, None)):
+        words = ["--output", "part", "--shown", str(count)]
+        assert len(sweep(*words)["rows"]) == len(LABELS), "tables have all"
+        page = Path("part/report.html").read_text()
+        assert page.count("image/webp") == 2 * count, "moving, and frames"
+        assert sentence is None or page.count(sentence) == 2
+    assert merged(f"{folder},part", "--shown", "1").exit_code == 0
+    assert Path("all/report.html").read_text().count("image/webp") == 2
+
+
 @pytest.mark.parametrize(
     ("folders", "words", "sentence"),
     [
@@ -392,6 +420,7 @@ def test_a_merged_folder_keeps_nothing_of_parts_that_were_made_again(
         ("{done},other", [], "dtype is"),
         ("{done},part", ["--output", "full"], "Choose another --output"),
         ("{done},part", ["--seeds", "1"], "leave it out"),
+        ("{done},part", ["--shown", "-1"], "--shown of at least 0"),
         ("{done},part", ["--config", "a.yaml"], "got --config"),
     ],
 )
@@ -431,6 +460,7 @@ def test_a_launched_process_launches_no_other(monkeypatch: pytest.MonkeyPatch) -
         (["--seeds", "a"], "an integer for seeds"),
         (["--seeds", "0,0"], "different seeds"),
         (["--height", "65"], "multiple of"),
+        (["--shown", "-1"], "--shown of at least 0"),
         (["--model", "nowhere"], "existing folder"),
         (["--output", "empty.txt"], "a folder for --output"),
     ],
