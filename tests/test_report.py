@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from scripts.report import steps_table, with_tables
+from dit_sparse.evaluation.variants import BASELINES
+from scripts.report import DENSE, steps_table, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,12 +86,26 @@ def test_quality_tables_are_those_of_the_reports_that_were_kept(root: Path) -> N
         "quality": {"psnr": 31.0},
         "worst": {"psnr": 28.0},
         "identical": 0,
+        "failed": None,
     }
-    (folder / "summary.jsonl").write_text(json.dumps({**row, **common}) + "\n")
+    slower = {**row, "label": "window density=0.3", "speedup": 1.9, "quality": {"psnr": 30.0}}
+    better = {**slower, "label": "window density=0.4", "quality": {"psnr": 32.0}}
+    same = {**slower, "label": "window density=1", "speedup": 0.9, "quality": {"psnr": None}}
+    broken = {**better, "label": "psa", "speedup": 3.0, "failed": "no memory"}
+    dense = {**better, "label": "flash"}
+    unmeasured = {**slower, "label": "pisa", "speedup": None}
+    found = [dense, same | {"identical": 4}, slower, row, better, broken, unmeasured]
+    lines = [json.dumps({**each, **common}) for each in found]
+    (folder / "summary.jsonl").write_text("\n".join(lines) + "\n")
     found = with_tables(readme, root)
     assert "### Quality: tiny video\n\nTurn on window density=0.2. [The report](docs" in found
     assert "| window density=0.2 | 0.200 | 2.00x |  | 1.50x | 31.0 (28.0) |  |" in found
+    assert "| window density=1 | 0.200 | 0.90x |  | 1.50x | identical |  |" in found
+    assert "Of 6 methods" in found
+    shown = re.findall(r"^\| ([^|]+) \| 0.200 \|", found.partition("tiny video")[2], re.MULTILINE)
+    assert shown == ["window density=0.2", "window density=0.4", "window density=1"]
     assert with_tables(found, root) == found
+    assert DENSE == BASELINES
 
 
 def test_a_readme_without_markers_is_refused(root: Path) -> None:
