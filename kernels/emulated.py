@@ -109,7 +109,8 @@ class EmulatedBackend:
         """Softmax, in fp8 of rounded weights over the sum of unrounded ones, and the LSE."""
         if self.precision != "fp8":
             mass = scores.logsumexp(-1)
-            return (scores - mass[..., None]).exp().nan_to_num(0.0), mass
+            seen = mass.masked_fill(mass == -torch.inf, 0.0)  # no key: weights of 0, not NaN
+            return (scores - seen[..., None]).exp(), mass
         top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
         powers = _lines((scores - top) / math.log(2) + _TOP)
         total = powers.sum(-1, keepdim=True)
@@ -121,7 +122,7 @@ def _lines(exponents: Tensor) -> Tensor:
     """Powers of two, between whole ones by straight lines."""
     ticks = (exponents.clamp_min(2 * _LEAST) * _TICKS).round() / _TICKS
     whole = ticks.floor()
-    return torch.where(ticks >= _LEAST, whole.exp2() * (1 + ticks - whole), 0.0)
+    return torch.where(ticks < _LEAST, 0.0, whole.exp2() * (1 + ticks - whole))
 
 
 def _without_hidden(x: Tensor, plan: BlockPlan) -> Tensor:

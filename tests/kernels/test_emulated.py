@@ -88,6 +88,23 @@ def test_plans(precision: str, order: str, box: bool):
     assert cosine(out, expected) > (0.97 if precision == "int4" else 0.998)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_what_is_no_number_is_seen(precision: str):
+    """As in the kernels; rows without a key are 0 beside it."""
+    q, k, v = like_a_layer(128, 64)
+    q[:, :, 3] = float("nan")  # a block has one step: all of its rows are lost
+    plan = dense(128)
+    alone = replace(plan, full=plan.full * torch.tensor([1, 0]))
+    for one, last in ((plan, None), (alone, 0.0)):
+        out, lse = attend(q, k, v, one, backend=EmulatedBackend(precision))
+        assert out[:, :, :64].isnan().all()
+        assert lse[:, :, :64].isnan().all()
+        assert not out[:, :, 64:].isnan().any()
+        if last is not None:
+            assert not out[:, :, 64:].any()
+            assert (lse[:, :, 64:] == -torch.inf).all()
+
+
 def test_equal_values_come_out_as_they_are():
     """The weights' rounding does not alter what all values have in common."""
     q, k, v = like_a_layer(200, 64)
