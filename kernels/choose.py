@@ -32,11 +32,19 @@ def choose(
         mass: instead of ends, which is then the room alone: exact blocks until they hold this share
             of the softmax over the row.
         tail: the plan's field of this name.
+
+    Raises:
+        ValueError: more entries than 32 bits number.
     """
     batch, heads, n, _ = scores.shape
     scores = scores.contiguous()
     room = n if frame.has_context or mass is not None else max(1, ends[-1])
     entries, rows = (batch * heads * n * room,), (batch, heads, n)
+    if entries[0] > torch.iinfo(torch.int32).max:  # offsets would be those of other rows
+        raise ValueError(
+            f"Expected at most 2**31 - 1 entries in a plan, got {entries[0]}. Use larger blocks or "
+            "split the batch."
+        )
     # One by one: Triton compiles anew for addresses that are no multiples of 16.
     indices, first_keys, n_keys = (scores.new_empty(entries, dtype=torch.int32) for _ in range(3))
     offsets, full, partial = (scores.new_empty(rows, dtype=torch.int32) for _ in range(3))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse import pyramid, selection
-from dit_sparse.plan import BlockPlan
+from dit_sparse.frame import Frame
+from dit_sparse.plan import BlockPlan, Blocks
 from dit_sparse.plan_check import check
 from tests.selection_cases import frame
 
@@ -87,3 +88,13 @@ def test_by_mass(layout: str, mass: float):
     expected = selection.plan_of_selection(chosen.to(torch.uint8), cut)
     assert torch.equal(got.visited, expected.visited)
     same_spans(got)
+
+
+def test_more_entries_than_32_bits_number():
+    n = 4096
+    blocks = Blocks.uniform(n, 1)
+    none = torch.zeros(n, dtype=torch.bool)
+    given = Frame(blocks, None, none, None, none, n)
+    scores = torch.empty(8, 16, n, n, device="meta")
+    with pytest.raises(ValueError, match="entries in a plan, got 2147483648"):
+        choosing.choose(scores, given, (n,), mass=0.9)
