@@ -48,13 +48,14 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
 ) -> bool:
     """Goes on from `result`; whether it could, and nothing written if not: for some strides of q,
-    other key blocks than of 128, or where Triton compiles the kernel badly.
+    head dims that are no multiple of 8, other key blocks than of 128, or where Triton compiles the
+    kernel badly.
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order, unit stride along D and one head dim.
     """
     qm, size = Matrix.of(q), plan.k_blocks.size
-    if qm is None or plan.pools is None or size != _BLOCK:
+    if qm is None or plan.pools is None or size != _BLOCK or q.shape[-1] * q.element_size() % 16:
         return False
     if plan.k_blocks.n * sum(max(1, size // g // ROWS) for g in plan.pools.factors) >= _MOST_TILES:
         return False

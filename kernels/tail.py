@@ -37,9 +37,10 @@ class Tile(NamedTuple):
 
 def runs(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     """Whether the plan has a tail of means, with a slope for all of them or without, and its
-    tensors can stand in one buffer."""
+    tensors can stand in one buffer, of rows that a descriptor can address."""
     alike = q.shape == k.shape == v.shape and plan.q_blocks.size == plan.k_blocks.size
-    return alike and plan.tail in ("zeroth", "first")
+    whole = q.shape[-1] * q.element_size() % 16 == 0
+    return alike and whole and plan.tail in ("zeroth", "first")
 
 
 def has_slope(plan: BlockPlan) -> bool:

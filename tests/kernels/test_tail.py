@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
-from dit_sparse.plan import BlockPlan
+from dit_sparse.plan import BlockPlan, Pools
 from dit_sparse.plan_check import check
 from tests.block_cases import HEADS, Case, covering, plan_of, tensors_of
 from tests.problems import pooled
@@ -105,6 +105,18 @@ def test_a_tail_of_means(values: dict):
     assert (room.centres is None) == (plan.tail == "zeroth")
     exact = replace(plan, tail="none")
     compare(added(room, plan, q.shape[-1] ** -0.5, exact), q, k, v, plan)
+
+
+def test_rows_that_no_descriptor_addresses():
+    """66 numbers of 16 bits are no multiple of 16 bytes: another kernel takes them."""
+    values = {"head_dim": 66, "ragged": False, "order": "none", "lists": "head", "hidden": False}
+    plan = with_tail({**values, "bounded": False, "tail": "zeroth"})
+    given = tensors_of(case_of(values), plan)
+    assert not tail.runs(*given, plan)
+    plan = replace(plan, tail="none", pools=Pools((4,), plan.full[..., None]))
+    wide = [torch.nn.functional.pad(x, (0, 6))[..., :66] for x in given]
+    result = AttentionOutput(*(torch.empty(0) for _ in range(2)))
+    assert not pooled_rows.launch(*wide, plan, 1.0, result)
 
 
 @pytest.mark.parametrize("visited", [True, False])
