@@ -153,7 +153,12 @@ def plan_and_attend(
     summaries = Summaries(q, k, v)
     plan = method.plan(q, k, replace(context, values=v, summaries=summaries))
     return prepare(
-        *(q, k, v, plan), scale=scale, backend=backend, precision=precision, summaries=summaries
+        *(q, k, v, plan),
+        scale=scale,
+        backend=backend,
+        precision=precision,
+        summaries=summaries,
+        keep=False,
     )[0]
 
 
@@ -182,12 +187,15 @@ def prepare(
     backend: str | None = None,
     precision: Precision = "bf16",
     summaries: Summaries | None = None,
+    keep: bool = True,
 ) -> tuple[AttentionOutput, Prepared]:
     """`attend`, and how to repeat it on tensors of the same `kind`; raises what `attend` does.
 
     Args:
         summaries: of this call, where `plan` was made from its tensors. What they spare is not
             spared to a repeated call, whose tensors are others.
+        keep: whether there is going to be one; otherwise nothing is made ready for it, which takes
+            the host longer than the call itself.
     """
     _check(q, k, v, plan)
     scale = _scale(q, scale, plan)
@@ -197,7 +205,7 @@ def prepare(
     if known is not None and isinstance(chosen, SummarisedBackend):
         out = chosen.run_summarised(q, k, v, plan, scale, known)
         return out, Prepared(chosen, refusals, partial(_run, chosen, plan, scale))
-    whole = plan.order is None or chosen.reorders
+    whole = keep and (plan.order is None or chosen.reorders)
     if whole and plan.coarse is None and isinstance(chosen, PreparingBackend):
         whole_k, whole_v = _for_every_head(chosen, plan, q, k, v)
         out, again = chosen.prepare(q, whole_k, whole_v, plan, scale)

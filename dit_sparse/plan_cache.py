@@ -17,7 +17,7 @@ from dit_sparse.hoist import TokenOrder, common_order
 from dit_sparse.method import CallContext, Ordered, Segmented, SparseMethod
 from dit_sparse.methods.schedule import Schedule
 from dit_sparse.plan import BlockPlan
-from dit_sparse.plan_reuse import PlanReuse
+from dit_sparse.plan_reuse import PlanReuse, serves_again
 from dit_sparse.summaries import Summaries
 
 _KEPT_LAYOUTS = 8
@@ -31,12 +31,14 @@ class PlannedCall:
         plan: what to compute.
         prepared: by kind of tensors, scale, name of the only backend and precision.
         used: whether it has served a call.
+        once: whether it serves no other: then nothing is made ready for one.
         inside: the same for tensors that stand in the plan's order already, by that order.
     """
 
     plan: BlockPlan
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     used: bool = False
+    once: bool = False
     inside: dict[TokenOrder, PlannedCall | None] = field(default_factory=dict)
 
     def run(
@@ -64,8 +66,10 @@ class PlannedCall:
             backend=backend,
             precision=precision,
             summaries=summaries,
+            keep=not self.once,
         )
-        if summaries is None or not summaries.measured:  # else it is worth preparing the next call
+        # Where planning has measured, it is worth preparing the next call.
+        if not self.once and (summaries is None or not summaries.measured):
             self.prepared[key] = known
         return output.out, known
 
@@ -128,7 +132,7 @@ class PlanCache:
             return planned
         method = self._serving(context)
         if method.scope == "call":
-            return self._reuse.get(method, q, context, lambda: _planned(method, q, k, context))
+            return self._reuse.get(method, q, context, lambda: _of_call(method, q, k, context))
         if method.scope == "segment":
             return _of_segment(kept, method, q, k, context)
         key = (method, context.layer if method.scope == "layer" else None)
@@ -218,6 +222,12 @@ def _of_segment(
         kept.plans[key] = _planned(method, q, k, context)
         kept.segments[key] = segment
     return kept.plans[key]
+
+
+def _of_call(method: SparseMethod, q: Tensor, k: Tensor, context: CallContext) -> PlannedCall:
+    planned = _planned(method, q, k, context)
+    planned.once = not serves_again(method)
+    return planned
 
 
 @torch.inference_mode(False)  # a method may remember tensors for its next plan

@@ -29,6 +29,11 @@ class Reusing(Protocol):
         ...
 
 
+def serves_again(method: object) -> bool:
+    """Whether a plan that a method made from q and k may serve other calls than its own."""
+    return isinstance(method, Reusing) and (method.reuse_steps > 1 or method.share_branches)
+
+
 class PlanReuse(Generic[T]):
     """The plans of a generation that may serve again, by layer, layout and guidance branch.
 
@@ -52,10 +57,9 @@ class PlanReuse(Generic[T]):
         Raises:
             ValueError: plans are to be reused, and the step is not known.
         """
-        if not isinstance(method, Reusing):
+        if not serves_again(method):
             return make()
-        if method.reuse_steps == 1 and not method.share_branches:
-            return make()
+        assert isinstance(method, Reusing)  # what that says
         if context.step is None:
             raise ValueError(
                 "Expected to know the denoising step for reuse_steps or share_branches, got a "

@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.attention import plan_and_attend
+from dit_sparse.backend import AttentionOutput
 from dit_sparse.forward import Forward, StockCall
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.method import CallContext, SparseMethod
 from dit_sparse.methods.pisa import PisaMethod
 from dit_sparse.methods.psa import PsaMethod
+from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_reuse import PlanReuse
 from dit_sparse.session import Session
 
@@ -109,3 +113,29 @@ def test_a_plan_for_tokens_in_order_serves_no_others():
     first = reuse.get(method, q, context, object)
     assert reuse.get(method, q, replace(context, step=1), object) is first
     assert reuse.get(method, q, replace(context, step=2, ordered=True), object) is not first
+
+
+@pytest.mark.parametrize(
+    ("options", "branches", "prepared"),
+    [({}, 1, 0), ({"reuse_steps": 2}, 1, 2), ({"share_branches": True}, 2, 4)],
+)
+def test_a_call_is_made_ready_again_only_for_plans_that_serve_again(
+    options: dict, branches: int, prepared: int, monkeypatch: pytest.MonkeyPatch
+):
+    """It takes the host longer than the call itself."""
+    calls: list[Tensor] = []
+
+    class Preparing(ReferenceBackend):
+        def prepare(
+            self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
+        ) -> tuple[AttentionOutput, None]:
+            calls.append(q)
+            return self.run(q, k, v, plan, scale), None
+
+    monkeypatch.setattr("dit_sparse.attention.backends", lambda precision="bf16": (Preparing(),))
+    session = session_of(replace(PISA, order="raster", **options))
+    forwards(session, [0, 1, 2, 3], branches=branches)
+    assert len(calls) == len(session.layers) * prepared
+    calls.clear()
+    plan_and_attend(replace(PISA, order="raster"), *qkv(0), CallContext(LAYOUT))
+    assert not calls
