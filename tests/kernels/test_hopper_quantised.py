@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import struct
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,3 +145,15 @@ def test_values_that_were_beyond_the_sample():
     torch.testing.assert_close(outs[1], outs[0])
     torch.testing.assert_close(outs[2] - centre, 2 * (outs[0] - centre), rtol=1e-2, atol=1e-2)
     assert (outs[2] - outs[0]).abs().max() > 0.1
+
+
+def test_sums_of_weights_fit_into_integers():
+    """For any greatest score, in ticks, when all keys of a block have it."""
+    unit = re.search(r"mul\.f32 f, f, 0f(\w+);", _hopper_quantised._SUMS.value)
+    assert unit is not None
+    (units,) = struct.unpack(">f", bytes.fromhex(unit[1]))
+    greatest = torch.arange(-57_600.0, 57_601.0)  # of rows no longer than 240
+    origin = (1024 + 15 * 32 - (greatest - 8.75 * 32)).half().float()
+    tick = (greatest + origin).half().float() - 1024
+    weight = (tick // 32 - 15).exp2() * (1 + tick % 32 / 32)
+    assert (128 * weight * units).max() < 2**31
