@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels._attention_map import _attention_map_fwd
+from dit_sparse.kernels.launch import device_of
 from dit_sparse.kernels.portable import LOG2_E, padded
 from dit_sparse.plan import Blocks
 
@@ -30,12 +31,15 @@ def block_statistics(
     rows, columns = tile(blocks.size, dim, q.element_size())
     parts = -(-blocks.size // rows)
     found = [q.new_empty(heads, blocks.n, parts, blocks.n, dtype=torch.float32) for _ in range(3)]
-    _attention_map_fwd[(heads * blocks.n * parts,)](
-        q, k, blocks.starts, blocks.starts if hidden is None else hidden.view(torch.uint8), *found,
-        *q.stride()[:2], *k.stride()[:2], blocks.n, parts, dim**-0.5 * LOG2_E, float(bound),
-        D=dim, BLOCK_D=padded(dim), BLOCK_M=rows, BLOCK_N=columns, SUB=-(-blocks.size // columns),
-        HAS_HIDDEN=hidden is not None, num_warps=8 if rows == 128 else 4, num_stages=2,
-    )  # fmt: skip
+    with device_of(q):
+        _attention_map_fwd[(heads * blocks.n * parts,)](
+            q, k, blocks.starts, blocks.starts if hidden is None else hidden.view(torch.uint8),
+            *found, *q.stride()[:2], *k.stride()[:2], blocks.n, parts, dim**-0.5 * LOG2_E,
+            float(bound),
+            D=dim, BLOCK_D=padded(dim), BLOCK_M=rows, BLOCK_N=columns,
+            SUB=-(-blocks.size // columns), HAS_HIDDEN=hidden is not None,
+            num_warps=8 if rows == 128 else 4, num_stages=2,
+        )  # fmt: skip
     sums, maxima, small = found
     return sums.sum(2), maxima.amax(2), small.sum(2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from dit_sparse.kernels import (
     portable,
     tail,
 )
-from dit_sparse.kernels.launch import Launch, Repeat, refuses_heads
+from dit_sparse.kernels.launch import Launch, Repeat, device_of, refuses_heads
 from dit_sparse.kernels.rooms import Room, in_order, room_for
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.mask_product import MaskProduct
@@ -284,17 +283,6 @@ def _again(
         if rest is not None:
             rest(room)
     return room.result
-
-
-def device_of(q: Tensor) -> AbstractContextManager[None]:
-    """Makes the device of q current, which Triton launches on."""
-    index = q.get_device()  # -1: not on a GPU
-    if index < 0 or index == torch.cuda.current_device():
-        return _NOWHERE_ELSE
-    return torch.cuda.device(q.device)
-
-
-_NOWHERE_ELSE = nullcontext()
 
 
 @cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dit_sparse.frame import Frame
 from dit_sparse.kernels._choose import _choose_fwd
+from dit_sparse.kernels.launch import device_of
 from dit_sparse.plan import BlockPlan, Pools, Tail
 
 #: Key blocks of a row that a program holds in registers.
@@ -51,16 +52,17 @@ def choose(
     pooled = scores.new_empty(batch, heads, n, len(factors), dtype=torch.int32)
     visited = scores.new_empty((batch, heads, n, n) if tail != "none" else (0,), dtype=torch.bool)
     hidden = frame.hidden
-    _choose_fwd[(batch * heads * n,)](
-        scores, frame.context.view(torch.uint8),
-        scores if hidden is None else hidden.view(torch.uint8), frame.blocks.starts,
-        indices, first_keys, n_keys, offsets, full, partial, pooled, visited.view(torch.uint8),
-        n if hidden is not None and hidden.shape[0] > 1 else 0, heads * n, n, room,
-        *(*ends, 0, 0, 0)[:4], mass or 0.0,
-        WIDTH=triton.next_power_of_2(n), N_LEVELS=1 + len(factors), BY_MASS=mass is not None,
-        HAS_HIDDEN=hidden is not None, VISITED=tail != "none",
-        num_warps=4 if n <= 1024 else 8,
-    )  # fmt: skip
+    with device_of(scores):
+        _choose_fwd[(batch * heads * n,)](
+            scores, frame.context.view(torch.uint8),
+            scores if hidden is None else hidden.view(torch.uint8), frame.blocks.starts,
+            indices, first_keys, n_keys, offsets, full, partial, pooled, visited.view(torch.uint8),
+            n if hidden is not None and hidden.shape[0] > 1 else 0, heads * n, n, room,
+            *(*ends, 0, 0, 0)[:4], mass or 0.0,
+            WIDTH=triton.next_power_of_2(n), N_LEVELS=1 + len(factors), BY_MASS=mass is not None,
+            HAS_HIDDEN=hidden is not None, VISITED=tail != "none",
+            num_warps=4 if n <= 1024 else 8,
+        )  # fmt: skip
     plan = BlockPlan(
         q_blocks=frame.blocks,
         k_blocks=frame.blocks,

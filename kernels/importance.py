@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
 from dit_sparse.kernels.hopper import capability
-from dit_sparse.kernels.launch import TensorDescriptor
+from dit_sparse.kernels.launch import TensorDescriptor, device_of
 from dit_sparse.kernels.portable import LOG2_E, padded
 
 _PER_PROCESSOR = 3  # programs, each of which keeps the scores of a tile of queries
@@ -26,10 +26,11 @@ def take(q: Tensor, k: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, _, dim = q.shape
     taken, rows = tokens.shape[-1], 64
     out = q.new_empty(2, batch, heads, taken, dim)
-    _take_fwd[(-(-taken // rows), batch * heads, 2)](
-        q, k, out, tokens, *q.stride()[:3], *k.stride()[:3], heads, taken,
-        D=dim, BLOCK_D=padded(dim), ROWS=rows, num_warps=4,
-    )  # fmt: skip
+    with device_of(q):
+        _take_fwd[(-(-taken // rows), batch * heads, 2)](
+            q, k, out, tokens, *q.stride()[:3], *k.stride()[:3], heads, taken,
+            D=dim, BLOCK_D=padded(dim), ROWS=rows, num_warps=4,
+        )  # fmt: skip
     return out[0], out[1]
 
 
@@ -64,14 +65,15 @@ def sampled_maximum(
     if tma:
         shape = [batch * heads * total, dim]
         keys = TensorDescriptor(keys, shape, [dim, 1], [columns, dim_padded])
-    _importance_fwd[(programs,)](
-        queries, keys, importance if hidden is None else hidden.view(torch.uint8), best, importance,
-        n if hidden is not None and hidden.shape[0] > 1 else 0, heads, n, tiles, n * rows,
-        scale * LOG2_E,
-        D=dim, BLOCK_D=dim_padded, ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
-        SOFTMAX=softmax, TMA=tma, WHOLE=total % columns == 0, HAS_HIDDEN=hidden is not None,
-        num_warps=8 if rows == 128 else 4, num_stages=_STAGES,
-    )  # fmt: skip
+    with device_of(queries):
+        _importance_fwd[(programs,)](
+            queries, keys, importance if hidden is None else hidden.view(torch.uint8), best,
+            importance, n if hidden is not None and hidden.shape[0] > 1 else 0, heads, n, tiles,
+            n * rows, scale * LOG2_E,
+            D=dim, BLOCK_D=dim_padded, ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
+            SOFTMAX=softmax, TMA=tma, WHOLE=total % columns == 0, HAS_HIDDEN=hidden is not None,
+            num_warps=8 if rows == 128 else 4, num_stages=_STAGES,
+        )  # fmt: skip
     return importance
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -168,6 +169,17 @@ def with_scratch(run: Callable[[], T]) -> T:
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that each program makes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def device_of(q: Tensor) -> AbstractContextManager[None]:
+    """Makes the device of q current, which Triton launches on."""
+    index = q.get_device()  # -1: not on a GPU
+    if index < 0 or index == torch.cuda.current_device():
+        return _NOWHERE_ELSE
+    return torch.cuda.device(q.device)
+
+
+_NOWHERE_ELSE = nullcontext()
 
 
 def _watched() -> bool:

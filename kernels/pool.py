@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.grid import Permutation
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
+from dit_sparse.kernels.launch import device_of
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import Blocks
 
@@ -90,14 +91,15 @@ def _pool(
     of_blocks = x0.new_empty(*lead, blocks.n if means else 0, dim, dtype=torch.float32)
     index = blocks.starts if order is None else order.index
     columns = min(padded(dim), _COLUMNS)
-    _means_fwd[(batch * heads * blocks.n * -(-dim // columns), len(tensors))](
-        x0, x1, pooled, bias, of_blocks, blocks.starts, index,
-        *x0.stride()[:3], *x1.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
-        heads, batch * heads, blocks.n, rows,
-        D=dim, COLUMNS=columns, SIZE=blocks.size, LOG_SIZE=blocks.size.bit_length() - 1,
-        FACTORS=sum(factors), HAS_ORDER=order is not None, MEANS=means, LEAST=least,
-        num_warps=_WARPS if blocks.size <= 128 else 8,
-    )  # fmt: skip
+    with device_of(x0):
+        _means_fwd[(batch * heads * blocks.n * -(-dim // columns), len(tensors))](
+            x0, x1, pooled, bias, of_blocks, blocks.starts, index,
+            *x0.stride()[:3], *x1.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
+            heads, batch * heads, blocks.n, rows,
+            D=dim, COLUMNS=columns, SIZE=blocks.size, LOG_SIZE=blocks.size.bit_length() - 1,
+            FACTORS=sum(factors), HAS_ORDER=order is not None, MEANS=means, LEAST=least,
+            num_warps=_WARPS if blocks.size <= 128 else 8,
+        )  # fmt: skip
     return [Means(pooled[i], bias, of_blocks[i]) for i in range(len(tensors))]
 
 
@@ -189,17 +191,18 @@ def _launch(
     batch, heads, _, dim = k.shape
     index = blocks.starts if order is None else order.index
     rows, columns = min(blocks.size, 64), _columns(v)
-    _covariance_fwd[(batch * heads * chunks, -(-v.shape[-1] // columns))](
-        k, v, means, _or(hidden, k, torch.uint8), _or(centre, k), _or(total, k), _or(squares, k),
-        _or(each, k), blocks.starts, index,
-        *k.stride()[:3], *v.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
-        hidden.stride(0) if hidden is not None and hidden.shape[0] > 1 else 0,
-        heads, blocks.n, chunks, -(-blocks.n // chunks),
-        D=dim, DV=v.shape[-1], BLOCK_D=padded(dim), COLUMNS=columns, ROWS=rows,
-        SUB=blocks.size // rows, HAS_ORDER=order is not None, HAS_HIDDEN=hidden is not None,
-        HAS_CENTRE=centre is not None, SUM=total is not None, SQUARES=squares is not None,
-        EACH=each is not None, num_warps=8 if padded(dim) > 64 else 4,
-    )  # fmt: skip
+    with device_of(k):
+        _covariance_fwd[(batch * heads * chunks, -(-v.shape[-1] // columns))](
+            k, v, means, _or(hidden, k, torch.uint8), _or(centre, k), _or(total, k),
+            _or(squares, k), _or(each, k), blocks.starts, index,
+            *k.stride()[:3], *v.stride()[:3], index.stride(0) if index.ndim == 2 else 0,
+            hidden.stride(0) if hidden is not None and hidden.shape[0] > 1 else 0,
+            heads, blocks.n, chunks, -(-blocks.n // chunks),
+            D=dim, DV=v.shape[-1], BLOCK_D=padded(dim), COLUMNS=columns, ROWS=rows,
+            SUB=blocks.size // rows, HAS_ORDER=order is not None, HAS_HIDDEN=hidden is not None,
+            HAS_CENTRE=centre is not None, SUM=total is not None, SQUARES=squares is not None,
+            EACH=each is not None, num_warps=8 if padded(dim) > 64 else 4,
+        )  # fmt: skip
 
 
 def _or(tensor: Tensor | None, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dit_sparse.backend import Again, AttentionOutput, Precision
 from dit_sparse.kernels import approximate, hopper, hopper_quantised
-from dit_sparse.kernels.block_sparse import device_of, unit_stride
-from dit_sparse.kernels.launch import Launch, Repeat, refuses_heads
+from dit_sparse.kernels.block_sparse import unit_stride
+from dit_sparse.kernels.launch import Launch, Repeat, device_of, refuses_heads
 from dit_sparse.kernels.permute import empty, gather, permute
 from dit_sparse.kernels.portable import padded
 from dit_sparse.kernels.quantise import Quantised, fill

@@ -8,6 +8,7 @@ from torch import Tensor
 from dit_sparse.backend import BlockSummaries
 from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels.hopper import suits
+from dit_sparse.kernels.launch import device_of
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import Blocks
 
@@ -38,13 +39,14 @@ def measure(
     means = k.new_empty(2, *lead, dim) if values else None
     lengths = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     longest = q.new_empty(lead, dtype=torch.float32)
-    _summaries_fwd[(batch * heads, blocks.n, 3 if values else 2)](
-        q, k, v, centres, centres if means is None else means, lengths, longest, blocks.starts,
-        centres if hidden is None else hidden.view(torch.uint8),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
-        heads, tokens, blocks.n, dim**-0.5,
-        D=dim, BLOCK_D=padded(dim), SIZE=blocks.size, ROWS=min(_ROWS, blocks.size),
-        HAS_HIDDEN=hidden is not None, VALUES=values, num_warps=_WARPS,
-    )  # fmt: skip
+    with device_of(q):
+        _summaries_fwd[(batch * heads, blocks.n, 3 if values else 2)](
+            q, k, v, centres, centres if means is None else means, lengths, longest, blocks.starts,
+            centres if hidden is None else hidden.view(torch.uint8),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            blocks.n if hidden is not None and hidden.shape[0] > 1 else 0,
+            heads, tokens, blocks.n, dim**-0.5,
+            D=dim, BLOCK_D=padded(dim), SIZE=blocks.size, ROWS=min(_ROWS, blocks.size),
+            HAS_HIDDEN=hidden is not None, VALUES=values, num_warps=_WARPS,
+        )  # fmt: skip
     return BlockSummaries(centres[0], centres[1], means, lengths, longest)
