@@ -71,8 +71,8 @@ _GREATEST = tl.constexpr(
     + "".join(f"\nmov.b32 ${n}, all{n // 2 % 2};" for n in range(_HELD))
     + "\n}"
 )
-# In units, as integers: the compiler leaves out the sums with 0. Weights are up to 640 where float16
-# rounds the maximum of a row by 16 ticks, and 128 of them must fit.
+# In units, as integers: the compiler leaves out the sums with 0. Weights are up to 640 where
+# float16 rounds the maximum of a row by 16 ticks, and 128 of them must fit.
 _UNITS = tl.constexpr(2.0**13)
 _SUMS = tl.constexpr(
     _by_row(
