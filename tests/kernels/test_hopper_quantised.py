@@ -17,6 +17,7 @@ from tests.oracle import masked_attention
 triton = pytest.importorskip("triton")
 tl = triton.language
 _hopper_quantised = pytest.importorskip("dit_sparse.kernels._hopper_quantised")
+_weight_bits = pytest.importorskip("dit_sparse.kernels._weight_bits")
 hopper_quantised = pytest.importorskip("dit_sparse.kernels.hopper_quantised")
 quantise = pytest.importorskip("dit_sparse.kernels.quantise").quantise
 
@@ -149,7 +150,7 @@ def test_values_that_were_beyond_the_sample():
 
 def test_sums_of_weights_fit_into_integers():
     """For any greatest score, in ticks, when all keys of a block have it."""
-    unit = re.search(r"mul\.f32 f, f, 0f(\w+);", _hopper_quantised._SUMS.value)
+    unit = re.search(r"mul\.f32 f, f, 0f(\w+);", _weight_bits._SUMS.value)
     assert unit is not None
     (units,) = struct.unpack(">f", bytes.fromhex(unit[1]))
     greatest = torch.arange(-57_600.0, 57_601.0)  # of rows no longer than 240
