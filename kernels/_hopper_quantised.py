@@ -38,15 +38,19 @@ def _list(offsets_ptr, full_ptr, partial_ptr, row, PARTIAL: tl.constexpr):
 
 
 @triton.jit
-def _sides(lower_ptr, upper_ptr, rows, inside, guard):
-    """Sides of the boxes of some rows."""
-    lower = tl.load(lower_ptr + rows, mask=inside, other=0)
-    return lower, tl.load(upper_ptr + rows, mask=inside, other=0) | guard
+def _sides(lower_ptr, upper_ptr, head, stride_h, rows, n_rows, guard):
+    """Sides of the boxes of some rows of a head."""
+    at = head.to(tl.int64) * stride_h + rows
+    inside = rows < n_rows
+    lower = tl.load(lower_ptr + at, mask=inside, other=0)
+    return lower, tl.load(upper_ptr + at, mask=inside, other=0) | guard
 
 
 @triton.jit
-def _boxed(scores, factor, above, below, lower, upper, guard):
-    """Scores, with -inf for keys outside the boxes of their rows."""
+def _boxed(scores, factor, above_desc, below_desc, number, lower, upper, guard):
+    """Scores of a block of keys, with -inf for those outside the boxes of their rows."""
+    above = above_desc.load([number, 0]).reshape(scores.shape[1])
+    below = below_desc.load([number, 0]).reshape(scores.shape[1])
     inside = ((above | guard)[None, :] - lower[:, None]) & (upper[:, None] - below[None, :])
     return tl.where((inside & guard) == guard, scores * factor, float("-inf"))
 
@@ -66,6 +70,45 @@ def _mass(p, length, SHORT: tl.constexpr):
         copy = tl.sum(tl.where(picked, p.to(tl.int32, bitcast=True), 0), 1)
         mass += copy.to(tl.float32, bitcast=True) * (length - (last + 1)).to(tl.float32)
     return mass
+
+
+@triton.jit
+def _by_lines(scores, factor, m_i, l_i, length, TOP: tl.constexpr, TICKS: tl.constexpr,
+              RAGGED: tl.constexpr):  # fmt: skip
+    """The step of a softmax: maxima in ticks, sums, what those before shrink by, and weights in the
+    bits of every fourth.
+
+    From 1024 on numbers of float16 are 1 apart, and its exponent for 1 is 15.
+    """
+    ORIGIN: tl.constexpr = 1024.0 + 15 * 32
+    top = tl.math.ceil(_greatest(scores) * factor) - TOP * TICKS
+    m_new = tl.maximum(m_i, top, propagate_nan=tl.PropagateNan.ALL)
+    origin = (ORIGIN - m_new).to(tl.float16).to(tl.float32)
+    m_new = ORIGIN - origin  # the same but for what float16 rounds
+    pairs = _weights(scores, factor, origin)
+    alpha = tl.math.exp2((m_i - m_new) * (1 / TICKS))
+    l_i = l_i * alpha + _mass_of_pairs(pairs, length, RAGGED)
+    return m_new, l_i, alpha, _packed_pairs(pairs)
+
+
+@triton.jit
+def _by_exponential(
+    scores, factor, m_i, l_i, within, length, TOP: tl.constexpr,
+    RAGGED: tl.constexpr, PARTIAL: tl.constexpr, V_8BIT: tl.constexpr,
+):  # fmt: skip
+    """`_by_lines`, with maxima that are powers of two and weights in float32."""
+    if PARTIAL or (RAGGED and not V_8BIT):
+        if not PARTIAL:  # a column bias rides on the scaling, a select would not
+            bias = tl.where(within < length, 0.0, float("-inf"))
+            scores = scores * factor + bias[None, :]
+        # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
+        m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) - TOP), -1e30)
+        p = tl.math.exp2(scores - m_new[:, None])
+    else:
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * factor - TOP)
+        p = tl.math.exp2(scores * factor - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    return m_new, l_i * alpha + _mass(p, length, RAGGED and V_8BIT and not PARTIAL), alpha, p
 
 
 @triton.jit
@@ -152,16 +195,11 @@ def _quantised_fwd_hopper(
 
     q_start = tl.load(q_starts_ptr + block)
     if PARTIAL:
-        rows = q_start + tl.arange(0, BLOCK_M)
-        box_rows = head.to(tl.int64) * box_stride_h + rows
-        lower, upper = _sides(lower_ptr, upper_ptr, box_rows, rows < n_queries, guard)
+        box_rows = q_start + tl.arange(0, BLOCK_M)
+        lower, upper = _sides(lower_ptr, upper_ptr, head, box_stride_h, box_rows, n_queries, guard)
     HALF: tl.constexpr = FRESH and q_ptr.dtype.element_ty == tl.float8e4nv
-    # Maxima are in ticks then, 32 for a power of two. From 1024 on numbers of float16 are 1 apart,
-    # and its exponent for 1 is 15.
-    TICKS: tl.constexpr = 32.0
-    ORIGIN: tl.constexpr = 1024.0 + 15 * 32
-    # Weights in 8 bits reach up to 2^8 of 448 that e4m3 holds: its small numbers are coarse.
-    # Where lines stand for the exponential, 2^8.75 is 448.
+    TICKS: tl.constexpr = 32.0  # of a power of two, in which maxima are then
+    # Of 448, which e4m3 holds, weights use 2^8, or 2^8.75 of lines: its small numbers are coarse.
     TOP: tl.constexpr = 8.75 if HALF else 8.0 if V_8BIT else 0.0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -191,9 +229,7 @@ def _quantised_fwd_hopper(
         else:
             scores = tl.dot(q, tl.trans(k)).to(tl.float32)
         if PARTIAL:
-            above = above_desc.load([number, 0]).reshape(BLOCK_N)
-            below = below_desc.load([number, 0]).reshape(BLOCK_N)
-            scores = _boxed(scores, factor, above, below, lower, upper, guard)
+            scores = _boxed(scores, factor, above_desc, below_desc, number, lower, upper, guard)
         at = tl.maximum(it - 1, 0)
         if V_8BIT:
             v = v_desc.load([v_row + tl.load(indices_ptr + at) * BLOCK_D, 0])
@@ -210,30 +246,14 @@ def _quantised_fwd_hopper(
             acc = tl.dot(behind.to(v.dtype, bitcast=True), v, acc)
         alpha_before = alpha
         if HALF:
-            top = tl.math.ceil(_greatest(scores) * factor) - TOP * TICKS
-            m_new = tl.maximum(m_i, top, propagate_nan=tl.PropagateNan.ALL)
-            origin = (ORIGIN - m_new).to(tl.float16).to(tl.float32)
-            m_new = ORIGIN - origin  # the same but for what float16 rounds
-            pairs = _weights(scores, factor, origin)
-        elif PARTIAL or (RAGGED and not V_8BIT):
-            if not PARTIAL:  # a column bias rides on the scaling, a select would not
-                bias = tl.where(within < length, 0.0, float("-inf"))
-                scores = scores * factor + bias[None, :]
-            # A row that has seen no key yet gets a finite maximum, so that no NaN arises.
-            m_new = tl.maximum(tl.maximum(m_i, tl.max(scores, 1) - TOP), -1e30)
-            p = tl.math.exp2(scores - m_new[:, None])
+            m_i, l_i, alpha, behind = _by_lines(
+                scores, factor, m_i, l_i, length, TOP, TICKS, RAGGED
+            )
         else:
-            m_new = tl.maximum(m_i, tl.max(scores, 1) * factor - TOP)
-            p = tl.math.exp2(scores * factor - m_new[:, None])
-        if HALF:
-            alpha = tl.math.exp2((m_i - m_new) * (1 / TICKS))
-            l_i = l_i * alpha + _mass_of_pairs(pairs, length, RAGGED)
-            behind = _packed_pairs(pairs)
-        else:
-            alpha = tl.math.exp2(m_i - m_new)
-            l_i = l_i * alpha + _mass(p, length, RAGGED and V_8BIT and not PARTIAL)
+            m_i, l_i, alpha, p = _by_exponential(
+                scores, factor, m_i, l_i, within, length, TOP, RAGGED, PARTIAL, V_8BIT
+            )
             behind = _packed(p) if V_8BIT else p.to(v.dtype).to(tl.int16, bitcast=True)
-        m_i = m_new
 
     if FRESH:
         acc = acc * alpha_before[:, None] + fresh
@@ -252,8 +272,7 @@ def _quantised_fwd_hopper(
     l_safe = tl.where(empty, 1.0, l_i)
     acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])  # a weight of 0 hides no NaN
     if V_8BIT:
-        channels_ptr = centres_ptr + pair * 3 * BLOCK_D
-        acc = _restored(acc, empty, channels_ptr, excess_ptr + pair, BLOCK_D)
+        acc = _restored(acc, empty, centres_ptr + pair * 3 * BLOCK_D, excess_ptr + pair, BLOCK_D)
     if HALF:
         m_i = m_i * (1 / TICKS) - 0.0565  # what lines are above the exponential in the mean
     m_i += tl.math.log2(l_safe)
