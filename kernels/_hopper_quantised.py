@@ -14,7 +14,7 @@ time that was won.
 import triton
 import triton.language as tl
 
-from dit_sparse.kernels._hopper import _forget_stale_barriers, _place
+from dit_sparse.kernels._hopper import _forget_stale_barriers, _place, _queued
 from dit_sparse.kernels._weight_bits import (
     _greatest,
     _mass_of_pairs,
@@ -24,6 +24,16 @@ from dit_sparse.kernels._weight_bits import (
     _unpacked,
     _weights,
 )
+
+
+@triton.jit
+def _begun(queue_ptr, n_programs, n_outer, first_inner, n_heads, QUEUED: tl.constexpr):
+    """Query block, head and batch entry of a program, counting those that the launch has."""
+    if QUEUED:
+        block, head, batch = _queued(queue_ptr, tl.program_id(0), n_programs, n_heads)
+    else:
+        block, head, batch = _place(n_programs, n_outer, first_inner, n_heads)
+    return block, head, batch
 
 
 @triton.jit
@@ -160,7 +170,7 @@ def _quantised_fwd_hopper(
     q_ptr, k_desc, v_desc, above_desc, below_desc, out_ptr, lse_ptr,
     q_step_ptr, k_step_ptr, centres_ptr, excess_ptr, shift_ptr,
     offsets_ptr, full_ptr, partial_ptr, indices_ptr, starts_ptr, lengths_ptr,
-    q_starts_ptr, rows_ptr, order_ptr, lower_ptr, upper_ptr,
+    q_starts_ptr, rows_ptr, order_ptr, queue_ptr, lower_ptr, upper_ptr,
     q_rows, k_rows,
     v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
@@ -168,9 +178,9 @@ def _quantised_fwd_hopper(
     n_heads, n_q_blocks, n_programs, n_outer, first_inner, n_k_blocks, n_queries, scale_log2, guard,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, PARTIAL: tl.constexpr,
-    V_8BIT: tl.constexpr, FRESH: tl.constexpr,
+    V_8BIT: tl.constexpr, FRESH: tl.constexpr, QUEUED: tl.constexpr,
 ):  # fmt: skip
-    block, head, batch = _place(n_programs, n_outer, first_inner, n_heads)
+    block, head, batch = _begun(queue_ptr, n_programs, n_outer, first_inner, n_heads, QUEUED)
     if PARTIAL:
         block = tl.load(rows_ptr + block)
     pair = batch * n_heads + head

@@ -13,14 +13,15 @@ def _quarters(number):
 
 @triton.jit
 def _bucket(full_ptr, partial_ptr, place, n_places, n_rows, n_heads, stride_b, stride_h,
-            longest, BUCKETS: tl.constexpr):  # fmt: skip
+            longest, BUCKETS: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
     """The bucket of the tile at each place, 0 for lists of all key blocks; `BUCKETS` behind the
     last one."""
     inside = place < n_places
     pair = place // n_rows
     row = pair // n_heads * stride_b + pair % n_heads * stride_h + place % n_rows
     entries = tl.load(full_ptr + row, mask=inside, other=0)
-    entries += tl.load(partial_ptr + row, mask=inside, other=0)
+    if BOTH:
+        entries += tl.load(partial_ptr + row, mask=inside, other=0)
     bucket = tl.minimum(tl.maximum(longest - _quarters(entries), 0), BUCKETS - 1)
     return tl.where(inside, bucket, BUCKETS)
 
@@ -29,7 +30,7 @@ def _bucket(full_ptr, partial_ptr, place, n_places, n_rows, n_heads, stride_b, s
 def _longest_first_fwd(
     full_ptr, partial_ptr, queue_ptr, stride_b, stride_h,
     n_heads, n_rows, n_key_blocks, n_places,
-    BUCKETS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    BUCKETS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """Every program counts all lists, and puts its own behind those of longer buckets and behind
     those of its bucket that come before: the same order in every run, without a second launch."""
@@ -41,14 +42,14 @@ def _longest_first_fwd(
     for first in range(0, n_places, CHUNK):
         place = first + tl.arange(0, CHUNK)
         bucket = _bucket(full_ptr, partial_ptr, place, n_places, n_rows, n_heads, stride_b,
-                         stride_h, longest, BUCKETS)  # fmt: skip
+                         stride_h, longest, BUCKETS, BOTH)  # fmt: skip
         every += tl.histogram(bucket, 2 * BUCKETS)
         before += tl.histogram(tl.where(place < begin, bucket, BUCKETS), 2 * BUCKETS)
     base = tl.cumsum(every, 0) - every + before
 
     place = begin + tl.arange(0, ROWS)
     bucket = _bucket(full_ptr, partial_ptr, place, n_places, n_rows, n_heads, stride_b, stride_h,
-                     longest, BUCKETS)  # fmt: skip
+                     longest, BUCKETS, BOTH)  # fmt: skip
     mine = (bucket[:, None] == bins[None, :]).to(tl.int32)
     at = tl.sum(mine * (tl.cumsum(mine, 0) - 1 + base[None, :]), 1)
     tl.store(queue_ptr + at, place, mask=place < n_places)

@@ -11,6 +11,7 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels import hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels.launch import Launch, TensorDescriptor, launch_specialised
+from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.quantise import Quantised
 from dit_sparse.plan import BlockPlan
@@ -62,6 +63,7 @@ def _launch(
     rows = plan.masked_rows if box else plan.q_blocks.starts[:-1]
     picture = range(len(rows)) if box else plan.q_blocks.picture or range(len(rows))
     order = starts if plan.order is None else plan.order.index
+    queue = longest_first(plan, batch, heads, "partial" if box else "full")
     if vm is None:
         assert quantised.v is not None
         rows_of_head = plan.k_blocks.n * width
@@ -75,7 +77,7 @@ def _launch(
         out, lse, quantised.q_step, quantised.k_step, quantised.centres, quantised.excess,
         quantised.shift,
         plan.offsets, plan.full, plan.partial, plan.indices, starts, counts,
-        plan.q_blocks.starts, rows, order,
+        plan.q_blocks.starts, rows, order, starts if queue is None else queue,
         box.lower if box else starts, box.upper if box else starts,
         q.shape[:-1].numel(), k.shape[2] * keys, *v_origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
@@ -96,6 +98,7 @@ def _launch(
         # Each block's values are added up apart and then in fp32, since 8-bit products are added in
         # 14 bits. Not for partial entries, which are few and have no registers left.
         "FRESH": vm is None and box is None,
+        "QUEUED": queue is not None,
     }
     grid = (batch * heads * len(rows), 1, 1)
     return launch_specialised(_quantised_fwd_hopper, grid, arguments, constants, warps=4, stages=2)

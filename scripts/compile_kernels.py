@@ -156,7 +156,7 @@ def approximation(variant: Variant) -> Report:
     constants |= {"BLOCK_N": 64, "PARTS": 1, "BLOCK": 64, "CHUNK": 64, "COLUMNS": 64}
     constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
-    constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS}
+    constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS, "BOTH": True}
     rows = {
         "importance": 128,
         "longest_first": 128,
@@ -219,9 +219,10 @@ def in_eight_bits() -> Iterator[Variant]:
     """The kernels in 8 bits, and the pass that quantises for them; ragged extremes have hidden
     keys."""
     for precision in ("fp8", "int8"):
-        for ragged in (False, True):
-            yield Variant(precision, 90, 128, ragged)
-        yield Variant(precision, 90, 128, ragged=True, box=True)
+        for queued in (False, True):
+            for ragged in (False, True):
+                yield Variant(precision, 90, 128, ragged, queued=queued)
+            yield Variant(precision, 90, 128, ragged=True, box=True, queued=queued)
         yield Variant(f"keys {precision}", 90, 128, ragged=True)
         yield Variant(f"queries {precision}", 90, 128, ragged=True)
     for hidden in (False, True):
@@ -250,7 +251,7 @@ def eight_bits(variant: Variant) -> Report:
     constants |= {"STAGES": 3, "KEYS": variant.kernel.startswith("keys")}
     constants |= {"SAMPLED": True, "AGAIN": False}
     constants |= {"INTEGERS": integers, "V_8BIT": not integers, "HAS_HIDDEN": variant.ragged}
-    constants |= {"FRESH": not integers and not variant.box}
+    constants |= {"FRESH": not integers and not variant.box, "QUEUED": variant.queued}
     element = "i8" if integers else "fp8e4nv"
     descriptors = {"k_desc": f"tensordesc<{element}[{K_BLOCK}, {dim}]>"}
     descriptors["v_desc"] = f"tensordesc<{'bf16' if integers else 'fp8e4nv'}[{K_BLOCK}, {dim}]>"

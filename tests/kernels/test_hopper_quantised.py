@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,33 @@ def test_a_short_last_block(tokens: int):
     mask[0, 0, 0] = False
     plan = BlockPlan.from_mask(mask, blocks, blocks)
     run(plan, case, integers=True, values=True)
+
+
+@pytest.mark.parametrize(
+    ("integers", "order", "heads"), [(True, "head", "batch"), (False, "none", "shared")]
+)
+def test_the_longest_lists_first_change_nothing(integers: bool, order: str, heads: str):
+    """Neither of full entries nor of masked ones."""
+    case = Case(32, 32, 32, torch.float16, order=order, lists=heads)
+    plan = plan_of(case)
+    q, k, v = tensors_of(case, plan)
+    quantised = quantise(q, k, v, plan, integers=integers)
+    results = []
+    for uneven in (False, True):
+        given = replace(plan, uneven=uneven)
+        got = AttentionOutput(torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan))
+        queues = []
+        for partial in (False, True):
+            assert hopper_quantised.launch(quantised, v, given, 0.2, got, partial=partial)
+            queues = list(vars(given).get("_longest_first", {}).values())
+            assert len(queues) == uneven * (1 + partial)
+        for queue in queues:  # an order that would be no other tests nothing
+            assert not torch.equal(queue, torch.arange(len(queue)))
+        results.append(got)
+    plain, longest = results
+    assert not plain.out.isnan().any()
+    assert torch.equal(plain.out, longest.out)
+    assert torch.equal(plain.lse, longest.lse)
 
 
 def test_values_that_were_beyond_the_sample():

@@ -294,9 +294,12 @@ def test_views_of_what_changes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
-@pytest.mark.parametrize("ordered", [False, True])
-def test_launches_in_8_bits(jit: Jit, ordered: bool, precision: str, monkeypatch: Any) -> None:
-    """The passes before, and full and partial entries; everything between them is new."""
+@pytest.mark.parametrize(("ordered", "uneven"), [(False, False), (True, False), (True, True)])
+def test_launches_in_8_bits(
+    jit: Jit, ordered: bool, uneven: bool, precision: str, monkeypatch: Any
+) -> None:
+    """The passes before, and full and partial entries; everything between them is new, but not
+    the order in which query blocks begin."""
     homes = {
         permute: ["_permute_rows"],
         quantise: [
@@ -317,8 +320,11 @@ def test_launches_in_8_bits(jit: Jit, ordered: bool, precision: str, monkeypatch
     backend = quantised.QuantisedBackend(precision)
     assert isinstance(backend, PreparingBackend)
     q, k, v = (t.contiguous() for t in tensors(0))
-    _, again = backend.prepare(q, k, v, plan(ordered=ordered), 0.125)
+    given = replace(plan(ordered=ordered), uneven=uneven)
+    _, again = backend.prepare(q, k, v, given, 0.125)
     assert again is not None
+    queues = vars(given).pop("_longest_first", {})
+    assert set(queues) == ({(2, 3, "full"), (2, 3, "partial")} if uneven else set())
     count = len(jit.seen)
     # Means; keys, queries and values; full and partial entries. In int8 values are moved if at all.
     assert count == (7 if precision == "fp8" else 6 + ordered)
@@ -329,6 +335,9 @@ def test_launches_in_8_bits(jit: Jit, ordered: bool, precision: str, monkeypatch
     assert not {x.data_ptr() for x in rooms[0].tensors} & {x.data_ptr() for x in rooms[1].tensors}
     for before, after in zip(jit.seen[:count], jit.seen[count:], strict=True):
         same_arguments(before, after, moved)
+    assert "_longest_first" not in vars(given)
+    for queue, launched in zip(queues.values(), jit.seen[-2:], strict=False):
+        assert any(argument is queue for argument in launched)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])

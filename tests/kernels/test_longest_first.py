@@ -92,6 +92,21 @@ def test_rows_at_the_sides_of_a_bucket() -> None:
     assert module.longest_first(plan, 1, 1).tolist() == [4, 5, 2, 3, 1, 6, 0]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_launches_of_full_and_of_masked_entries_have_orders_of_their_own(batch: int) -> None:
+    """A launch of masked entries has places for the query blocks that have some in any head."""
+    plan = lists((1, 3, 60), 100, partial=True)
+    plan.partial[:, :, 5:9] = 0
+    rows = plan.masked_rows.long()
+    assert 0 < len(rows) < 56
+    masked = plan.partial[..., rows]
+    for part, count in (("full", plan.full), ("partial", masked), ("all", plan.count)):
+        queue = module.longest_first(plan, batch, 3, part)
+        every = count.expand(batch, 3, -1).reshape(-1)
+        assert torch.equal(queue.long(), bucket(every, 100).argsort(stable=True)), part
+        assert module.longest_first(plan, batch, 3, part) is queue
+
+
 def test_a_queue_is_made_once_for_each_number_of_heads() -> None:
     plan = lists((1, 1, 20), 20)
     first = module.longest_first(plan, 1, 2)

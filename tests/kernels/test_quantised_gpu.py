@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,24 @@ def test_near_float64_and_its_meaning(case: Case, precision: Any):
     again = attend(q, k, v, plan, precision=precision)
     assert torch.equal(again.out, got.out)
     assert torch.equal(again.lse, got.lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("precision", LEAST)
+@pytest.mark.parametrize("box", [False, True])
+def test_the_longest_lists_first_change_nothing(box: bool, precision: Any):
+    case = Case(128, 128, 128, torch.bfloat16, box=box, order="head", tokens=2304)
+    plan = plan_of(case).to("cuda")
+    q, k, v = tensors_of(case, plan, "cuda")
+    if box and not hopper.masks(q):
+        pytest.skip("the table leaves masked entries to others")
+    plain, longest = (
+        attend(q, k, v, replace(plan, uneven=uneven), precision=precision)
+        for uneven in (False, True)
+    )
+    assert torch.equal(plain.out, longest.out)
+    assert torch.equal(plain.lse, longest.lse)
 
 
 @pytest.mark.gpu
