@@ -132,7 +132,8 @@ class BlockPlan:
         full, partial: int32, shape of `offsets`.
         box, disk: element mask of partial entries, one or the other; `None` where there are none,
             or `words` mask them.
-        bias: float32 `[E]`, added to the scaled scores of every exact entry; `None`: nothing is.
+        bias: float32 `[E]`, added to the scaled scores of every exact entry, -inf for one that
+            weighs nothing; `None`: nothing is.
         words: int32 `[E, ceil(k_blocks.size / 32)]`, in the place of a box or a disk: bit j % 32 of
             word j // 32 says whether the queries of its row read key j of a partial entry.
         pools: entries that are read as means; `None`: every entry is exact.

@@ -333,10 +333,10 @@ def _check_marks(plan: BlockPlan) -> None:
     if plan.bias is not None:
         if plan.bias.shape != (entries,):
             raise ValueError(f"Expected bias of shape [{entries}], got {list(plan.bias.shape)}.")
-        if not bool(plan.bias.isfinite().all()):
+        if not bool((plan.bias < torch.inf).all()):
             raise ValueError(
-                "Expected a finite bias for every entry, got one that is not. Leave out entries "
-                "that nothing should read."
+                "Expected a finite bias for every entry, or -inf, got one that is neither. Give "
+                "-inf to entries that weigh nothing."
             )
     if plan.words is not None:
         if plan.words.shape != (entries, words):

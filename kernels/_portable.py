@@ -60,6 +60,19 @@ def _accumulate(acc, l_i, alpha, p, v):
 
 
 @triton.jit
+def _accumulate_full(m_i, l_i, acc, scores, v, scale_log2, SCALED: tl.constexpr):
+    """`_accumulate` of scores of which every row has some, times `scale_log2` already or not."""
+    if SCALED:
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        p = tl.math.exp2(scores - m_new[:, None])
+    else:
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+        p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
+    acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_new), p, v)
+    return m_new, l_i, acc
+
+
+@triton.jit
 def _accumulate_masked(m_i, l_i, acc, scores, v):
     """`_accumulate` of scores of which a row may have none above -inf."""
     m_new = tl.maximum(m_i, tl.max(scores, 1))
@@ -100,8 +113,8 @@ def _portable_fwd(
     n_heads, group, n_q_blocks, n_queries, n_keys, scale_log2, guard,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr,
-    FULL: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr, DISK: tl.constexpr,
-    HAS_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
+    FULL: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr, HAS_BOX: tl.constexpr,
+    DISK: tl.constexpr, HAS_WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
     TMA: tl.constexpr, REPAIR: tl.constexpr, QUEUED: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of one head are neighbours in the launch order and walk the same keys in L2.
@@ -117,9 +130,12 @@ def _portable_fwd(
     n_partial = 0
     if HAS_BOX:
         n_partial = tl.load(partial_ptr + row)
-    if not FULL:  # noqa: SIM102 (compile-time and run-time conditions do not mix)
-        # Another kernel has done the full entries: nothing to add for rows without partial ones.
-        if n_partial == 0:
+    if ADD:
+        # Another kernel has done the other entries: some rows have no more than those.
+        n_added = n_partial
+        if FULL:
+            n_added += tl.load(full_ptr + row)
+        if n_added == 0:
             return
 
     first_row = tl.load(q_starts_ptr + block) + tl.program_id(0) % PARTS * BLOCK_M
@@ -156,6 +172,11 @@ def _portable_fwd(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if ADD:  # go on from the result so far, as if it were one key of the row
+        m_i = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
+        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+        out_ptrs, out_inside = _results(out_ptr, tokens, v_cols, row_inside, out_stride_n, DV)
+        acc = tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
 
     if FULL:
         # A key block of the plan is SUB tiles of this kernel.
@@ -173,18 +194,10 @@ def _portable_fwd(
                 length = tl.load(lengths_ptr + it // SUB) - (it % SUB) * BLOCK_N
                 bias = _column_bias(within, length, bias_ptr + it // SUB, HAS_BIAS)
                 scores = scores * scale_log2 + bias[None, :]
-                m_new = tl.maximum(m_i, tl.max(scores, 1))
-                p = tl.math.exp2(scores - m_new[:, None])
+            if HAS_BIAS:  # which may be -inf
+                m_i, l_i, acc = _accumulate_masked(m_i, l_i, acc, scores, v)
             else:
-                m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
-                p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
-            acc, l_i = _accumulate(acc, l_i, tl.math.exp2(m_i - m_new), p, v)
-            m_i = m_new
-    else:  # go on from the result so far, as if it were one key of the row
-        m_i = tl.load(lse_ptr + tokens, mask=row_inside, other=float("-inf")) * 1.4426950408889634
-        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
-        out_ptrs, out_inside = _results(out_ptr, tokens, v_cols, row_inside, out_stride_n, DV)
-        acc = tl.load(out_ptrs, mask=out_inside, other=0.0).to(tl.float32)
+                m_i, l_i, acc = _accumulate_full(m_i, l_i, acc, scores, v, scale_log2, RAGGED)
 
     if HAS_BOX:
         starts_ptr += n_full

@@ -26,6 +26,7 @@ from dit_sparse.kernels.rooms import Room, in_order, room_for
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
+from dit_sparse.shares import Shares
 
 _BLOCKS = (16, 32, 64, 128, 256)
 
@@ -197,20 +198,19 @@ class TritonBackend:
     def _specialised(self, room: Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (_, k, v), result = room.q, room.ordered, room.result
-        mask = hopper.mask_of(plan, scale) if hopper.masks(q) else None
-        main = self._main(room, plan, scale, mask)
+        work = _work(q, plan, scale)
+        main = self._main(room, work.plain, scale, work.mask)
         if main is None:
             return []
-        parts: list[portable.Part] = []
-        left = plan.predicate is not None and mask is None and len(plan.masked_rows) > 0
+        parts: list[tuple[BlockPlan, portable.Part]] = []
         if room.lengths is not None:
-            parts.append("repair full" if left else "repair")
-        if left:
-            parts.append("partial")
+            parts.append((work.plain, "repair full" if work.part == "partial" else "repair"))
+        if work.rest is not None:
+            parts.append((work.rest, work.part))
         tile = self._tile(q, v, plan)
         return [
             main,
-            *(portable.launch(q, k, v, plan, scale, tile, result, part=part) for part in parts),
+            *(portable.launch(q, k, v, x, scale, tile, result, part=part) for x, part in parts),
         ]
 
     def _main(
@@ -236,11 +236,41 @@ class TritonBackend:
             q.element_size(),
             plan.q_blocks.size,
             plan.k_blocks.size,
-            boxed=plan.masked,
+            boxed=plan.masked or plan.bias is not None,
         )
 
 
 BACKEND = TritonBackend()
+
+
+class _Work(NamedTuple):
+    """What the specialised kernel and the portable one do of a plan's exact entries.
+
+    Args:
+        plain: a plan without biases whose full entries the specialised kernel runs.
+        mask: with which it runs the partial ones too.
+        rest: the plan that has what is left; `None`: nothing is.
+        part: of it.
+    """
+
+    plain: BlockPlan
+    mask: MaskProduct | None
+    rest: BlockPlan | None = None
+    part: portable.Part = "added"
+
+
+def _work(q: Tensor, plan: BlockPlan, scale: float) -> _Work:
+    masks = hopper.masks(q)
+    if plan.bias is None:
+        mask = hopper.mask_of(plan, scale) if masks else None
+        left = plan.masked and mask is None and len(plan.masked_rows) > 0
+        return _Work(plan, mask, plan, "partial") if left else _Work(plan, mask)
+    if masks and plan.box is not None:
+        shares = Shares.of(plan, masked=True)
+        if (mask := hopper.mask_of(shares.plain, scale)) is not None:
+            return _Work(shares.plain, mask, shares.rest)
+    shares = Shares.of(plan, masked=False)
+    return _Work(shares.plain, None, shares.rest)
 
 
 def _approximate(

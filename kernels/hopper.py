@@ -25,6 +25,7 @@ from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.variants import Kernel, masked_kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.shares import any_plain
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class Matrix:
 
 
 def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
-    """Whether the kernel was built for this problem: Hopper, 16 bit, blocks of 128."""
-    plain = plan.bias is None and plan.words is None
-    return plain and plan.q_blocks.size == 128 and suits(q, v, plan.k_blocks)
+    """Whether the kernel was built for this problem (Hopper, 16 bit, blocks of 128) and has a part
+    in it: entries that need neither words nor a bias."""
+    return plan.q_blocks.size == 128 and suits(q, v, plan.k_blocks) and any_plain(plan)
 
 
 def suits(q: Tensor, v: Tensor, k_blocks: Blocks) -> bool:

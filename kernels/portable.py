@@ -16,7 +16,7 @@ from dit_sparse.plan import BlockPlan
 
 LOG2_E = 1.4426950408889634
 
-Part = Literal["all", "partial", "repair", "repair full"]
+Part = Literal["all", "partial", "added", "repair", "repair full"]
 
 
 def launch(
@@ -36,7 +36,8 @@ def launch(
         q: `[B, H, N_q, D]` in the caller's order, unit stride along D.
         k, v: in plan order, unit stride along D; each of their heads is for as many of q.
         part: `"all"`; `"partial"` where `result` already holds the full entries and the partial
-            ones are added to it; `"repair"` to compute query blocks with an infinite LSE in
+            ones are added to it; `"added"` where it holds what other lists read and all entries
+            are added to it; `"repair"` to compute query blocks with an infinite LSE in
             `result` again; `"repair full"` to do so from their full entries alone.
     """
     out, lse = result
@@ -46,7 +47,9 @@ def launch(
     starts, lengths = plan.spans
     order = starts if plan.order is None else plan.order.index
     queue = longest_first(plan, batch, heads) if part == "all" else None
-    masks = None if part == "repair full" else plan.predicate
+    masks, words = plan.predicate, plan.words
+    if part == "repair full":
+        masks = words = None
     lower, upper, above, below = masks.operands if masks else (starts,) * 4
     queries = min(tile.queries, plan.q_blocks.size)
     tma = tile.tma and TensorDescriptor is not None and _describable(k) and _describable(v)
@@ -57,7 +60,7 @@ def launch(
         out, lse,
         plan.offsets, plan.full, plan.partial, starts, lengths, plan.q_blocks.starts, order,
         starts if queue is None else queue, lower, upper, above, below,
-        starts if plan.words is None else plan.words, starts if plan.bias is None else plan.bias,
+        starts if words is None else words, starts if plan.bias is None else plan.bias,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *list_strides(plan),
         order.stride(0) if order.ndim == 2 else 0,
@@ -75,10 +78,11 @@ def launch(
         "BLOCK_N": tile.keys,
         "SUB": plan.k_blocks.size // tile.keys,
         "FULL": part != "partial",
+        "ADD": part in ("partial", "added"),
         "RAGGED": plan.k_blocks.ragged,
-        "HAS_BOX": masks is not None or plan.words is not None,
+        "HAS_BOX": masks is not None or words is not None,
         "DISK": plan.disk is not None,
-        "HAS_WORDS": plan.words is not None,
+        "HAS_WORDS": words is not None,
         "HAS_BIAS": plan.bias is not None,
         "HAS_ORDER": plan.order is not None,
         "TMA": tma,

@@ -42,7 +42,7 @@ def choose_tile(
         head_dim: the larger of the query and value head dims, padded to a power of two.
         itemsize: bytes of one element.
         q_block, k_block: block sizes of the plan.
-        boxed: whether entries are masked by coordinates, which takes registers.
+        boxed: whether entries are masked or have biases, which takes registers.
     """
     row = tile_row(capability, itemsize, head_dim, boxed)
     # All rows in four warps spill registers where masks, or loads without descriptors, take some.

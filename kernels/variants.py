@@ -77,7 +77,7 @@ class TileRow:
         architecture: the oldest that the row is for; newer ones take it unless they have their own.
         itemsize: bytes of an element.
         head_dim: the largest that the row is for.
-        boxed: whether entries are masked by coordinates, which takes registers.
+        boxed: whether entries are masked or have biases, which takes registers.
         keys, warps, stages, tma, queries: see `tiles.Tile`; warps for that many queries.
     """
 

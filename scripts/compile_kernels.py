@@ -112,6 +112,9 @@ def portable_variants(every: bool) -> Iterator[Variant]:
     for head_dim in (64, 128):
         yield Variant("portable", 90, head_dim, ragged=True, box=True, full=False)
     yield Variant("portable", 90, 128, ragged=True, disk=True, full=False)
+    yield Variant("portable", 90, 128, ragged=True, words=True, full=False)
+    for masks in ({}, {"box": True}, {"words": True}):  # what the specialised kernel leaves
+        yield Variant("portable", 90, 128, ragged=True, biased=True, added=True, **masks)
     for capability in (80, 90, 100, 120) if every else (80, 90):
         yield Variant("portable", capability, 128, ragged=True, words=True, biased=True)
         yield Variant("portable", capability, 128, ragged=True, dtype="fp16")
@@ -294,7 +297,8 @@ def compiled(variant: Variant) -> Report:
     else:
         function = _portable_fwd
         sizes = (variant.head_dim, 2, Q_BLOCK, K_BLOCK)
-        chosen = choose_tile(divmod(variant.capability, 10), *sizes, boxed=masked)
+        boxed = masked or variant.biased
+        chosen = choose_tile(divmod(variant.capability, 10), *sizes, boxed=boxed)
         warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
         queries = chosen.queries
         tile = [1, 1, keys, variant.head_dim]
@@ -304,6 +308,7 @@ def compiled(variant: Variant) -> Report:
         "BLOCK_N": keys,
         "SUB": K_BLOCK // keys,
         "FULL": variant.full,
+        "ADD": variant.added or not variant.full,
         "RAGGED": variant.ragged,
         "HAS_BOX": masked,
         "DISK": variant.disk,

@@ -48,6 +48,7 @@ class Variant:
     dtype: str = "bf16"
     grouped: bool = False
     queued: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def _items(
                     continue
             key, value, count = _mean(keys, values, group)
             if plan.bias is not None and nth < n_full + n_partial:
+                if plan.bias[first + nth] == -math.inf:
+                    continue
                 count *= math.exp(plan.bias[first + nth])
             exact.append((key, value, count))
     tail = []

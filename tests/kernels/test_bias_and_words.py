@@ -29,7 +29,7 @@ CASES = [
 
 
 def marked(plan: BlockPlan, *, bias: bool, words: bool, seed: int = 0) -> BlockPlan:
-    """The plan with a random bias, and with random words in the place of its box."""
+    """The plan with random biases, some of them -inf, and with random words in place of its box."""
     generator = torch.Generator().manual_seed(seed)
     entries = plan.indices.numel()
     if words:
@@ -37,7 +37,9 @@ def marked(plan: BlockPlan, *, bias: bool, words: bool, seed: int = 0) -> BlockP
         bits = torch.randint(-(2**31), 2**31, shape, generator=generator).int()
         plan = replace(plan, box=None, words=bits)
     if bias:
-        plan = replace(plan, bias=3 * torch.randn(entries, generator=generator))
+        biases = 3 * torch.randn(entries, generator=generator)
+        nothing = torch.rand(entries, generator=generator) < 0.1
+        plan = replace(plan, bias=biases.masked_fill(nothing, -torch.inf))
     return check(plan)
 
 
@@ -141,6 +143,7 @@ def test_backends_that_do_not_know_them_refuse(plan: BlockPlan):
         ({"bias": torch.zeros(3)}, "Expected bias of shape"),
         ({"bias": "double"}, "Expected bias of dtype torch.float32"),
         ({"bias": float("inf")}, "Expected a finite bias"),
+        ({"bias": float("nan")}, "Expected a finite bias"),
         ({"words": torch.zeros(3, 2, dtype=torch.int32)}, "Expected words of shape"),
         ({"words": "none"}, "Expected a box that masks the partial entries"),
         ({"box": "again"}, "got words and another"),
@@ -150,11 +153,13 @@ def test_faults(plan: BlockPlan, changes: dict[str, Any], sentence: str):
     assert plan.bias is not None
     named = {
         "double": plan.bias.double(),
-        float("inf"): plan.bias.where(plan.indices > 0, torch.inf),
         "none": None,
         "again": plan_of(CASES[0]).box,
     }
     (name, value), *_ = changes.items()
-    value = value if isinstance(value, torch.Tensor) else named[value]
+    if isinstance(value, float):
+        value = plan.bias.where(plan.indices > 0, value)
+    elif not isinstance(value, torch.Tensor):
+        value = named[value]
     with pytest.raises(ValueError, match=sentence):
         check(replace(plan, **{name: value}))

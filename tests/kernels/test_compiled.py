@@ -166,6 +166,7 @@ def test_words_biases_and_float16_are_compiled(reports):
         found = [r["variant"] for r in chosen(reports, "portable", capability)]
         assert any(v["words"] and v["biased"] for v in found)
         assert any(v["dtype"] == "fp16" for v in found)
+    assert any(v["biased"] and v["added"] for v in found)
     assert any(r["variant"]["dtype"] == "fp16" for r in chosen(reports, "hopper", 90))
 
 
@@ -173,7 +174,8 @@ def test_words_biases_and_float16_are_compiled(reports):
 def test_the_portable_kernel_takes_no_more_shared_memory_than_is_counted(reports, capability: int):
     for report in chosen(reports, "portable", capability):
         variant = report["variant"]
-        dim, boxed = variant["head_dim"], variant["box"] or variant["disk"] or variant["words"]
+        dim = variant["head_dim"]
+        boxed = any(variant[name] for name in ("box", "disk", "words", "biased"))
         tile = choose_tile(divmod(capability, 10), dim, 2, 128, 128, boxed=boxed)
         assert report["shared"] <= shared_memory(tile, dim, 2, 128), report
 

@@ -101,7 +101,7 @@ def test_what_is_left_is_known_to_the_portable_kernel():
     made = {
         part for s in (0, 1) for p in (0, 1) for b in (0, 1) for part in tune_masked.left(s, p, b)
     }
-    assert made == set(get_args(portable.Part))
+    assert made == set(get_args(portable.Part)) - {"added"}  # which is for biases
 
 
 class TestFaults:
