@@ -43,6 +43,7 @@ LAYERS = (
         "per_axis",
         "tile_lists",
         "plan_lists",
+        "shares",
         "simulator",
         "tiling",
         "window_plan",
