@@ -116,13 +116,15 @@ class TestRules:
         chosen = selection.top_p(scores, mass)
         for row, picked in zip(scores.view(-1, 9), chosen.view(-1, 9), strict=True):
             share = row.double().softmax(-1)
-            held, wanted = 0.0, set()
+            held, least, most = 0.0, set(), set()
             for j in share.argsort(descending=True).tolist():
-                if held < mass - 1e-6 and share[j] > 0:
-                    wanted.add(j)
-                    held += float(share[j])
+                if share[j] > 0 and held < mass - 1e-6:
+                    least.add(j)
+                if share[j] > 0 and held < mass + 1e-6:  # sums in fp32 may fall on either side
+                    most.add(j)
+                held += float(share[j])
             got = set(picked.nonzero().flatten().tolist())
-            assert got == wanted or mass == 1.0
+            assert least <= got <= most or mass == 1.0
             assert 2 not in got
             assert float(share[sorted(got)].sum()) >= mass - 1e-5
 
