@@ -38,6 +38,16 @@ TOKENS = {
 }
 
 
+def test_variants_are_what_their_names_say() -> None:
+    found = dict(variants([0.2]))
+    assert [*found, "paro 0.2"] == names([0.2])
+    sampled, means = found["psa 0.2"], found["psa-means 0.2"]
+    assert (sampled.importance, means.importance) == ("sampled", "means")
+    assert sampled.ends == means.ends
+    tails = [found[f"{name} 0.2"].tail for name in ("pisa-zeroth", "pisa")]
+    assert tails == ["zeroth", "first"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_the_published_ones(name: str) -> None:
     model = MODELS[name]
