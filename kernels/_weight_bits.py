@@ -15,6 +15,7 @@ def _by_row(combine: str, first: int, apart: int, end: list[str]) -> str:
 
     Args:
         first, apart: number of the first pair's operand, and of operands from one to the next.
+        end: with `{row}`, `{out}` for the first output, and `{last}` for the row's last pair.
     """
     lines = []
     for row in range(2):
@@ -28,7 +29,8 @@ def _by_row(combine: str, first: int, apart: int, end: list[str]) -> str:
             ]
             pairs = into
         lines.append(f"mov.b32 all{row}, {pairs[0]};")
-        lines += [line.format(row=row, out=2 * row) for line in end]
+        last = first + apart * (_HELD // 2 - 2 + row)
+        lines += [line.format(row=row, out=2 * row, last=last) for line in end]
     return "\n".join(
         ["{", ".reg .b16 low, high;", ".reg .b32 bits, sign;", ".reg .f32 f, g;", *lines]
     )
@@ -61,25 +63,37 @@ _GREATEST = tl.constexpr(
 # In units, as integers: the compiler leaves out the sums with 0. Weights are up to 640 where
 # float16 rounds the maximum of a row by 16 ticks, and 128 of them must fit.
 _UNITS = tl.constexpr(2.0**13)
-_SUMS = tl.constexpr(
-    _by_row(
-        "add.f16x2",
-        _HELD,
-        2,
+
+
+def _sums(more: list[str]) -> str:
+    """Assembly for the sum of each row; `more` is what is done with it, `f`, before it is cut."""
+    end = [
+        "mov.b32 {{low, high}}, all{row};",
+        "cvt.f32.f16 f, low;",
+        "cvt.f32.f16 g, high;",
+        "add.f32 f, f, g;",
+        *more,
+        f"mul.f32 f, f, 0f{struct.pack('>f', _UNITS.value).hex()};",
+        "cvt.rni.s32.f32 ${out}, f;",
+    ]
+    zeros = "".join(f"\nmov.b32 ${n}, 0;" for n in range(_HELD) if n not in (0, 2))
+    return _by_row("add.f16x2", _HELD, 2, end) + zeros + "\n}"
+
+
+_SUMS = tl.constexpr(_sums([]))
+# And the last weight of the row times the number beside it.
+_SUMS_SHORT = tl.constexpr(
+    _sums(
         [
-            "mov.b32 {{low, high}}, all{row};",
-            "cvt.f32.f16 f, low;",
+            "mov.b32 {{low, high}}, ${last};",
             "cvt.f32.f16 g, high;",
-            "add.f32 f, f, g;",
-            f"mul.f32 f, f, 0f{struct.pack('>f', _UNITS.value).hex()};",
-            "cvt.rni.s32.f32 ${out}, f;",
-        ],
+            f"fma.rn.f32 f, g, ${3 * _HELD - 4}, f;",
+        ]
     )
-    + "".join(f"\nmov.b32 ${n}, 0;" for n in range(_HELD) if n not in (0, 2))
-    + "\n}"
 )
 _GREATEST_OPERANDS = tl.constexpr(_operands(_HELD, _HELD // 2))
 _SUMS_OPERANDS = tl.constexpr(_operands(_HELD, _HELD))
+_SUMS_SHORT_OPERANDS = tl.constexpr(_operands(_HELD, _HELD) + ",f" * _HELD)
 
 
 @triton.jit
@@ -184,14 +198,16 @@ def _packed_pairs(pairs):
 @triton.jit
 def _mass_of_pairs(pairs, length, SHORT: tl.constexpr):
     """`_mass` of what `_weights` made."""
-    parts = tl.inline_asm_elementwise(
-        _SUMS, _SUMS_OPERANDS, [pairs], dtype=tl.int32, is_pure=True, pack=64
-    )
-    mass = tl.sum(parts, 1).to(tl.float32) * (1 / _UNITS)
-    if SHORT:
+    if SHORT:  # taken off before threads share their sums, not behind a second sum over them
         size: tl.constexpr = pairs.shape[1]
         picked = tl.arange(0, size)[None, :] == size - 2
-        last = tl.sum(tl.where(picked, pairs, 0), 1) >> 16
-        copy = last.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        mass += copy * (length - size).to(tl.float32)
-    return mass
+        often = tl.where(picked, (length - size).to(tl.float32), 0.0)
+        parts = tl.inline_asm_elementwise(
+            _SUMS_SHORT, _SUMS_SHORT_OPERANDS, [pairs, often],
+            dtype=tl.int32, is_pure=True, pack=64,
+        )  # fmt: skip
+    else:
+        parts = tl.inline_asm_elementwise(
+            _SUMS, _SUMS_OPERANDS, [pairs], dtype=tl.int32, is_pure=True, pack=64
+        )
+    return tl.sum(parts, 1).to(tl.float32) * (1 / _UNITS)
