@@ -23,6 +23,7 @@ hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 hopper_persistent = pytest.importorskip("dit_sparse.kernels.hopper_persistent")
 launching = pytest.importorskip("dit_sparse.kernels.launch")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
+reference = pytest.importorskip("dit_sparse.kernels.reference")
 rooms = pytest.importorskip("dit_sparse.kernels.rooms")
 
 interpreter = pytest.mark.skipif(
@@ -134,7 +135,7 @@ def check_result(
     got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tolerance: float
 ) -> None:
     """Against the reference in float64, row by row of what it reads."""
-    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+    exact = attend(q.double(), k.double(), v.double(), plan, backend=reference.BACKEND)
     seen = exact.lse > -torch.inf
     assert int((~seen).sum()) > 0 or plan.tail != "none"
     error = (got.out.double() - exact.out)[seen].norm() / exact.out[seen].norm()
