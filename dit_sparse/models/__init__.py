@@ -30,13 +30,11 @@ class EmbeddedModel:
         name: of the model and of its folder.
         call: arguments of the pipeline's call that it was made for.
         without_gpu: others in their place where there is no GPU, so that a sample ends in minutes.
-        ships: whether its files belong to this version; if not, a folder may still be put here.
     """
 
     name: str
     call: Mapping[str, int | float]
     without_gpu: Mapping[str, int | float]
-    ships: bool = False
 
     def arguments(self, device: str) -> dict[str, int | float]:
         """Arguments of the pipeline's call on a kind of device, `"cuda"` or `"cpu"`."""
@@ -46,11 +44,6 @@ class EmbeddedModel:
     def folder(self) -> Path:
         """Where its files are, or should be."""
         return FOLDER / self.name
-
-    @property
-    def present(self) -> bool:
-        """Whether there is such a folder, damaged or not."""
-        return self.folder.is_dir()
 
     def damage(self, *, digests: bool = False) -> str | None:
         """A sentence about what is wrong with its files, or `None`.
@@ -78,7 +71,6 @@ _MODELS = (
             "guidance_scale": 4.0,
         },
         without_gpu={"num_frames": 25, "num_inference_steps": 16},
-        ships=True,
     ),
     EmbeddedModel(
         "tiny-image",  # 256x256 is 64 x 64 = 4,096 tokens beside the text
