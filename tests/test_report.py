@@ -109,5 +109,5 @@ def test_quality_tables_are_those_of_the_reports_that_were_kept(root: Path) -> N
 
 
 def test_a_readme_without_markers_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match="kernels: from benchmarks"):
+    with pytest.raises(ValueError, match="steps: from benchmarks"):
         with_tables("nothing", root)
