@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_sparse import models
 from dit_sparse.attention import attend, backends
-from dit_sparse.backend import Backend
+from dit_sparse.backend import Backend, kernel_module
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.kernels.architecture import architecture
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
@@ -165,9 +166,10 @@ def _portable(probe: _Probe) -> Backend:
     from dit_sparse.kernels.tiles import choose_tile
 
     q, plan = probe.q, probe.plan
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     sizes = (q.shape[-1], q.element_size(), plan.q_blocks.size, plan.k_blocks.size)
-    return TritonBackend(tile=choose_tile(capability, *sizes, boxed=plan.box is not None))
+    return TritonBackend(
+        tile=choose_tile(architecture(q.device), *sizes, boxed=plan.box is not None)
+    )
 
 
 def _check_sparse(name: str, backend: Backend, probe: _Probe) -> Check:
@@ -221,7 +223,10 @@ def _describe(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
     properties = torch.cuda.get_device_properties(device)
-    return (
-        f"{device} ({properties.name}, capability {properties.major}.{properties.minor}, "
-        f"{properties.total_memory / 2**30:.0f} GiB)"
-    )
+    about = f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if (known_answers := kernel_module("known_answers")) is None:
+        return f"{about})"
+    name = architecture(device)
+    if name in known_answers.MEASURED:
+        return f"{about}, {name}: the GPU tests have run there)"
+    return f"{about}, {name}: nobody ran the kernels there, they give known answers first)"

@@ -16,11 +16,14 @@ from dit_sparse.kernels import (
     approximate,
     hopper,
     hopper_persistent,
+    known_answers,
     pool,
     pooled,
     portable,
     tail,
 )
+from dit_sparse.kernels.architecture import architecture
+from dit_sparse.kernels.architecture import refuses as refuses_gpu
 from dit_sparse.kernels.launch import Launch, Repeat, device_of, refuses_heads
 from dit_sparse.kernels.rooms import Room, in_order, room_for
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
@@ -80,10 +83,8 @@ class TritonBackend:
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         if not q.is_cuda and not self.interpreted:
             return f"expected tensors on a GPU, got {q.device.type}."
-        if torch.version.hip is not None:
-            return "expected an NVIDIA GPU, got an AMD one."
-        if q.is_cuda and hopper.capability(q.device) < (8, 0):
-            return f"expected compute capability 8.0 or later, got {hopper.capability(q.device)}."
+        if q.is_cuda and (reason := refuses_gpu(architecture(q.device))) is not None:
+            return reason
         if plan.q_blocks.size not in _BLOCKS[:-1] or plan.k_blocks.size not in _BLOCKS:
             return (
                 f"expected query blocks of 16 to 128 and key blocks of 16 to 256 tokens, powers of "
@@ -91,15 +92,27 @@ class TritonBackend:
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
             return "expected inference, got inputs that require gradients."
-        return refuses_beyond_basics(q, v) or refuses_heads(q) or self._refuses_size(q, v, plan)
+        return (
+            refuses_beyond_basics(q, v)
+            or refuses_heads(q)
+            or self._refuses_size(q, v, plan)
+            or known_answers.refusal(self, q, v, plan)
+        )
 
     def _refuses_size(self, q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         """Why the portable kernel, which also finishes what others leave, does not fit."""
         if not q.is_cuda:
             return None
         dim = portable.padded(max(q.shape[-1], v.shape[-1]))
-        tile = self._tile(q, v, plan)
-        needed = shared_memory(tile, dim, q.element_size(), plan.q_blocks.size)
+        name, size = architecture(q.device), q.element_size()
+        tile = self._tile_or_none(q, v, plan)
+        if tile is None:
+            return (
+                f"expected elements of 16 bits and a head dim of at most 128 on {name}, or 32 bits "
+                f"and 64, got {8 * size} bits and {dim}."
+            )
+        amd = name.startswith("gfx")
+        needed = shared_memory(tile, dim, size, plan.q_blocks.size, amd=amd)
         if needed <= (room := _shared_memory(q.device)):
             return None
         return (
@@ -230,8 +243,13 @@ class TritonBackend:
         return hopper.launch(*given, mask=mask, lengths=lengths)
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
+        tile = self._tile_or_none(q, v, plan)
+        assert tile is not None  # refused before
+        return tile
+
+    def _tile_or_none(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile | None:
         return self.tile or choose_tile(
-            hopper.capability(q.device),
+            architecture(q.device),
             portable.padded(max(q.shape[-1], v.shape[-1])),
             q.element_size(),
             plan.q_blocks.size,

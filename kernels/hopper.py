@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
+from dit_sparse.kernels.architecture import architecture, generation
 from dit_sparse.kernels.launch import (
     Launch,
     Repeat,
@@ -107,8 +108,15 @@ def suits(q: Tensor, v: Tensor, k_blocks: Blocks) -> bool:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """CUDA compute capability; (0, 0) where there is none. Asked in every call."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """CUDA compute capability; (0, 0) where there is none. Asked in every call.
+
+    AMD GPUs have none: the (9, 0) that PyTorch says of some is another numbering.
+    """
+    name = architecture(device)
+    if not name.startswith("sm_"):
+        return 0, 0
+    major, minor = generation(name)[1]
+    return major, minor
 
 
 def chosen(q: Tensor, k_blocks: Blocks) -> Kernel:

@@ -148,9 +148,8 @@ def launch(
         constants: all others, by name.
         registers: of a thread at most; `None`: as many as the compiler likes.
     """
-    kernel = jit[grid](
-        *arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers
-    )
+    bounded = {} if registers is None else {"maxnreg": registers}  # which AMD's compiler has not
+    kernel = jit[grid](*arguments, **constants, num_warps=warps, num_stages=stages, **bounded)
     names = getattr(jit, "arg_names", ())[len(arguments) :]
     whole = arguments + tuple(constants[name] for name in names)
     return Launch(kernel if _REPEATS else None, grid, whole)
@@ -249,7 +248,7 @@ def _sound(
     """Whether a kernel is compiled as it was meant to be; says so in the log if not."""
     if not isinstance(jit, JITFunction):
         return True  # Triton's interpreter, which compiles nothing
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": None}  # those of `launch`
+    options = {"num_warps": warps, "num_stages": stages}  # those of `launch`
     reason: str | None
     try:
         kernel = jit.warmup(*arguments, grid=grid, **constants, **options)

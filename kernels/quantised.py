@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_sparse.backend import Again, AttentionOutput, Precision
 from dit_sparse.kernels import approximate, hopper, hopper_quantised
+from dit_sparse.kernels.architecture import architecture
 from dit_sparse.kernels.block_sparse import unit_stride
 from dit_sparse.kernels.launch import Launch, Repeat, device_of, refuses_heads
 from dit_sparse.kernels.permute import empty, gather, permute
@@ -227,5 +228,5 @@ def _refuses_device(q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
         )
     return (
         "expected compute capability 9.0 and Triton 3.6 or later in 8 bits, got "
-        f"{hopper.capability(q.device)}. Use precision='bf16'."
+        f"{architecture(q.device)}. Use precision='bf16'."
     )

@@ -14,6 +14,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, get_args
 
+from dit_sparse.kernels.architecture import generation
+
 #: What computes whole entries: `hopper` has a program for every query block, `hopper_persistent`
 #: programs for several, `portable` runs anywhere.
 Kernel = Literal["hopper", "hopper_persistent", "portable"]
@@ -74,7 +76,8 @@ class TileRow:
     """How the portable kernel is cut.
 
     Args:
-        architecture: the oldest that the row is for; newer ones take it unless they have their own.
+        architecture: the oldest that the row is for, such as `"sm_80"` or `"gfx90a"`; newer ones of
+            its line take it unless they have their own.
         itemsize: bytes of an element.
         head_dim: the largest that the row is for.
         boxed: whether entries are masked or have biases, which takes registers.
@@ -169,22 +172,27 @@ def _newest(rows: Sequence[Whole | Masked], capability: tuple[int, int], triton:
 
 
 @cache
-def tile_row(capability: tuple[int, int], itemsize: int, head_dim: int, boxed: bool) -> TileRow:
-    """How the portable kernel is cut; what is older than all rows takes the oldest."""
-    rows = [
-        row
+def tile_row(architecture: str, itemsize: int, head_dim: int, boxed: bool) -> TileRow | None:
+    """How the portable kernel is cut; what is older than all rows of its line takes the oldest.
+
+    Returns:
+        `None` where no row is for elements and head dims of that size: every way to cut the kernel
+        keeps many registers in memory there.
+    """
+    line, wanted = generation(architecture)
+    rows = {
+        row: generation(row.architecture)[1]
         for row in table().tiles
-        if (row.itemsize, row.boxed) == (itemsize, boxed) and head_dim <= row.head_dim
-    ]
-    known = sorted({_capability(row) for row in rows})
-    newest = max((one for one in known if one <= capability), default=known[0])
-    fitting = (row for row in rows if _capability(row) == newest)
+        if (row.itemsize, row.boxed) == (itemsize, boxed)
+        and head_dim <= row.head_dim
+        and generation(row.architecture)[0] == line
+    }
+    if not rows:
+        return None
+    known = sorted(set(rows.values()))
+    newest = max((one for one in known if one <= wanted), default=known[0])
+    fitting = (row for row, number in rows.items() if number == newest)
     return min(fitting, key=lambda row: row.head_dim)
-
-
-def _capability(row: TileRow) -> tuple[int, int]:
-    major, minor = divmod(int(row.architecture.removeprefix("sm_")), 10)
-    return major, minor
 
 
 def _version(text: str) -> tuple[int, ...]:

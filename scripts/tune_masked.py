@@ -19,6 +19,7 @@ from dit_sparse.bench import time_interleaved
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.kernels import hopper, hopper_persistent, norms, portable
 from dit_sparse.kernels.permute import permute
+from dit_sparse.kernels.architecture import architecture
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
@@ -158,8 +159,10 @@ def room(q: torch.Tensor) -> AttentionOutput:
 
 
 def tile_for(q: torch.Tensor, *, boxed: bool) -> Tile:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return choose_tile(capability, q.shape[-1], q.element_size(), 128, 128, boxed=boxed)
+    sizes = (q.shape[-1], q.element_size(), 128, 128)
+    tile = choose_tile(architecture(q.device), *sizes, boxed=boxed)
+    assert tile is not None, "every NVIDIA GPU has one"
+    return tile
 
 
 def poison(q: torch.Tensor) -> None:

@@ -497,11 +497,6 @@ class TestRefusals:
         with torch.no_grad():
             assert self.sentence(plan, q, k, v) is None
 
-    def test_an_amd_gpu(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(torch.version, "hip", "7.0")
-        plan = plan_of(self.CASE)
-        assert "got an AMD one" in (self.sentence(plan, *tensors_of(self.CASE, plan)) or "")
-
     def test_float64(self):
         plan = plan_of(self.CASE)
         q, k, v = (x.double() for x in tensors_of(self.CASE, plan))
@@ -533,11 +528,11 @@ class TestRefusals:
         assert f"powers of two, got {q_block} and {k_block}" in (self.sentence(plan, q, k, v) or "")
 
     @pytest.mark.parametrize(
-        ("capability", "room", "refused"),
+        ("name", "room", "refused"),
         [
-            ((8, 0), 166_912, {(256, torch.float32, 128)}),
+            ("sm_80", 166_912, {(256, torch.float32, 128)}),
             (
-                (8, 6),
+                "sm_86",
                 101_376,
                 {
                     (256, torch.float32, 128),
@@ -546,16 +541,17 @@ class TestRefusals:
                     (128, torch.float32, 128),
                 },
             ),
-            ((9, 0), 232_448, set()),
+            ("sm_90", 232_448, set()),
+            ("gfx942", 65_536, set()),
         ],
     )
     def test_more_than_the_shared_memory_of_the_device(
-        self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], room: int, refused: set
+        self, monkeypatch: pytest.MonkeyPatch, name: str, room: int, refused: set
     ):
-        """An A100, a consumer GPU and a Hopper one; kernels that do not fit fail at launch."""
-        monkeypatch.setattr(hopper, "capability", lambda device: capability)
+        """An A100, a consumer GPU, a Hopper one, an MI300; kernels that do not fit fail at launch."""
+        monkeypatch.setattr(block_sparse, "architecture", lambda device: name)
+        monkeypatch.setattr(block_sparse.known_answers, "refusal", lambda *_: None)
         monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: room)
-        monkeypatch.setattr(torch.version, "hip", None)
         got = {}
         problems = itertools.product(
             [32, 64, 128, 200, 256], [torch.float32, torch.bfloat16], [16, 32, 64, 128]
@@ -572,3 +568,24 @@ class TestRefusals:
         for (_, dtype, block), sentence in got.items():
             assert f"fit {room // 1024} KiB of shared memory" in sentence
             assert f"{dtype.itemsize} bytes and {block} tokens" in sentence
+
+    @pytest.mark.parametrize(
+        ("dim", "dtype", "refused"),
+        [
+            (128, torch.bfloat16, False),
+            (200, torch.bfloat16, True),
+            (64, torch.float32, False),
+            (128, torch.float32, True),
+        ],
+    )
+    def test_what_no_tile_is_for(
+        self, monkeypatch: pytest.MonkeyPatch, dim: int, dtype: torch.dtype, refused: bool
+    ):
+        monkeypatch.setattr(block_sparse, "architecture", lambda device: "gfx1100")
+        monkeypatch.setattr(block_sparse.known_answers, "refusal", lambda *_: None)
+        monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: 65_536)
+        plan = plan_of(replace(self.CASE, q_block=128, k_block=128))
+        with FakeTensorMode():
+            q = torch.empty(1, HEADS, 40, dim, dtype=dtype, device="cuda")
+            sentence = block_sparse.BACKEND.refuses(q, q, q, plan)
+        assert ("head dim of at most 128 on gfx1100" in (sentence or "")) == refused

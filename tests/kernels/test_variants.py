@@ -13,6 +13,7 @@ from dit_sparse.kernels import variants
 from dit_sparse.kernels.variants import (
     Masked,
     Table,
+    TileRow,
     Whole,
     masked_kernel,
     tile_row,
@@ -135,24 +136,38 @@ def test_masks_of_the_newest_version_that_is_not_newer(
 
 
 @pytest.mark.parametrize(
-    ("capability", "architecture"),
+    ("architecture", "row"),
     [
-        ((0, 0), "sm_80"),
-        ((8, 0), "sm_80"),
-        ((8, 9), "sm_80"),
-        ((9, 0), "sm_90"),
-        ((10, 0), "sm_100"),
-        ((10, 3), "sm_100"),
-        ((12, 0), "sm_120"),
-        ((12, 1), "sm_120"),
+        ("cpu", "sm_80"),
+        ("sm_80", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_100", "sm_100"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_120"),
+        ("sm_121", "sm_120"),
+        ("gfx90a", "gfx90a"),
+        ("gfx942", "gfx90a"),
+        ("gfx950", "gfx90a"),
+        ("gfx1100", "gfx1100"),
+        ("gfx1201", "gfx1100"),
     ],
 )
-def test_tiles_of_the_newest_architecture_that_is_not_newer(
-    capability: tuple[int, int], architecture: str
-):
-    assert tile_row(capability, 2, 128, False).architecture == architecture
+def test_tiles_of_the_newest_architecture_that_is_not_newer(architecture: str, row: str):
+    assert of_tile(architecture, 128).architecture == row
 
 
 @pytest.mark.parametrize(("head_dim", "row"), [(16, 64), (64, 64), (128, 128), (256, 256)])
 def test_tiles_of_the_least_head_dim_that_is_not_less(head_dim: int, row: int):
-    assert tile_row((9, 0), 2, head_dim, True).head_dim == row
+    assert of_tile("sm_90", head_dim).head_dim == row
+
+
+def of_tile(architecture: str, head_dim: int) -> TileRow:
+    row = tile_row(architecture, 2, head_dim, True)
+    assert row is not None
+    return row
+
+
+def test_what_no_tile_of_a_line_is_for_has_none():
+    """Not that of GPUs with warps of another size."""
+    assert tile_row("gfx1100", 2, 256, False) is None
