@@ -145,8 +145,7 @@ def _fault(kind: Kind, device: torch.device) -> str | None:
         for dim in (kind.dims[0], *kind.dims)
     )
     scale = float(kind.dims[0] ** -0.5)
-    given = [x.to(device) for x in (q, k, v)]
-    got = kind.backend.run(*given, plan.to(device), scale)
+    got = kind.backend.run(q.to(device), k.to(device), v.to(device), plan.to(device), scale)
     expected = _expected(q.double(), k.double(), v.double(), plan, scale)
     out, lse = got.out.to("cpu", torch.float64), got.lse.to("cpu", torch.float64)
     empty = expected.lse == -torch.inf

@@ -5,7 +5,7 @@
 
 Small changes of a kernel's source make Triton drop warp specialisation, serialise the matrix
 instructions or spill registers without a word. Registers, spills and the counts of the
-instructions that matter show it. Needs Triton with its bundled tools, no GPU. Without `--all` it
+instructions that matter show it. With `--amd` it reads the assembly for AMD's GPUs. Needs Triton with its bundled tools, no GPU. Without `--all` it
 compiles one of those combinations that differ in little.
 """
 
@@ -37,7 +37,7 @@ from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
 from dit_sparse.kernels._longest_first import _longest_first_fwd
-from dit_sparse.kernels._permute import _permute_blocks
+from dit_sparse.kernels._permute import _permute_blocks, _permute_rows
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
 from dit_sparse.kernels._portable import _portable_fwd
@@ -120,6 +120,40 @@ def portable_variants(every: bool) -> Iterator[Variant]:
         yield Variant("portable", capability, 128, ragged=True, dtype="fp16")
 
 
+def amd_variants(every: bool) -> Iterator[Variant]:
+    """All that runs on AMD GPUs: the portable kernel, and what plans and puts tokens in order."""
+    several = (*AMD, "gfx950", "gfx1201") if every else AMD
+    for gpu in several:
+        radeon = gpu.startswith("gfx1")
+        for head_dim in (64, 128) if radeon else (64, 128, 256):
+            for box in (False, True):
+                yield Variant("portable", gpu, head_dim, ragged=True, box=box)
+                if head_dim == 64 or not radeon:
+                    yield Variant("portable", gpu, head_dim, True, box=box, dtype="fp32")
+        yield Variant("portable", gpu, 128, ragged=True, disk=True)
+        yield Variant("portable", gpu, 128, ragged=True, words=True, biased=True)
+        yield Variant("portable", gpu, 128, ragged=True, dtype="fp16")
+        yield Variant("portable", gpu, 64, ragged=True, queued=True)
+
+
+def amd_approximations(every: bool) -> Iterator[Variant]:
+    """See `amd_variants`."""
+    for gpu in (*AMD, "gfx950", "gfx1201") if every else AMD:
+        for kernel in (
+            *("means", "importance", "take", "choose"),
+            *("longest_first", "covariance", "permute_rows"),
+        ):
+            yield Variant(kernel, gpu, 128, ragged=True)
+        for tail in range(4):
+            yield Variant("approximate", gpu, 128, ragged=True, tail=tail)
+
+
+def amd_maps(every: bool) -> Iterator[Variant]:
+    """See `amd_variants`."""
+    for gpu in (*AMD, "gfx950", "gfx1201") if every else AMD:
+        yield Variant("map", gpu, 128, ragged=True)
+
+
 def approximations(every: bool) -> Iterator[Variant]:
     """The kernels for pooled entries and tails, and for the summaries that they read."""
     for head_dim in (64, 128):
@@ -151,6 +185,7 @@ def approximation(variant: Variant) -> Report:
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
         "permute_blocks": (_permute_blocks, 4),
+        "permute_rows": (_permute_rows, 4),
         "summaries": (_summaries_fwd, 2),
         "approximate": (_approximate_fwd, 8),
     }
@@ -296,9 +331,10 @@ def compiled(variant: Variant) -> Report:
         tile = [keys, variant.head_dim]
     else:
         function = _portable_fwd
-        sizes = (variant.head_dim, 2, Q_BLOCK, K_BLOCK)
+        sizes = (variant.head_dim, 4 if variant.dtype == "fp32" else 2, Q_BLOCK, K_BLOCK)
         boxed = masked or variant.biased
-        chosen = choose_tile(divmod(variant.capability, 10), *sizes, boxed=boxed)
+        chosen = choose_tile(variant.architecture, *sizes, boxed=boxed)
+        assert chosen is not None, variant
         warps, stages, keys, tma = chosen.warps, chosen.stages, chosen.keys, chosen.tma
         queries = chosen.queries
         tile = [1, 1, keys, variant.head_dim]
@@ -330,6 +366,8 @@ def compiled(variant: Variant) -> Report:
     return report_of(variant, source, warps, stages)
 
 
+#: AMD GPUs: MI300, MI200 and Radeon RX 7900.
+AMD = ("gfx942", "gfx90a", "gfx1100")
 _HOPPER = {
     "hopper": _block_sparse_fwd_hopper,
     "hopper_persistent": _block_sparse_fwd_hopper_persistent,
@@ -337,22 +375,28 @@ _HOPPER = {
 
 
 def chosen(
-    every: bool, only: Sequence[str]
+    every: bool, only: Sequence[str], amd: bool = False
 ) -> Iterator[tuple[Callable[[Variant], Report], Variant]]:
     """What to compile, and how.
 
     Args:
         every: all combinations; otherwise one of those that differ in little.
         only: names of kernels; empty for all of them.
+        amd: for AMD's GPUs, otherwise for NVIDIA's.
     """
-    kinds = (
+    of_amd = (
+        (compiled, amd_variants(every)),
+        (approximation, amd_approximations(every)),
+        (statistics, amd_maps(every)),
+    )
+    of_nvidia = (
         (compiled, variants(every)),
         (approximation, approximations(every)),
         (means, with_means()),
         (eight_bits, in_eight_bits()),
         (statistics, maps(every)),
     )
-    for how, several in kinds:
+    for how, several in of_amd if amd else of_nvidia:
         for variant in several:
             if not only or variant.kernel in only:
                 yield how, variant
@@ -368,10 +412,11 @@ def main() -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--all", action="store_true", help="every combination; takes minutes")
     parser.add_argument("--only", nargs="+", default=(), help="names of kernels")
+    parser.add_argument("--amd", action="store_true", help="for AMD's GPUs, not NVIDIA's")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        reports = list(pool.map(_reported, chosen(arguments.all, arguments.only)))
+        reports = list(pool.map(_reported, chosen(arguments.all, arguments.only, arguments.amd)))
     if arguments.format == "json":
         print(json.dumps([asdict(report) for report in reports]))
         return

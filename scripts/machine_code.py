@@ -10,6 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dit_sparse.kernels.architecture import generation
 from dit_sparse.kernels.launch import flaw, machine_code
 from dit_sparse.mask_product import COLUMNS
 
@@ -29,10 +30,14 @@ COUNTED = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation: the kernel, its target and its compile-time arguments."""
+    """One compilation: the kernel, its target and its compile-time arguments.
+
+    Args:
+        capability: compute capability times ten, or the name of an AMD GPU.
+    """
 
     kernel: str
-    capability: int
+    capability: int | str
     head_dim: int
     ragged: bool
     box: bool = False
@@ -49,6 +54,10 @@ class Variant:
     grouped: bool = False
     queued: bool = False
     added: bool = False
+
+    @property
+    def architecture(self) -> str:
+        return f"sm_{self.capability}" if isinstance(self.capability, int) else self.capability
 
 
 @dataclass(frozen=True)
@@ -126,9 +135,26 @@ def source_of(
 def report_of(
     variant: Variant, source: ASTSource, warps: int, stages: int, registers: int | None = None
 ) -> Report:
+    options = {"num_warps": warps, "num_stages": stages}
+    if isinstance(variant.capability, str):
+        cdna = generation(variant.capability)[0] == "cdna"
+        target = GPUTarget("hip", variant.capability, 64 if cdna else 32)
+        return _read_amd(variant, triton.compile(source, target=target, options=options))
     target = GPUTarget("cuda", variant.capability, 32)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    options |= {"maxnreg": registers}
     return _read(variant, triton.compile(source, target=target, options=options))
+
+
+def _read_amd(variant: Variant, kernel: Any) -> Report:
+    """Vector registers of a thread and those kept in memory, as the assembly's metadata has them."""
+    code = kernel.asm["amdgcn"]
+    said = {
+        name: int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    counts = {name: len(re.findall(rf"\bv_{name}_", code)) for name in ("mfma", "wmma")}
+    counts |= {"spills": said["vgpr_spill_count"], "scratch": said["private_segment_fixed_size"]}
+    return Report(variant, said["vgpr_count"], kernel.metadata.shared, counts=counts)
 
 
 def _read(variant: Variant, kernel: Any) -> Report:

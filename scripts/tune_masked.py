@@ -18,8 +18,8 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.bench import time_interleaved
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.kernels import hopper, hopper_persistent, norms, portable
-from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.architecture import architecture
+from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod

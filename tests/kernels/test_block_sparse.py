@@ -548,7 +548,7 @@ class TestRefusals:
     def test_more_than_the_shared_memory_of_the_device(
         self, monkeypatch: pytest.MonkeyPatch, name: str, room: int, refused: set
     ):
-        """An A100, a consumer GPU, a Hopper one, an MI300; kernels that do not fit fail at launch."""
+        """An A100, a consumer GPU, a Hopper one, an MI300: what does not fit fails at launch."""
         monkeypatch.setattr(block_sparse, "architecture", lambda device: name)
         monkeypatch.setattr(block_sparse.known_answers, "refusal", lambda *_: None)
         monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: room)

@@ -65,7 +65,9 @@ class Jit:
         return list(self.real.arg_names)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
-        def run(*arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> Compiled:
+        def run(
+            *arguments: Any, num_warps: int, num_stages: int, maxnreg: int = 0, **constants: Any
+        ) -> Compiled:
             self.examined.append(len(arguments))
             names = self.arg_names[len(arguments) :]
             assert set(names) == set(constants)
