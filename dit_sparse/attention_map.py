@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.backend import kernel_module, refuses_beyond_basics
+from dit_sparse.backend import planning_module, refuses_beyond_basics
 from dit_sparse.frame import Frame
 from dit_sparse.plan import Blocks
 
@@ -67,7 +67,7 @@ def block_statistics(
         bound: weights below it are counted as small.
         hidden: bool `[n]`, key blocks that are not read; `None`: all are.
     """
-    kernels = kernel_module("attention_map") if q.is_cuda else None
+    kernels = planning_module("attention_map", q)
     if kernels and refuses_beyond_basics(q, k) is None:
         return BlockStatistics(*kernels.block_statistics(q, k, blocks, bound, hidden))
     together = max(1, _WEIGHTS // (blocks.n * blocks.size**2))

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.architecture import MEASURED, architecture
 from dit_sparse.plan import BlockPlan
 
 #: What attention multiplies in: the dtype of its inputs (`"bf16"`, whichever that is), all of it in
@@ -132,6 +133,15 @@ def kernel_module(name: str) -> ModuleType | None:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         return None
+
+
+def planning_module(name: str, x: Tensor) -> ModuleType | None:
+    """`kernel_module` of one that plans from tensors like x; `None` where PyTorch has to: on a CPU,
+    and on GPUs that nobody has run the kernels on. Attention gives known answers there first; the
+    kernels that plan are not asked for any."""
+    if not x.is_cuda or architecture(x.device) not in MEASURED:
+        return None
+    return kernel_module(name)
 
 
 def refuses_beyond_basics(q: Tensor, v: Tensor) -> str | None:

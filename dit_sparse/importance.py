@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_sparse.backend import kernel_module
+from dit_sparse.backend import planning_module
 from dit_sparse.frame import Frame
 
 Norm = Literal["softmax", "max"]
@@ -68,7 +68,7 @@ def sampled_importance(
     at_q, at_k = tokens
     if heads > k.shape[1]:  # even once, repeating would copy all keys for the sake of a few
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    if q.is_cuda and count <= 64 and not causal and (kernels := kernel_module("importance")):
+    if count <= 64 and not causal and (kernels := planning_module("importance", q)):
         unit = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         importance = kernels.sampled_maximum(
             *kernels.take(*unit, tokens.flatten(2)),

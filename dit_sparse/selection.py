@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse import correction
-from dit_sparse.backend import kernel_module
+from dit_sparse.backend import planning_module
 from dit_sparse.frame import Frame
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Tail
@@ -23,7 +23,7 @@ def block_means(x: Tensor, frame: Frame) -> Tensor:
     Args:
         x: `[B, H, N, D]` in the model's order.
     """
-    if x.is_cuda and (kernels := kernel_module("pool")):
+    if kernels := planning_module("pool", x):
         x = x if x.stride(-1) == 1 else x.contiguous()
         return kernels.pool(x, frame.blocks, order=frame.order).blocks
     return correction.block_means(_ordered(x, frame), frame.blocks)
@@ -44,7 +44,7 @@ def covariance_norms(
         centred: norms of the deviations from the mean over blocks.
         summaries: those of the call, which may have the means of k.
     """
-    if k.is_cuda and (kernels := kernel_module("pool")):
+    if kernels := planning_module("pool", k):
         means = None if summaries is None else summaries.keys(k, frame)
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
         if means is None:
@@ -159,7 +159,7 @@ def plan_of_ranks(
             share of the softmax over the row's scores.
         tail: the plan's field of this name.
     """
-    kernels = kernel_module("choose") if scores.is_cuda else None
+    kernels = planning_module("choose", scores)
     if kernels and scores.shape[-1] <= kernels.WIDEST:
         return kernels.choose(scores, frame, ends, factors=factors, mass=mass, tail=tail)
     if frame.hidden is not None:
@@ -218,7 +218,7 @@ def plan_of_selection(
 
 
 def _means_of_both(q: Tensor, k: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
-    if q.is_cuda and q.dtype == k.dtype and (kernels := kernel_module("pool")):
+    if q.dtype == k.dtype and (kernels := planning_module("pool", q)):
         given = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         queries, keys = kernels.pool_all(given, frame.blocks, means=True, order=frame.order)
         return queries.blocks, keys.blocks

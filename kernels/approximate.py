@@ -11,11 +11,14 @@ from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._approximate import _approximate_fwd
+from dit_sparse.kernels.architecture import architecture
 from dit_sparse.kernels.pool import Means, covariances, pool_all, slope
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.plan import BlockPlan
 
 _BYTE = torch.uint8
+#: Queries and pooled rows of a tile, warps and stages.
+AMD_TILE = (64, 32, 4, 1)
 _TAILS = {"none": 0, "zeroth": 1, "first": 2, "block": 3}
 
 
@@ -48,7 +51,8 @@ def launch(
     hidden = plan.offsets if plan.hidden is None else plan.hidden.view(_BYTE)
     block_d, block_dv = padded(head_dim), padded(value_dim)
     wide = max(block_d, block_dv) > 128
-    rows, columns, warps, stages = _tile(plan, wide or q.element_size() == 4, has_tail)
+    amd = architecture(q.device).startswith("gfx")
+    rows, columns, warps, stages = _tile(plan, wide or q.element_size() == 4, has_tail, amd)
     parts = plan.q_blocks.size // rows
     _approximate_fwd[(batch * heads * plan.q_blocks.n * parts,)](
         q, keys.pooled, values.pooled, keys.bias, keys.blocks, values.blocks,
@@ -63,16 +67,19 @@ def launch(
         heads, plan.q_blocks.n, plan.k_blocks.n, n_queries, keys.pooled.shape[2],
         scale, scale * LOG2_E,
         D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=rows, PARTS=parts,
-        BLOCK_N=columns, CHUNK=min(block_d, 32 if wide else 64),
+        BLOCK_N=columns, CHUNK=min(block_d, 32 if wide or amd else 64),
         SIZE=plan.k_blocks.size, FACTORS=sum(factors), N_FACTORS=len(factors),
         TAIL=_TAILS[plan.tail] if has_tail else 0, HAS_HIDDEN=plan.hidden is not None,
         HAS_ORDER=plan.order is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-def _tile(plan: BlockPlan, large: bool, tail: bool) -> tuple[int, int, int, int]:
+def _tile(plan: BlockPlan, large: bool, tail: bool, amd: bool) -> tuple[int, int, int, int]:
     """Queries and pooled rows of a tile, warps and stages."""
     size = plan.q_blocks.size
+    if amd:  # all others need 80 KiB of shared memory, or registers that are not there
+        rows, columns, warps, stages = AMD_TILE
+        return min(size, rows), columns, warps, stages
     return (size, 32 if large else 64, 8 if size >= 128 else 4, 2 if large or tail else 3)
 
 

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+#: Where the GPU tests have run; on a CPU is Triton's interpreter.
+MEASURED = ("sm_90", "cpu")
 #: Makers' lines of GPUs, each with numbers of its own. CDNA has warps of 64 threads, RDNA of 32.
 _NVIDIA, _CDNA, _RDNA = "sm", "cdna", "rdna"
 # The first ones that multiply matrices of bfloat16 in instructions that the kernels were compiled

@@ -22,7 +22,7 @@ from dit_sparse.kernels import (
     portable,
     tail,
 )
-from dit_sparse.kernels.architecture import architecture
+from dit_sparse.kernels.architecture import architecture, generation
 from dit_sparse.kernels.architecture import refuses as refuses_gpu
 from dit_sparse.kernels.launch import Launch, Repeat, device_of, refuses_heads
 from dit_sparse.kernels.rooms import Room, in_order, room_for
@@ -105,6 +105,11 @@ class TritonBackend:
             return None
         dim = portable.padded(max(q.shape[-1], v.shape[-1]))
         name, size = architecture(q.device), q.element_size()
+        if generation(name)[0] == "rdna" and (plan.pools is not None or plan.tail != "none"):
+            return (
+                f"expected a plan without pooled entries and tails on {name}, for which Triton "
+                "keeps a hundred registers and more of those kernels in memory, got one with."
+            )
         tile = self._tile_or_none(q, v, plan)
         if tile is None:
             return (

@@ -154,8 +154,9 @@ def direct(
         `None` where that is not possible: for whatever Triton's launcher does but pass parameters,
         for those that it passes in ways unknown here, and where the driver expects others.
     """
-    driver = _driver()
-    if driver is None or not isinstance(kernel, CompiledKernel) or not _plain(kernel):
+    if not isinstance(kernel, CompiledKernel) or not _plain(kernel):
+        return None
+    if (driver := _driver()) is None:
         return None
     numbers = tuple(dict.fromkeys(number for _, number in moving))
     scratch = grid[0] * grid[1] * grid[2] * kernel.metadata.global_scratch_size

@@ -19,13 +19,10 @@ from torch import Tensor
 from dit_sparse.backend import AttentionOutput, Backend
 from dit_sparse.grid import Permutation
 from dit_sparse.kernels import reference
-from dit_sparse.kernels.architecture import architecture
+from dit_sparse.kernels.architecture import MEASURED, architecture
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.plan import BlockPlan, Blocks, Tail
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
-
-#: Where the GPU tests have run; on a CPU is Triton's interpreter.
-MEASURED = ("sm_90", "cpu")
 
 # As in the GPU tests: of the norm of the result, and of one log-sum-exp.
 _ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -91,7 +88,7 @@ def refusal(backend: Backend, q: Tensor, v: Tensor, plan: BlockPlan) -> str | No
     on architectures other than `MEASURED`.
 
     Args:
-        backend: runs the small problem as it would run the call; it is not asked whether it refuses.
+        backend: runs the small problem as it would run the call, without a question.
         q, v: `[B, H, N, D]`, of the call.
     """
     if architecture(q.device) in MEASURED:

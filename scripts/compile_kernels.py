@@ -5,8 +5,9 @@
 
 Small changes of a kernel's source make Triton drop warp specialisation, serialise the matrix
 instructions or spill registers without a word. Registers, spills and the counts of the
-instructions that matter show it. With `--amd` it reads the assembly for AMD's GPUs. Needs Triton with its bundled tools, no GPU. Without `--all` it
-compiles one of those combinations that differ in little.
+instructions that matter show it. With `--amd` it compiles what AMD's GPUs run, and reads the
+assembly. Needs Triton with its bundled tools, no GPU. Without `--all` it compiles one of those
+combinations that differ in little.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from dit_sparse.kernels._quantise import (
 )
 from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
+from dit_sparse.kernels.approximate import AMD_TILE
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
@@ -209,12 +211,17 @@ def approximation(variant: Variant) -> Report:
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True, "PER_ENTRY": 2}
     constants |= {"TMA": variant.capability == 90, "WHOLE": True, "VALUES": True}
+    stages = 2 if variant.tail else 3
+    if variant.kernel == "approximate" and isinstance(variant.capability, str):
+        rows_of_tile, columns, warps, stages = AMD_TILE
+        constants |= {"BLOCK_M": rows_of_tile, "PARTS": Q_BLOCK // rows_of_tile}
+        constants |= {"BLOCK_N": columns, "CHUNK": 32}
     halves = variant.kernel in ("permute_blocks", "summaries")
     others = {"means_ptr": "*bf16"} if halves else {}
     if variant.kernel == "importance" and variant.capability == 90:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
     source = source_of(function, constants, {}, others)
-    return report_of(variant, source, warps, 2 if variant.tail else 3)
+    return report_of(variant, source, warps, stages)
 
 
 def with_means() -> Iterator[Variant]:

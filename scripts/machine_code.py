@@ -146,7 +146,7 @@ def report_of(
 
 
 def _read_amd(variant: Variant, kernel: Any) -> Report:
-    """Vector registers of a thread and those kept in memory, as the assembly's metadata has them."""
+    """Vector registers of a thread and those kept in memory, as the assembly's metadata say."""
     code = kernel.asm["amdgcn"]
     said = {
         name: int(re.search(rf"\.{name}:\s+(\d+)", code)[1])

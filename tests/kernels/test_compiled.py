@@ -236,3 +236,43 @@ def test_statistics_of_maps_use_the_matrix_units_without_spills(reports, capabil
         assert counts["hgmma" if capability == 90 else "mma"] > 0, report
         assert counts["spills"] == 0, report
         assert report["shared"] <= 101_376, report
+
+
+@pytest.fixture(scope="module")
+def amd_reports() -> list[dict[str, Any]]:
+    return compiled("--amd")
+
+
+@pytest.mark.parametrize("gpu", ["gfx942", "gfx90a", "gfx1100"])
+def test_the_portable_kernel_uses_the_matrix_units_of_amd(amd_reports, gpu: str):
+    for report in chosen(amd_reports, "portable", gpu):
+        counts, variant = report["counts"], report["variant"]
+        size = 4 if variant["dtype"] == "fp32" else 2
+        if gpu != "gfx1100":
+            assert counts["mfma"] > 0, report
+            assert counts["spills"] == counts["scratch"] == 0, report
+        else:
+            assert (counts["wmma"] > 0) == (size == 2), report  # there is none of 32 bits
+            # Of the masks of head dim 128, also by words with biases.
+            assert counts["spills"] <= (48 if variant["head_dim"] == 128 else 0), report
+        boxed = any(variant[name] for name in ("box", "disk", "words", "biased"))
+        tile = choose_tile(gpu, variant["head_dim"], size, 128, 128, boxed=boxed)
+        assert tile is not None
+        counted = shared_memory(tile, variant["head_dim"], size, 128, amd=True)
+        assert report["shared"] <= counted <= 65_536, report
+
+
+@pytest.mark.parametrize("gpu", ["gfx942", "gfx90a"])
+def test_approximations_use_the_matrix_units_of_amd(amd_reports, gpu: str):
+    for report in chosen(amd_reports, "approximate", gpu):
+        counts = report["counts"]
+        assert counts["mfma"] > 0, report
+        assert counts["spills"] == counts["scratch"] == 0, report
+        assert report["shared"] <= 65_536, report
+
+
+@pytest.mark.parametrize("gpu", ["gfx942", "gfx90a", "gfx1100"])
+def test_whatever_launches_on_amd_fits_its_shared_memory(amd_reports, gpu: str):
+    found = [report for report in amd_reports if report["variant"]["capability"] == gpu]
+    assert len({report["variant"]["kernel"] for report in found}) == 10
+    assert all(report["shared"] <= 65_536 for report in found)
