@@ -253,8 +253,8 @@ def test_the_portable_kernel_uses_the_matrix_units_of_amd(amd_reports, gpu: str)
             assert counts["spills"] == counts["scratch"] == 0, report
         else:
             assert (counts["wmma"] > 0) == (size == 2), report  # there is none of 32 bits
-            # Of the masks of head dim 128, also by words with biases.
-            assert counts["spills"] <= (48 if variant["head_dim"] == 128 else 0), report
+            # Triton 3.9 keeps some where entries of head dim 128 are masked.
+            assert counts["spills"] <= (16 if variant["head_dim"] == 128 else 0), report
         boxed = any(variant[name] for name in ("box", "disk", "words", "biased"))
         tile = choose_tile(gpu, variant["head_dim"], size, 128, 128, boxed=boxed)
         assert tile is not None
