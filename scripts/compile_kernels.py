@@ -50,7 +50,6 @@ from dit_sparse.kernels._quantise import (
 )
 from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
-from dit_sparse.kernels.approximate import AMD_TILE
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
@@ -59,6 +58,7 @@ from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
 from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
+from scripts import amd_variants
 from scripts.machine_code import K_BLOCK, Q_BLOCK, Report, Variant, report_of, source_of
 
 
@@ -122,40 +122,6 @@ def portable_variants(every: bool) -> Iterator[Variant]:
         yield Variant("portable", capability, 128, ragged=True, dtype="fp16")
 
 
-def amd_variants(every: bool) -> Iterator[Variant]:
-    """All that runs on AMD GPUs: the portable kernel, and what plans and puts tokens in order."""
-    several = (*AMD, "gfx950", "gfx1201") if every else AMD
-    for gpu in several:
-        radeon = gpu.startswith("gfx1")
-        for head_dim in (64, 128) if radeon else (64, 128, 256):
-            for box in (False, True):
-                yield Variant("portable", gpu, head_dim, ragged=True, box=box)
-                if head_dim == 64 or not radeon:
-                    yield Variant("portable", gpu, head_dim, True, box=box, dtype="fp32")
-        yield Variant("portable", gpu, 128, ragged=True, disk=True)
-        yield Variant("portable", gpu, 128, ragged=True, words=True, biased=True)
-        yield Variant("portable", gpu, 128, ragged=True, dtype="fp16")
-        yield Variant("portable", gpu, 64, ragged=True, queued=True)
-
-
-def amd_approximations(every: bool) -> Iterator[Variant]:
-    """See `amd_variants`."""
-    for gpu in (*AMD, "gfx950", "gfx1201") if every else AMD:
-        for kernel in (
-            *("means", "importance", "take", "choose"),
-            *("longest_first", "covariance", "permute_rows"),
-        ):
-            yield Variant(kernel, gpu, 128, ragged=True)
-        for tail in range(4):
-            yield Variant("approximate", gpu, 128, ragged=True, tail=tail)
-
-
-def amd_maps(every: bool) -> Iterator[Variant]:
-    """See `amd_variants`."""
-    for gpu in (*AMD, "gfx950", "gfx1201") if every else AMD:
-        yield Variant("map", gpu, 128, ragged=True)
-
-
 def approximations(every: bool) -> Iterator[Variant]:
     """The kernels for pooled entries and tails, and for the summaries that they read."""
     for head_dim in (64, 128):
@@ -194,18 +160,16 @@ def approximation(variant: Variant) -> Report:
     function, warps = functions[variant.kernel]
     constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BLOCK_M": Q_BLOCK}
     constants |= {"BLOCK_N": 64, "PARTS": 1, "BLOCK": 64, "CHUNK": 64, "COLUMNS": 64}
-    constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7}
+    constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7, "FACTORS": 14, "N_FACTORS": 3}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS, "BOTH": True}
     rows = {
-        "importance": 128,
-        "longest_first": 128,
+        **dict.fromkeys(("importance", "longest_first"), 128),
         "permute_blocks": 32,
         "pooled_tiles": POOLED_ROWS,
         "summaries": 32,
     }
     constants |= {"ROWS": rows.get(variant.kernel, 64), "SUB": K_BLOCK // 64}
-    constants |= {"FACTORS": 14, "N_FACTORS": 3}
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
@@ -213,11 +177,8 @@ def approximation(variant: Variant) -> Report:
     constants |= {"TMA": variant.capability == 90, "WHOLE": True, "VALUES": True}
     stages = 2 if variant.tail else 3
     if variant.kernel == "approximate" and isinstance(variant.capability, str):
-        rows_of_tile, columns, warps, stages = AMD_TILE
-        constants |= {"BLOCK_M": rows_of_tile, "PARTS": Q_BLOCK // rows_of_tile}
-        constants |= {"BLOCK_N": columns, "CHUNK": 32}
-    halves = variant.kernel in ("permute_blocks", "summaries")
-    others = {"means_ptr": "*bf16"} if halves else {}
+        constants, warps, stages = amd_variants.of_approximate(constants)
+    others = {"means_ptr": "*bf16"} if variant.kernel in ("permute_blocks", "summaries") else {}
     if variant.kernel == "importance" and variant.capability == 90:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
     source = source_of(function, constants, {}, others)
@@ -333,8 +294,7 @@ def compiled(variant: Variant) -> Report:
     masked = variant.box or variant.disk or variant.words
     queries = Q_BLOCK
     if variant.kernel in _HOPPER:
-        function, warps, stages, tma = _HOPPER[variant.kernel], 4, 2, True
-        keys = K_BLOCK
+        function, warps, stages, tma, keys = _HOPPER[variant.kernel], 4, 2, True, K_BLOCK
         tile = [keys, variant.head_dim]
     else:
         function = _portable_fwd
@@ -373,8 +333,6 @@ def compiled(variant: Variant) -> Report:
     return report_of(variant, source, warps, stages)
 
 
-#: AMD GPUs: MI300, MI200 and Radeon RX 7900.
-AMD = ("gfx942", "gfx90a", "gfx1100")
 _HOPPER = {
     "hopper": _block_sparse_fwd_hopper,
     "hopper_persistent": _block_sparse_fwd_hopper_persistent,
@@ -391,11 +349,8 @@ def chosen(
         only: names of kernels; empty for all of them.
         amd: for AMD's GPUs, otherwise for NVIDIA's.
     """
-    of_amd = (
-        (compiled, amd_variants(every)),
-        (approximation, amd_approximations(every)),
-        (statistics, amd_maps(every)),
-    )
+    for_amd = (amd_variants.portable, amd_variants.approximations, amd_variants.maps)
+    of_amd = zip((compiled, approximation, statistics), (x(every) for x in for_amd), strict=True)
     of_nvidia = (
         (compiled, variants(every)),
         (approximation, approximations(every)),
