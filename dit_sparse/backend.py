@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.architecture import MEASURED, architecture
 from dit_sparse.plan import BlockPlan
 
 #: What attention multiplies in: the dtype of its inputs (`"bf16"`, whichever that is), all of it in
@@ -137,9 +136,9 @@ def kernel_module(name: str) -> ModuleType | None:
 
 def planning_module(name: str, x: Tensor) -> ModuleType | None:
     """`kernel_module` of one that plans from tensors like x; `None` where PyTorch has to: on a CPU,
-    and on GPUs that nobody has run the kernels on. Attention gives known answers there first; the
-    kernels that plan are not asked for any."""
-    if not x.is_cuda or architecture(x.device) not in MEASURED:
+    and on AMD's GPUs, which nobody has run the kernels on. Attention gives known answers there
+    first; the kernels that plan are not asked for any."""
+    if not x.is_cuda or torch.version.hip is not None:
         return None
     return kernel_module(name)
 
