@@ -3,7 +3,8 @@
 The loop has the shape that `_hopper.py` says is needed. Tiles are small, so that a block fills one
 however much it is pooled; a step takes four, each with products of its own, since what a step waits
 for would otherwise take longer than what it multiplies. One maximum and one sum serve all four:
-Triton 3.6 does not specialise a loop with more.
+Triton 3.6 does not specialise a loop with more. Products with so few keys would read queries from
+shared memory more often than it can give them, so they are held in registers where there is room.
 """
 
 import triton
@@ -14,8 +15,8 @@ from dit_sparse.kernels._hopper import _forget_stale_barriers, _place
 
 @triton.jit
 def _entry(entries_ptr, number, count):
-    """One of `_pooled_tiles_fwd`; behind the last one that again, without tokens."""
-    entry = tl.load(entries_ptr + tl.minimum(number, count - 1))
+    """One of `_pooled_tiles_fwd`; behind the last one that again, without tokens; of none 0."""
+    entry = tl.load(entries_ptr + tl.minimum(number, count - 1), mask=count > 0, other=0)
     return tl.where(number < count, entry, entry - (entry & 255))
 
 
@@ -40,12 +41,32 @@ def _bias(entry, ROWS: tl.constexpr, LOG_SIZE: tl.constexpr, LOG_ROWS: tl.conste
 
 
 @triton.jit
-def _weights(scores, bias, m_new, scale_log2, RAGGED: tl.constexpr):
+def _weights(scores, entry, m_new, scale_log2, ROWS: tl.constexpr, LOG_SIZE: tl.constexpr,
+             LOG_ROWS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    bias = _bias(entry, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
     if RAGGED:
         weights = tl.math.exp2(scores * scale_log2 + bias - m_new[:, None])
     else:
         weights = tl.math.exp2(scores * scale_log2 - (m_new - bias)[:, None])
     return weights
+
+
+@triton.jit
+def _bits(weights, v):
+    """A loop-carried tile of another type would be sent through shared memory."""
+    return weights.to(v.dtype).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def _add(acc, bits, v):
+    return tl.dot(bits.to(v.dtype, bitcast=True), v, acc)
+
+
+@triton.jit
+def _in_registers(q, zero):
+    """The same numbers, of which the compiler does not know that they are those it has loaded: it
+    would multiply them from where they lie in shared memory."""
+    return (q.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(q.dtype, bitcast=True)
 
 
 @triton.jit
@@ -71,9 +92,12 @@ def _pooled_fwd_hopper(
     n_heads, n_q_blocks, n_outer, first_inner, n_queries, per_entry, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
     LOG_SIZE: tl.constexpr, LOG_ROWS: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Goes on from `out` and `lse`."""
+    """Goes on from `out` and `lse`.
+
+    HELD: whether queries are multiplied from registers.
+    """
     block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     q_start = tl.load(q_starts_ptr + block)
     q_desc = tl.make_tensor_descriptor(
@@ -86,10 +110,19 @@ def _pooled_fwd_hopper(
     entries_ptr += tl.load(offsets_ptr + row).to(tl.int64) * per_entry
     k_row = (batch * n_heads + head) * k_rows_of_head
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if HELD:
+        q = _in_registers(q, count < 0)
+    m_i = tl.full([BLOCK_M], -1e25, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    alpha = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for it in tl.range(0, tl.cdiv(count, 4), warp_specialize=True):
+    # Weights of the step before.
+    w0 = tl.zeros([BLOCK_M, ROWS], tl.int16)
+    w1 = tl.zeros([BLOCK_M, ROWS], tl.int16)
+    w2 = tl.zeros([BLOCK_M, ROWS], tl.int16)
+    w3 = tl.zeros([BLOCK_M, ROWS], tl.int16)
+    steps = tl.cdiv(count, 4)
+    for it in tl.range(0, steps, warp_specialize=True):
         e0 = _entry(entries_ptr, 4 * it, count)
         e1 = _entry(entries_ptr, 4 * it + 1, count)
         e2 = _entry(entries_ptr, 4 * it + 2, count)
@@ -98,35 +131,46 @@ def _pooled_fwd_hopper(
         k1 = k_desc.load([k_row + (e1 >> 11) * ROWS, 0])
         k2 = k_desc.load([k_row + (e2 >> 11) * ROWS, 0])
         k3 = k_desc.load([k_row + (e3 >> 11) * ROWS, 0])
-        b0 = _bias(e0, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
-        b1 = _bias(e1, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
-        b2 = _bias(e2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
-        b3 = _bias(e3, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
         s0 = tl.dot(q, tl.trans(k0))
         s1 = tl.dot(q, tl.trans(k1))
         s2 = tl.dot(q, tl.trans(k2))
         s3 = tl.dot(q, tl.trans(k3))
+        behind = 4 * tl.maximum(it - 1, 0)
+        v0 = v_desc.load([k_row + (_entry(entries_ptr, behind, count) >> 11) * ROWS, 0])
+        v1 = v_desc.load([k_row + (_entry(entries_ptr, behind + 1, count) >> 11) * ROWS, 0])
+        v2 = v_desc.load([k_row + (_entry(entries_ptr, behind + 2, count) >> 11) * ROWS, 0])
+        v3 = v_desc.load([k_row + (_entry(entries_ptr, behind + 3, count) >> 11) * ROWS, 0])
+        acc = acc * alpha[:, None]
+        acc = _add(acc, w0, v0)
+        acc = _add(acc, w1, v1)
+        acc = _add(acc, w2, v2)
+        acc = _add(acc, w3, v3)
         # No row raises the maximum that has no weight: all repeat rows that have one. Weights reach
         # above 1 by what rows count.
         highest = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
-        m_new = tl.maximum(tl.maximum(m_i, tl.max(highest, 1) * scale_log2), -1e25)
-        p0 = _weights(s0, b0, m_new, scale_log2, RAGGED)
-        p1 = _weights(s1, b1, m_new, scale_log2, RAGGED)
-        p2 = _weights(s2, b2, m_new, scale_log2, RAGGED)
-        p3 = _weights(s3, b3, m_new, scale_log2, RAGGED)
+        m_new = tl.maximum(m_i, tl.max(highest, 1) * scale_log2)
+        p0 = _weights(s0, e0, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
+        p1 = _weights(s1, e1, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
+        p2 = _weights(s2, e2, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
+        p3 = _weights(s3, e3, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum((p0 + p1) + (p2 + p3), 1)
-        v0 = v_desc.load([k_row + (e0 >> 11) * ROWS, 0])
-        v1 = v_desc.load([k_row + (e1 >> 11) * ROWS, 0])
-        v2 = v_desc.load([k_row + (e2 >> 11) * ROWS, 0])
-        v3 = v_desc.load([k_row + (e3 >> 11) * ROWS, 0])
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p0.to(v0.dtype), v0, acc)
-        acc = tl.dot(p1.to(v1.dtype), v1, acc)
-        acc = tl.dot(p2.to(v2.dtype), v2, acc)
-        acc = tl.dot(p3.to(v3.dtype), v3, acc)
         m_i = m_new
+        w0 = _bits(p0, v0)
+        w1 = _bits(p1, v1)
+        w2 = _bits(p2, v2)
+        w3 = _bits(p3, v3)
 
+    last = 4 * tl.maximum(steps - 1, 0)
+    v0 = v_desc.load([k_row + (_entry(entries_ptr, last, count) >> 11) * ROWS, 0])
+    v1 = v_desc.load([k_row + (_entry(entries_ptr, last + 1, count) >> 11) * ROWS, 0])
+    v2 = v_desc.load([k_row + (_entry(entries_ptr, last + 2, count) >> 11) * ROWS, 0])
+    v3 = v_desc.load([k_row + (_entry(entries_ptr, last + 3, count) >> 11) * ROWS, 0])
+    acc = acc * alpha[:, None]
+    acc = _add(acc, w0, v0)
+    acc = _add(acc, w1, v1)
+    acc = _add(acc, w2, v2)
+    acc = _add(acc, w3, v3)
     acc = tl.where((l_i == 0.0)[:, None], 0.0, acc)  # a weight of 0 hides no NaN
     rows = q_start + tl.arange(0, BLOCK_M)
     row_inside = rows < tl.load(q_starts_ptr + block + 1)

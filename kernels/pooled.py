@@ -10,6 +10,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
@@ -26,6 +27,8 @@ _BLOCK = 128  # keys
 ROWS = 32
 #: Steps in flight. The kernel counts on as many stale barriers.
 STAGES = 2
+#: Whether queries stay in registers: where Triton 3.9 keeps them it spills others.
+HELD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 _MOST_TILES = 1 << 20  # of a head, in the bits of an entry
 
 
@@ -118,6 +121,7 @@ def _launch(
         "LOG_ROWS": ROWS.bit_length() - 1,
         "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
+        "HELD": HELD,
     }
     grid = (batch * heads * n_blocks, 1, 1)
     return launch_specialised(

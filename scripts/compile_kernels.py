@@ -52,6 +52,7 @@ from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.longest_first import BUCKETS
+from dit_sparse.kernels.pooled import HELD as POOLED_HELD
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
 from dit_sparse.kernels.tail import choose_tile as tail_tile
@@ -216,6 +217,7 @@ def means(variant: Variant) -> Report:
         source = source_of(_tail_fwd, constants, described)
         return report_of(variant, source, tile.warps, tile.stages, tile.registers)
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
+    constants |= {"HELD": POOLED_HELD}
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
     source = source_of(_pooled_fwd_hopper, constants, described)
     return report_of(variant, source, 4, POOLED_STAGES)
