@@ -70,10 +70,16 @@ def _in_registers(q, zero):
 
 
 @triton.jit
-def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
+def _trusted(l_i, bound, before):
+    """Whether sums in units of the bound are what they should be. What fell below the least number
+    is too little to count where so much is left, or where the row has so much already. A mean that
+    was rounded up may be above the bound. No number is not to be trusted."""
+    return ((l_i >= 2.6e-26) | (before >= bound - 64.0)) & (l_i <= 1e18)
+
+
+@triton.jit
+def _go_on(m_i, l_i, acc, before, out_ptrs, out_inside):
     """Adds the result so far, as if it were one more key of the row."""
-    before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf"))
-    before *= 1.4426950408889634
     m_new = tl.maximum(tl.maximum(m_i, before), -1e30)
     alpha = tl.math.exp2(m_i - m_new)
     weight = tl.math.exp2(before - m_new)
@@ -84,7 +90,7 @@ def _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside):
 
 @triton.jit(do_not_specialize=["n_outer", "first_inner"])
 def _pooled_fwd_hopper(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr,
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, norm_ptr, longest_ptr, again_ptr,
     offsets_ptr, counts_ptr, entries_ptr, q_starts_ptr, order_ptr,
     q_rows, q_cols, q_row_stride, q_row_b, q_row_h, q_col_h, k_rows_of_head,
     out_stride_b, out_stride_h, out_stride_n,
@@ -93,10 +99,13 @@ def _pooled_fwd_hopper(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
     LOG_SIZE: tl.constexpr, LOG_ROWS: tl.constexpr,
     RAGGED: tl.constexpr, HAS_ORDER: tl.constexpr, HELD: tl.constexpr,
+    BOUND: tl.constexpr,
 ):  # fmt: skip
     """Goes on from `out` and `lse`.
 
     HELD: whether queries are multiplied from registers.
+    BOUND: whether bounds of the scores are subtracted in the place of maxima. Rows that they fail
+    are left as they are and marked in `again`.
     """
     block, head, batch = _place(n_q_blocks, n_outer, first_inner, n_heads)
     q_start = tl.load(q_starts_ptr + block)
@@ -113,6 +122,11 @@ def _pooled_fwd_hopper(
     if HELD:
         q = _in_registers(q, count < 0)
     m_i = tl.full([BLOCK_M], -1e25, tl.float32)
+    rows = q_start + tl.arange(0, BLOCK_M)
+    pair = batch.to(tl.int64) * n_heads + head
+    if BOUND:  # no mean is longer than the longest key
+        m_i = tl.load(norm_ptr + pair * n_queries + rows, mask=rows < n_queries, other=0.0)
+        m_i *= tl.load(longest_ptr + pair) * scale_log2
     l_i = tl.zeros([BLOCK_M], tl.float32)
     alpha = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -140,22 +154,27 @@ def _pooled_fwd_hopper(
         v1 = v_desc.load([k_row + (_entry(entries_ptr, behind + 1, count) >> 11) * ROWS, 0])
         v2 = v_desc.load([k_row + (_entry(entries_ptr, behind + 2, count) >> 11) * ROWS, 0])
         v3 = v_desc.load([k_row + (_entry(entries_ptr, behind + 3, count) >> 11) * ROWS, 0])
-        acc = acc * alpha[:, None]
+        if not BOUND:
+            acc = acc * alpha[:, None]
         acc = _add(acc, w0, v0)
         acc = _add(acc, w1, v1)
         acc = _add(acc, w2, v2)
         acc = _add(acc, w3, v3)
-        # No row raises the maximum that has no weight: all repeat rows that have one. Weights reach
-        # above 1 by what rows count.
-        highest = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
-        m_new = tl.maximum(m_i, tl.max(highest, 1) * scale_log2)
+        m_new = m_i
+        if not BOUND:
+            # No row raises the maximum that has no weight: all repeat rows that have one. Weights
+            # reach above 1 by what rows count.
+            highest = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
+            m_new = tl.maximum(m_i, tl.max(highest, 1) * scale_log2)
         p0 = _weights(s0, e0, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
         p1 = _weights(s1, e1, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
         p2 = _weights(s2, e2, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
         p3 = _weights(s3, e3, m_new, scale_log2, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
-        alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum((p0 + p1) + (p2 + p3), 1)
-        m_i = m_new
+        if not BOUND:
+            alpha = tl.math.exp2(m_i - m_new)
+            l_i = l_i * alpha
+            m_i = m_new
+        l_i += tl.sum((p0 + p1) + (p2 + p3), 1)
         w0 = _bits(p0, v0)
         w1 = _bits(p1, v1)
         w2 = _bits(p2, v2)
@@ -166,26 +185,35 @@ def _pooled_fwd_hopper(
     v1 = v_desc.load([k_row + (_entry(entries_ptr, last + 1, count) >> 11) * ROWS, 0])
     v2 = v_desc.load([k_row + (_entry(entries_ptr, last + 2, count) >> 11) * ROWS, 0])
     v3 = v_desc.load([k_row + (_entry(entries_ptr, last + 3, count) >> 11) * ROWS, 0])
-    acc = acc * alpha[:, None]
+    if not BOUND:
+        acc = acc * alpha[:, None]
     acc = _add(acc, w0, v0)
     acc = _add(acc, w1, v1)
     acc = _add(acc, w2, v2)
     acc = _add(acc, w3, v3)
     acc = tl.where((l_i == 0.0)[:, None], 0.0, acc)  # a weight of 0 hides no NaN
     rows = q_start + tl.arange(0, BLOCK_M)
-    row_inside = rows < tl.load(q_starts_ptr + block + 1)
+    # Nothing is added to rows that list nothing.
+    row_inside = rows < tl.where(count > 0, tl.load(q_starts_ptr + block + 1), 0)
     tokens = rows.to(tl.int64)
     if HAS_ORDER:
         tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
+    lse_ptrs = lse_ptr + pair * n_queries + tokens
+    before = tl.load(lse_ptrs, mask=row_inside, other=float("-inf")) * 1.4426950408889634
     cols = tl.arange(0, BLOCK_D)
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
     out_inside = row_inside[:, None] & (cols[None, :] < D)
-    lse_ptrs = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + tokens
-    m_i, l_i, acc = _go_on(m_i, l_i, acc, lse_ptrs, out_ptrs, row_inside, out_inside)
+    trusted = _trusted(l_i, m_i, before)
+    m_i, l_i, acc = _go_on(m_i, l_i, acc, before, out_ptrs, out_inside)
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
+    if BOUND:
+        again = tl.where(trusted, 0, 1).to(tl.int8)
+        tl.store(again_ptr + pair * n_queries + rows, again, mask=row_inside)
+        row_inside = row_inside & trusted
+        out_inside = row_inside[:, None] & (cols[None, :] < D)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)
     tl.store(lse_ptrs, lse, mask=row_inside)

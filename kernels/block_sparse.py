@@ -311,7 +311,8 @@ def _approximate(
         tail.launch(q, room.means, plan, scale, room.result, slope)
         of_tail = False
     pools = plan.pools is not None
-    if pools and specialised and pooled.launch(*room.ordered, plan, scale, room.result):
+    given = (*room.ordered, plan, scale, room.result, room.lengths)
+    if pools and specialised and pooled.launch(*given):
         pools = False
     if pools or of_tail:
         approximate.launch(room.q, k, v, plan, scale, room.result, pools=pools, tail=of_tail)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
+from dit_sparse.kernels._pooled_again import _pooled_again_fwd
 from dit_sparse.kernels.hopper import Matrix, with_scratch
 from dit_sparse.kernels.launch import Launch, TensorDescriptor, launch_specialised
 from dit_sparse.kernels.pool import Means, pool_all
@@ -48,7 +49,13 @@ class Lists(NamedTuple):
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, result: AttentionOutput
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    lengths: tuple[Tensor, Tensor] | None = None,
 ) -> bool:
     """Goes on from `result`; whether it could, and nothing written if not: for some strides of q,
     head dims that are no multiple of 8, other key blocks than of 128, or where Triton compiles the
@@ -56,6 +63,9 @@ def launch(
 
     Args:
         q, k, v: `[B, H, N, D]` in plan order, unit stride along D and one head dim.
+        lengths: of the queries and of the longest key, see `norms`: no mean is longer. What follows
+            from them takes the place of running maxima, and a second launch that of rows for which
+            it is too far away. For bfloat16, which has the exponents of float32.
     """
     qm, size = Matrix.of(q), plan.k_blocks.size
     if qm is None or plan.pools is None or size != _BLOCK or q.shape[-1] * q.element_size() % 16:
@@ -64,8 +74,14 @@ def launch(
         return False
     keys, values = pool_all((k, v), plan.k_blocks, factors=plan.pools.factors, least=ROWS)
     lists = lists_of(plan, plan.pools)
-    run = functools.partial(_launch, q, qm, keys, values, lists, plan, scale, result)
-    return with_scratch(run) is not None
+    again = None if lengths is None else torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
+    given = (keys, values, lists, plan, scale, result)
+    run = functools.partial(_launch, q, qm, *given, lengths, again)
+    if with_scratch(run) is None:
+        return False
+    if again is not None:
+        _launch_again(q, *given, again)
+    return True
 
 
 def lists_of(plan: BlockPlan, pools: Pools) -> Lists:
@@ -93,6 +109,8 @@ def _launch(
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
+    lengths: tuple[Tensor, Tensor] | None,
+    again: Tensor | None,
 ) -> Launch | None:
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
@@ -105,25 +123,53 @@ def _launch(
         TensorDescriptor(x.pooled, shape, [head_dim, 1], [ROWS, dim]) for x in (keys, values)
     ]
     arguments = (
-        q, *described, out, lse,
+        q, *described, out, lse, *(lengths or (lse, lse)), plan.offsets if again is None else again,
         plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, order,
         *qm.shape, qm.row_stride, *qm.origin, rows, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         heads, n_blocks, n_blocks - len(picture), picture.start, n_queries, lists.per_entry,
         scale * LOG2_E,
     )  # fmt: skip
-    constants = {
-        "D": head_dim,
-        "BLOCK_D": dim,
+    constants = _constants(q, plan) | {"HELD": HELD, "BOUND": lengths is not None}
+    grid = (batch * heads * n_blocks, 1, 1)
+    return launch_specialised(
+        _pooled_fwd_hopper, grid, arguments, constants, warps=4, stages=STAGES
+    )
+
+
+def _launch_again(
+    q: Tensor,
+    keys: Means,
+    values: Means,
+    lists: Lists,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    again: Tensor,
+) -> None:
+    """Computes rows that `again` marks."""
+    out, lse = result
+    batch, heads, n_queries, _ = q.shape
+    order = plan.offsets if plan.order is None else plan.order.index
+    _pooled_again_fwd[(batch * heads * plan.q_blocks.n,)](
+        q, keys.pooled, values.pooled, out, lse, again,
+        plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, order,
+        *q.stride()[:3], keys.pooled.shape[2], *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        heads, plan.q_blocks.n, n_queries, lists.per_entry, scale * LOG2_E,
+        **_constants(q, plan), num_warps=8, num_stages=2,
+    )  # fmt: skip
+
+
+def _constants(q: Tensor, plan: BlockPlan) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    return {
+        "D": q.shape[-1],
+        "BLOCK_D": padded(q.shape[-1]),
         "BLOCK_M": plan.q_blocks.size,
         "ROWS": ROWS,
         "LOG_SIZE": plan.k_blocks.size.bit_length() - 1,
         "LOG_ROWS": ROWS.bit_length() - 1,
         "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
-        "HELD": HELD,
     }
-    grid = (batch * heads * n_blocks, 1, 1)
-    return launch_specialised(
-        _pooled_fwd_hopper, grid, arguments, constants, warps=4, stages=STAGES
-    )

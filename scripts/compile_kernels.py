@@ -41,6 +41,7 @@ from dit_sparse.kernels._longest_first import _longest_first_fwd
 from dit_sparse.kernels._permute import _permute_blocks, _permute_rows
 from dit_sparse.kernels._pool import _covariance_fwd, _means_fwd
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
+from dit_sparse.kernels._pooled_again import _pooled_again_fwd
 from dit_sparse.kernels._portable import _portable_fwd
 from dit_sparse.kernels._quantise import (
     _centres_fwd,
@@ -193,7 +194,9 @@ def with_means() -> Iterator[Variant]:
             yield Variant("tail", 90, head_dim, ragged=True, tail=tail)
             yield Variant("tail", 90, head_dim, ragged=True, tail=tail, order=False)
         for ragged in (False, True):
-            yield Variant("pooled", 90, head_dim, ragged)
+            for bound in (False, True):
+                yield Variant("pooled", 90, head_dim, ragged, bound=bound)
+            yield Variant("pooled_again", 90, head_dim, ragged)
     for hidden in (False, True):
         yield Variant("tail_bias", 90, 128, ragged=True, hidden=hidden)
 
@@ -217,7 +220,9 @@ def means(variant: Variant) -> Report:
         source = source_of(_tail_fwd, constants, described)
         return report_of(variant, source, tile.warps, tile.stages, tile.registers)
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
-    constants |= {"HELD": POOLED_HELD}
+    constants |= {"HELD": POOLED_HELD, "BOUND": variant.bound}
+    if variant.kernel == "pooled_again":
+        return report_of(variant, source_of(_pooled_again_fwd, constants, {}), 8, 2)
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
     source = source_of(_pooled_fwd_hopper, constants, described)
     return report_of(variant, source, 4, POOLED_STAGES)

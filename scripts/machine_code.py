@@ -89,6 +89,7 @@ _POINTERS = {
     **dict.fromkeys(("visited_ptr", "hidden_ptr", "context_ptr"), "*u8"),
     **dict.fromkeys(("order_ptr", "index_ptr"), "*i64"),
     "classes_ptr": "*fp8e5",
+    "again_ptr": "*i8",
 }
 
 

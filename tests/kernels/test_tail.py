@@ -19,6 +19,7 @@ from tests.problems import pooled
 
 tail = pytest.importorskip("dit_sparse.kernels.tail")
 pooled_rows = pytest.importorskip("dit_sparse.kernels.pooled")
+norms = pytest.importorskip("dit_sparse.kernels.norms")
 rooms = pytest.importorskip("dit_sparse.kernels.rooms")
 pool = pytest.importorskip("dit_sparse.kernels.pool")
 pytestmark = [
@@ -34,7 +35,8 @@ COMMON = {
     "hidden": [True, False],
 }
 TAILS = covering({**COMMON, "bounded": [True, False], "tail": ["zeroth", "first"]}, strength=2)
-POOLS = covering({**COMMON, "factors": [(2, 4, 8), (4,), (2, 128), (8, 16)]}, strength=2)
+LEVELS = [(2, 4, 8), (4,), (2, 128), (8, 16)]
+POOLS = covering({**COMMON, "bounded": [True, False], "factors": LEVELS}, strength=2)
 
 
 def name(values: dict) -> str:
@@ -62,8 +64,16 @@ def without_hidden(
     return q, k.masked_fill(unseen, float("nan")), v.masked_fill(unseen, float("nan"))
 
 
-def compare(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
-    out, lse = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+def compare(
+    got: AttentionOutput,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float | None = None,
+) -> None:
+    given = (x.double() for x in (q, k, v))
+    out, lse = attend(*given, plan, scale=scale, backend="reference")
     assert float((got.out.double() - out).norm()) <= 4e-3 * float(out.norm())
     torch.testing.assert_close(got.out.double(), out, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(got.lse, lse, rtol=4e-3, atol=4e-3)
@@ -142,12 +152,107 @@ def test_pooled_rows_in_tiles(values: dict):
     hidden = hidden_of(plan)[: plan.offsets.shape[0]] if values["hidden"] else None
     plan = check(pooled(plan, values["factors"], hidden, generator))
     q, k, v = without_hidden(*(x.contiguous() for x in tensors_of(case_of(values), plan)), plan)
-    scale = q.shape[-1] ** -0.5
+    # The weights of a bound far above the scores need the exponents of bfloat16.
+    scale = q.shape[-1] ** -0.5 * (0.25 if values["bounded"] else 1.0)
+    result = with_pools(q, k, v, plan, scale, bounded=values["bounded"])
+    compare(result, q, k, v, plan, scale)
+
+
+def with_pools(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    *,
+    bounded: bool,
+    longer: float = 1.0,
+) -> AttentionOutput:
+    """What the kernels make of the result for the exact entries.
+
+    Args:
+        longer: makes bounds so many times larger.
+    """
     exact = replace(plan, pools=None)
     result = AttentionOutput(*attend(q, k, v, exact, scale=scale, backend="reference"))
-    ordered = (q, k, v) if plan.order is None else tuple(plan.order(x) for x in (q, k, v))
-    assert pooled_rows.launch(*ordered, plan, scale, result)
-    compare(result, q, k, v, plan)
+    q, k, v = (q, k, v) if plan.order is None else (plan.order(x) for x in (q, k, v))
+    lengths = None
+    if bounded:
+        lengths = norms.empty(q)
+        norms.measure(q, k, lengths)
+        lengths[1].mul_(longer)
+    assert pooled_rows.launch(q, k, v, plan, scale, result, lengths)
+    return result
+
+
+def small(ragged: bool = True) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]]:
+    """A plan of several levels, rows without pooled entries and one without any."""
+    case = Case(64, 128, 128, dtype=torch.float16, box=False, ragged=ragged, tokens=900)
+    plan = check(pooled(plan_of(case), (2, 4, 8), None, torch.Generator().manual_seed(5)))
+    assert plan.pools is not None
+    listed = plan.pools.counts.sum(-1)
+    assert bool((listed == 0).any())
+    assert int(listed.max()) >= 3
+    return plan, tuple(x.contiguous() for x in tensors_of(case, plan))
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_pooled_rows_that_are_all_alike(ragged: bool, bounded: bool):
+    plan, (q, k, v) = small(ragged)
+    k = k[:, :, :1].expand_as(k).contiguous()
+    result = with_pools(q, k, v, plan, 0.02, bounded=bounded)
+    compare(result, q, k, v, plan, 0.02)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_late_tile_far_above_all_others(bounded: bool):
+    plan, (q, k, v) = small()
+    start, stop = plan.k_blocks.starts[[-2, -1]].tolist()
+    q[..., 0], k[..., 0] = 30.0, 0.0
+    k[:, :, start:stop] = 0.0
+    k[:, :, start:stop, 0] = 30.0  # 112 above, where exp(-104) is 0
+    result = with_pools(q, k, v, plan, 0.125, bounded=bounded)
+    compare(result, q, k, v, plan, 0.125)
+
+
+def test_pooled_rows_far_below_their_bound(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is left of their weights: they are computed again, and only they."""
+    plan, (q, k, v) = small()
+    assert plan.pools is not None
+    result = with_pools(q, k, v, plan, 0.1, bounded=True, longer=400.0)
+    compare(result, q, k, v, plan, 0.1)
+    monkeypatch.setattr(pooled_rows, "_launch_again", lambda *_: None)
+    left = with_pools(q, k, v, plan, 0.1, bounded=True, longer=400.0)
+    exact, _ = attend(q, k, v, replace(plan, pools=None), scale=0.1, backend="reference")
+    torch.testing.assert_close(left.out, exact)  # as they were, rows without pooled entries too
+    assert not torch.equal(left.out, result.out)
+
+
+def test_rows_with_enough_before_need_no_pooled_ones(monkeypatch: pytest.MonkeyPatch):
+    """Pooled scores that are too small for numbers, beside exact ones near the bound."""
+    monkeypatch.setattr(pooled_rows, "_launch_again", lambda *_: None)
+    case = Case(64, 128, 128, dtype=torch.float16, box=False, ragged=False, tokens=512)
+    q, k, v = (x.contiguous() for x in tensors_of(case, plan_of(case)))
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    plan = BlockPlan.from_mask(seen, plan_of(case).q_blocks, plan_of(case).k_blocks)
+    counts = torch.full((1, 1, 4, 1), 3, dtype=torch.int32)  # block 0 is exact
+    plan = check(replace(plan, full=plan.full - 3, pools=Pools((4,), counts)))
+    q[..., 1:], k[..., 1:] = 0.0, 0.0
+    q[..., 0] = 10.0
+    k[..., 0] = -10.0
+    k[:, :, :128, 0] = 10.0
+    compare(with_pools(q, k, v, plan, 1.0, bounded=True), q, k, v, plan, 1.0)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_rows_that_hold_no_number(bounded: bool):
+    plan, (q, k, v) = small()
+    q[0, 1, 5] = float("nan")
+    result = with_pools(q, k, v, plan, 0.05, bounded=bounded)
+    out, lse = attend(*(x.double() for x in (q, k, v)), plan, scale=0.05, backend="reference")
+    torch.testing.assert_close(result.out.double(), out, rtol=2e-2, atol=2e-2, equal_nan=True)
+    torch.testing.assert_close(result.lse, lse, rtol=4e-3, atol=4e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("ragged", [True, False])

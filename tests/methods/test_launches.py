@@ -85,6 +85,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             ("approximate", "_approximate_fwd"),
         ),
         ("pooled", "_pooled_tiles_fwd"),
+        ("pooled", "_pooled_again_fwd"),
         ("summaries", "_summaries_fwd"),
         ("longest_first", "_longest_first_fwd"),
     ):
@@ -133,7 +134,7 @@ TAIL = ["_tail_bias_fwd", "_tail_fwd"]
 WITH_MEANS = [*LISTED, *TAIL]
 COVARIANCE = ["_covariance_fwd", "sum", "div"]
 WITH_SLOPE = [*LISTED, *COVARIANCE, *TAIL]
-POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper"]
+POOLED = ["_means_fwd", "_pooled_tiles_fwd", "_pooled_fwd_hopper", "_pooled_again_fwd"]
 
 CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("pisa", {"tail": "zeroth"}, [*MEANS, *CHOICE], WITH_MEANS),
