@@ -125,10 +125,11 @@ class PsaMethod:
             raise ValueError(
                 f"Expected a picture alone for causal=True, got {ctx.layout}. Leave causal out."
             )
-        importance = self._candidates(self._importance(q, k, ctx, frame), frame)
+        ranked = self.allocation == "quantile" and self.similarity is None
+        importance = self._importance(q, k, ctx, frame, ranks=ranked)
+        importance = self._candidates(importance, frame)
         ends = self._ends_on(frame)
         tail = self._tail
-        ranked = self.allocation == "quantile" and self.similarity is None
         if ranked and not self.forced and not self.causal:
             ranks = tuple(int(ends[g] * frame.candidates + 1e-9) for g in (1, *self._factors))
             return selection.plan_of_ranks(
@@ -165,9 +166,14 @@ class PsaMethod:
             used = {g for g in _FACTORS if g <= max(used)}
         return tuple(sorted(used - {1}))
 
-    def _importance(self, q: Tensor, k: Tensor, ctx: CallContext, frame: Frame) -> Tensor:
+    def _importance(
+        self, q: Tensor, k: Tensor, ctx: CallContext, frame: Frame, *, ranks: bool
+    ) -> Tensor:
+        """Importance of every pair of blocks; where it only `ranks` them, anything of its order."""
         if self.importance == "means":
             scores = selection.pooled_scores(q, k, frame, summaries=ctx.summaries, tail=self._tail)
+            if ranks:
+                return scores.nan_to_num_(0.0, torch.inf, -torch.inf)
             return self._candidates(scores, frame).softmax(-1).nan_to_num(0.0)
         moment = (ctx.step or 0) * ctx.layers + ctx.layer
         seed = self.seed * 1_000_003 + 2 * moment

@@ -150,7 +150,7 @@ CALLS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "psa",
         {"importance": "means"},
-        [*MEANS, "_softmax", "nan_to_num", *CHOICE],
+        [*MEANS, "nan_to_num_", *CHOICE],
         [*EXACT, *POOLED],
     ),
     ("psa", {"skipped": "mean"}, [*SAMPLED, *CHOICE], [*WITH_MEANS, *POOLED]),
@@ -174,7 +174,7 @@ IN_ORDER: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "psa",
         {"importance": "means", "skipped": "mean"},
-        [*SUMMARIES, "_softmax", "nan_to_num", *CHOICE],
+        [*SUMMARIES, "nan_to_num_", *CHOICE],
         [*MEASURED, *TAIL, *POOLED],
     ),
 ]
