@@ -21,32 +21,28 @@ def _entry(entries_ptr, number, count):
 
 
 @triton.jit
-def _bias(entry, ROWS: tl.constexpr, LOG_SIZE: tl.constexpr, LOG_ROWS: tl.constexpr,
-          RAGGED: tl.constexpr):  # fmt: skip
-    """log2 of what the rows of a tile count as, -1e30 for nothing: of all rows, or of each."""
-    left = entry & 255
-    s = (entry >> 8) & 7
-    whole = tl.minimum(s, LOG_SIZE - LOG_ROWS).to(tl.float32)
-    bias = tl.where(left == 0, -1e30, whole)
-    if RAGGED:
-        copies = tl.maximum(s + LOG_ROWS - LOG_SIZE, 0)
-        full = (left >> s) << copies
-        rest = left - ((left >> s) << s)
-        part = tl.math.log2(tl.maximum(rest, 1).to(tl.float32)) - copies.to(tl.float32)
-        part = tl.where(rest == 0, -1e30, part)
-        row = tl.arange(0, ROWS)
-        behind = tl.where(row < full + (1 << copies), part, -1e30)
-        bias = tl.where(row < full, whole, behind)[None, :]
-    return bias
+def _bias(entry, LOG_SIZE: tl.constexpr, LOG_ROWS: tl.constexpr):
+    """log2 of the tokens that a row of a tile stands for."""
+    return tl.minimum((entry >> 8) & 7, LOG_SIZE - LOG_ROWS).to(tl.float32)
+
+
+@triton.jit
+def _share(entry, bias, ROWS: tl.constexpr):
+    """How much of every row has tokens: in a short block the last ones have none. Rows that repeat
+    a group get its tokens one after the other, which is all the same in their sum."""
+    full = (entry & 255).to(tl.float32) * tl.math.exp2(-bias)
+    return tl.minimum(tl.maximum(full - tl.arange(0, ROWS).to(tl.float32), 0.0), 1.0)
 
 
 @triton.jit
 def _weights(scores, entry, m_new, scale_log2, ROWS: tl.constexpr, LOG_SIZE: tl.constexpr,
              LOG_ROWS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    bias = _bias(entry, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
+    bias = _bias(entry, LOG_SIZE, LOG_ROWS)
     if RAGGED:
-        weights = tl.math.exp2(scores * scale_log2 + bias - m_new[:, None])
+        weights = tl.math.exp2(scores * scale_log2 - (m_new - bias)[:, None])
+        weights *= _share(entry, bias, ROWS)[None, :]
     else:
+        bias = tl.where((entry & 255) == 0, -1e30, bias)
         weights = tl.math.exp2(scores * scale_log2 - (m_new - bias)[:, None])
     return weights
 

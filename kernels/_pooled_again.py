@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from dit_sparse.kernels._approximate import _load_rows, _soften
-from dit_sparse.kernels._hopper_pooled import _bias
+from dit_sparse.kernels._hopper_pooled import _bias, _share
 
 
 @triton.jit
@@ -57,9 +57,12 @@ def _pooled_again_fwd(
         pooled = (entry >> 11) * ROWS + tl.arange(0, ROWS)
         k = _load_rows(k_ptr, pooled, pooled >= 0, D, BLOCK_D)
         v = _load_rows(v_ptr, pooled, pooled >= 0, D, BLOCK_D)
-        bias = _bias(entry, ROWS, LOG_SIZE, LOG_ROWS, RAGGED)
+        bias = _bias(entry, LOG_SIZE, LOG_ROWS)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias
-        scores = tl.where(bias > -1e29, scores, float("-inf"))
+        if RAGGED:
+            share = _share(entry, bias, ROWS)
+            of_row = tl.where(share > 0.0, tl.math.log2(tl.maximum(share, 1e-9)), float("-inf"))
+            scores += of_row[None, :]
         m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
 
     empty = l_i == 0.0
