@@ -15,6 +15,7 @@ from dit_sparse.backend import Again, AttentionOutput, BlockSummaries, refuses_b
 from dit_sparse.kernels import (
     approximate,
     hopper,
+    hopper_gluon,
     hopper_persistent,
     known_answers,
     pool,
@@ -27,6 +28,7 @@ from dit_sparse.kernels.architecture import refuses as refuses_gpu
 from dit_sparse.kernels.launch import Launch, Repeat, device_of, refuses_heads
 from dit_sparse.kernels.rooms import Room, in_order, room_for
 from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
+from dit_sparse.kernels.variants import Kernel
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
 from dit_sparse.shares import Shares
@@ -60,6 +62,7 @@ class TritonBackend:
         bound: whether the Hopper kernel subtracts a bound of the scores instead of their maximum,
             where it may; `None` for where it pays.
         each: query blocks that a program of the Hopper kernel takes; `None` for as many as pay.
+        kernel: the Hopper kernel for whole entries, where it may run; `None` for the table's.
         interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
             before Triton was imported. For tests: it is slow, and wrong in bfloat16.
     """
@@ -67,6 +70,7 @@ class TritonBackend:
     tile: Tile | None = None
     bound: bool | None = None
     each: int | None = None
+    kernel: Kernel | None = None
     interpreted: bool = False
 
     @property
@@ -238,7 +242,12 @@ class TritonBackend:
         q, lengths = room.ordered[0], room.lengths
         given = (*room.ordered, plan, scale, room.result)
         each = self.each
-        if each is None and q.is_cuda and hopper.chosen(q, plan.k_blocks) == "hopper_persistent":
+        kernel = self.kernel or (hopper.chosen(q, plan.k_blocks) if q.is_cuda else "hopper")
+        if kernel == "hopper_gluon" and each is None:
+            done = hopper_gluon.launch(*given, mask=mask, lengths=lengths)
+            if done is not None:
+                return done
+        if each is None and q.is_cuda and kernel in ("hopper_persistent", "hopper_gluon"):
             each = hopper_persistent.blocks_each(q, plan, masked=mask is not None)
         # Masks and running maxima in one loop leave no exponentials under its products.
         if each is not None and each > 1 and (mask is None or lengths is not None):

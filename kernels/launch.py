@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -32,6 +32,10 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+except ImportError:  # a Triton without Gluon for Hopper
+    GluonDescriptor = None
 
 # A compiled kernel is called with all arguments, constants included; read in 3.6 and 3.9.
 _REPEATS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
@@ -41,6 +45,7 @@ _PRODUCT, _WAIT = r"[HQI]GMMA", r"WARPGROUP\.DEPBAR"
 # Serialised products are waited for one by one; all kernels here have at least two to a wait.
 _PRODUCTS_A_WAIT = 2
 _MOST_PAIRS = 65_535  # programs along a grid's second axis [CUDA]
+_DESCRIPTORS = tuple(kind for kind in (TensorDescriptor, GluonDescriptor) if kind is not None)
 _LOG = logging.getLogger("dit_sparse")
 
 T = TypeVar("T")
@@ -75,7 +80,7 @@ class Launch:
         memory = {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
         fixed, moving = list(self.arguments), []
         for at, argument in enumerate(self.arguments):
-            described = TensorDescriptor is not None and isinstance(argument, TensorDescriptor)
+            described = isinstance(argument, _DESCRIPTORS)
             tensor = argument.base if described else argument
             found = number.get(id(tensor))
             if found is not None:
@@ -213,7 +218,7 @@ def launch_specialised(
     or wait for every matrix product."""
     known = _verdicts(jit)
     kinds = (_kind(argument) for argument in arguments)
-    key = (arguments[0].device, *constants.values(), *kinds)
+    key = (_device(arguments[0]), *constants.values(), *kinds)
     if key not in known:
         # Looked at once: what alignment makes of the same kernel differs in little.
         known[key] = _sound(jit, grid, arguments, constants, warps, stages)
@@ -222,11 +227,16 @@ def launch_specialised(
     return launch(jit, grid, arguments, constants, warps=warps, stages=stages)
 
 
+def _device(argument: Any) -> torch.device:
+    tensor = argument.base if isinstance(argument, _DESCRIPTORS) else argument
+    return cast(Tensor, tensor).device
+
+
 def _kind(argument: Any) -> object:
     """What Triton compiles for of an argument: its dtype, or whether it is 1, a constant then."""
     if isinstance(argument, Tensor):
         return argument.dtype
-    if isinstance(argument, TensorDescriptor):
+    if isinstance(argument, _DESCRIPTORS):
         return argument.base.dtype
     return argument == 1
 
@@ -323,6 +333,7 @@ def _without_base(descriptor: Any) -> dict[str, Any]:
 
 def _described(base: Tensor, fields: dict[str, Any]) -> Any:
     # Its constructor checks again what was true of the tensor before.
-    descriptor = object.__new__(TensorDescriptor)
+    kind = GluonDescriptor if "layout" in fields else TensorDescriptor
+    descriptor = object.__new__(kind)
     vars(descriptor).update(fields, base=base)
     return descriptor

@@ -1,0 +1,160 @@
+"""Launches the Hopper kernel in Gluon, a program of which runs on every multiprocessor."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels.hopper import Matrix, matrices_of
+from dit_sparse.kernels.launch import GluonDescriptor, Launch, launch_specialised
+from dit_sparse.kernels.longest_first import longest_first
+from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.mask_product import MaskProduct
+from dit_sparse.plan import BlockPlan
+
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from dit_sparse.kernels._hopper_gluon import ROWS, _block_sparse_fwd_hopper_gluon
+except ImportError:  # a Triton without Gluon, or without what this needs of it
+    _block_sparse_fwd_hopper_gluon = None
+
+#: Gluon changes with every version of Triton; this is the one that the machine code was read of.
+TRITON = "3.6"
+
+
+@dataclass(frozen=True)
+class Rings:
+    """How many tiles have room in shared memory.
+
+    Args:
+        queries: query blocks, 1 or 2.
+        keys: key blocks.
+        values: as many, or one more.
+        early: whether the product with the values of the block before is begun right behind the
+            next scores, not when they are complete.
+    """
+
+    queries: int = 2
+    keys: int = 2
+    values: int = 2
+    early: bool = True
+
+    def __post_init__(self) -> None:
+        if self.queries not in (1, 2) or self.keys < 2 or self.values - self.keys not in (0, 1):
+            raise ValueError(
+                f"Expected room for 1 or 2 query blocks, 2 or more of keys and as many of values "
+                f"or one more, got {self}. Others wait for themselves."
+            )
+
+
+def rings_for(head_dim: int) -> Rings:
+    """What fits 227 KiB for a padded head dim, best."""
+    return Rings(keys=4, values=4) if head_dim <= 64 else Rings()
+
+
+def refuses(plan: BlockPlan, scale: float, mask: MaskProduct | None = None) -> str | None:
+    """Why the kernel cannot run here, or not for a plan; `None` if it can."""
+    if _block_sparse_fwd_hopper_gluon is None:
+        return f"expected a Triton with Gluon for Hopper, got {triton.__version__}."
+    if ".".join(triton.__version__.split(".")[:2]) != TRITON:
+        return f"expected Triton {TRITON}, whose Gluon was tried, got {triton.__version__}."
+    if triton.knobs.runtime.interpret:
+        return "expected a GPU, got Triton's interpreter, which has no Gluon."
+    if (plan.q_blocks.size, plan.k_blocks.size) != (128, 128):
+        return f"expected blocks of 128, got {plan.q_blocks.size} and {plan.k_blocks.size}."
+    if mask is not None:
+        return "expected whole entries, got a mask."
+    if not scale > 0:  # scores behind the end of a block are hidden before they are scaled
+        return f"expected a positive scale, got {scale}."
+    return None
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    *,
+    mask: MaskProduct | None = None,
+    lengths: tuple[Tensor, Tensor] | None = None,
+    rings: Rings | None = None,
+) -> Launch | None:
+    """`hopper.launch` in Gluon; `None` too for what it `refuses`.
+
+    Args:
+        rings: `None` for those of `rings_for`.
+        q, k, v, plan, scale, result, mask, lengths: as there.
+    """
+    if refuses(plan, scale, mask) is not None:
+        return None
+    matrices = matrices_of(q, k, v, plan)
+    if matrices is None:
+        return None
+    chosen = rings or rings_for(padded(q.shape[-1]))
+    return _launch(q, matrices, plan, scale, result, lengths, chosen)
+
+
+def _launch(
+    q: Tensor,
+    matrices: tuple[Matrix, Matrix, Matrix],
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    lengths: tuple[Tensor, Tensor] | None,
+    rings: Rings,
+) -> Launch | None:
+    qm, km, vm = matrices
+    out, lse = result
+    batch, heads, n_queries, head_dim = q.shape
+    dim, keys, blocks = padded(head_dim), plan.k_blocks.size, plan.q_blocks.n
+    picture = plan.q_blocks.picture or range(blocks)
+    starts, counts = plan.spans
+    order = starts if plan.order is None else plan.order.index
+    queue = longest_first(plan, batch, heads)
+    tiles = batch * heads * blocks
+    arguments = (
+        _describe(qm, [ROWS.value, dim]), _describe(km, [keys, dim]), _describe(vm, [keys, dim]),
+        out, lse, *(lengths or (lse, lse)),
+        plan.offsets, plan.full, starts, counts, plan.q_blocks.starts, order,
+        starts if queue is None else queue,
+        *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        tiles, heads, heads // km.heads, blocks, blocks - len(picture), picture.start, n_queries,
+        scale * LOG2_E,
+    )  # fmt: skip
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": dim,
+        "BLOCK_N": keys,
+        "RAGGED": plan.k_blocks.ragged,
+        "HAS_ORDER": plan.order is not None,
+        "BOUND": lengths is not None,
+        "QUEUED": queue is not None,
+        "Q_SLOTS": rings.queries,
+        "SLOTS": rings.keys,
+        "V_SLOTS": rings.values,
+        "EARLY": rings.early,
+    }
+    grid = (min(tiles, _multiprocessors(q.device)), 1, 1)
+    kernel = _block_sparse_fwd_hopper_gluon
+    return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)
+
+
+def _describe(matrix: Matrix, block: list[int]) -> Any:
+    layout = NVMMASharedLayout(128, 8 * matrix.base.element_size(), 2)
+    shape, strides = list(matrix.shape), [matrix.row_stride, 1]
+    return GluonDescriptor(matrix.base, shape, strides, block, layout)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
