@@ -441,7 +441,7 @@ def _consume(
 @gluon.jit
 def _ring(desc, SLOTS: gl.constexpr):
     """Slots for tiles, and for each a barrier that says that it was filled."""
-    room = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_shape, desc.layout)
+    room = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_shape, desc.layout)  # noqa: RUF005
     return room, _barriers(SLOTS, 1)
 
 
