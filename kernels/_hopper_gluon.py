@@ -388,15 +388,16 @@ def _consume(
         )  # fmt: skip
         mbarrier.arrive(done.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
-        v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
         if RAGGED:
             scores = _shown(scores, length_1, BLOCK_N)
         p, m_1 = _weights(scores, m_1, scale_log2, RAGGED, BOUND)
         l_1 = gl.sum(p, 1)
         behind = gl.convert_layout(p.to(dtype), of_p)
 
-        # Nothing to wait for, but a branch: ptxas would make the wait for the product before it.
-        mbarrier.wait(q_full.index(q_slot * 2 + HALF), q_phase)
+        # Nothing to wait for, but a branch: without it ptxas moves the wait for the product above
+        # the exponentials. These values alone are sure to lie there still.
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
         result = hopper.warpgroup_mma_wait(0, [acc])
         # One without entries has read a block that it has no part in.
         empty = (l_i == 0.0) | (steps == 0)

@@ -1,0 +1,322 @@
+"""Runs a Gluon kernel for Hopper without a GPU: what Triton's interpreter cannot.
+
+The kernel's own source runs as Python with this module in the place of Gluon. The partitions of a
+program take turns at random wherever they touch a barrier, copies arrive and products are computed
+at once or as late as waits allow, and shared memory begins as NaN: a missing wait, or a place that
+is written while a product still reads it, shows as a wrong result, and partitions that wait for
+each other raise.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_IDLE = 2000  # polls of all partitions in which nothing happened
+
+
+class Value:
+    """A tensor or a number, with a type whose layout does not matter here."""
+
+    type = SimpleNamespace(layout=None)
+
+    def __init__(self, data: Any) -> None:
+        self.data = torch.as_tensor(data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def to(self, dtype: torch.dtype) -> Value:
+        return Value(self.data.to(dtype))
+
+    def __index__(self) -> int:
+        return int(self.data)
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+
+def _data(x: Any) -> torch.Tensor:
+    return x.data if isinstance(x, Value) else torch.as_tensor(x)
+
+
+def _operator(name: str, swapped: bool) -> Callable[[Value, Any], Any]:
+    def apply(self: Value, other: Any) -> Any:
+        if isinstance(other, Pointer):
+            return NotImplemented
+        pair = (_data(other), self.data) if swapped else (self.data, _data(other))
+        return Value(getattr(torch.Tensor, name)(*pair))
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "xor", "and", "or"):
+    setattr(Value, f"__{_name}__", _operator(f"__{_name}__", False))
+    setattr(Value, f"__r{_name}__", _operator(f"__{_name}__", True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Value, f"__{_name}__", _operator(f"__{_name}__", False))
+
+
+class Pointer:
+    """Into the memory of a tensor; loads and stores must stay inside."""
+
+    def __init__(self, memory: torch.Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, more: Any) -> Pointer:
+        return Pointer(self.memory, _data(self.offset) + _data(more))
+
+    def where(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        at = _data(self.offset)
+        shown = torch.ones_like(at, dtype=torch.bool) & _data(True if mask is None else mask)
+        at, shown = torch.broadcast_tensors(at, shown)
+        assert bool(((at >= 0) & (at < len(self.memory)))[shown].all()), "outside of its tensor"
+        return at, shown
+
+
+class Descriptor:
+    """Tiles of a matrix, 0 outside of it."""
+
+    def __init__(self, matrix: torch.Tensor, block: Sequence[int]) -> None:
+        self.matrix, self.block_shape, self.dtype = matrix, list(block), matrix.dtype
+        self.layout = None
+        self.block_type = SimpleNamespace(nbytes=block[0] * block[1] * matrix.element_size())
+
+    def tile(self, row: int, col: int) -> torch.Tensor:
+        found = self.matrix.new_zeros(self.block_shape)
+        part = self.matrix[row : row + self.block_shape[0], col : col + self.block_shape[1]]
+        found[: part.shape[0], : part.shape[1]] = part
+        return found
+
+
+class Shared:
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.shape = getattr(data, "shape", None)
+        self.dtype = getattr(data, "dtype", None)
+
+    def index(self, at: Any) -> Any:
+        found = self.data[int(at)]
+        return found if isinstance(found, Barrier) else Shared(found)
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.data.permute(*order))
+
+
+class Barrier:
+    count = arrived = expected = phase = 0
+
+    def complete(self, arrived: int, expected: int) -> None:
+        assert self.count, "not initialised"
+        self.arrived += arrived
+        self.expected += expected
+        if self.arrived == self.count and not self.expected:
+            self.arrived, self.phase = 0, self.phase ^ 1
+
+
+class Product:
+    """Of a warpgroup's own, whose operands are read when it is made."""
+
+    def __init__(self, a: Any, b: Shared, before: Any) -> None:
+        self.operands, self.value = (a, b, before), None
+
+    def make(self) -> Value:
+        if self.value is None:
+            a, b, before = self.operands
+            found = a.data.float() @ b.data.float()
+            self.value = Value(found if before is None else found + made(before).data)
+        return self.value
+
+
+def made(x: Any) -> Value:
+    if isinstance(x, Product):
+        assert x.value is not None, "a product is used before it was waited for"
+        return x.value
+    return x
+
+
+class Model:
+    """One program at a time, of which one partition at a time runs."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.copies: list[Callable[[], None]] = []
+        self.local = threading.local()
+        self.baton = threading.Condition()
+        self.alive: list[int] = []
+        self.current = self.idle = 0
+        self.error: BaseException | None = None
+
+    def run(self, source: Path, name: str, grid: int, arguments: Sequence[Any]) -> None:
+        """Runs the kernel of that name in a file, with its constants among the arguments."""
+        text = re.sub(r"^from .*$", "", source.read_text(encoding="utf-8"), flags=re.M)
+        space: dict[str, Any] = self.names()
+        exec(compile(text, str(source), "exec"), space)
+        for number in range(grid):
+            self.program, self.programs = number, grid
+            space[name](*arguments)
+
+    def names(self) -> dict[str, Any]:
+        def jit(function: Any = None, **_: Any) -> Any:
+            return function or (lambda function: function)
+
+        return {
+            "gluon": SimpleNamespace(jit=jit),
+            "gl": self.language(),
+            "hopper": SimpleNamespace(
+                fence_async_shared=lambda: None,
+                warpgroup_mma=self.multiply,
+                warpgroup_mma_wait=self.wait_for_products,
+                warpgroup_mma_init=lambda x: x,
+            ),
+            "mbarrier": SimpleNamespace(
+                MBarrierLayout=lambda: "barriers",
+                init=lambda barrier, count: setattr(barrier, "count", count),
+                wait=self.wait,
+                expect=self.expect,
+                arrive=self.arrive,
+            ),
+            "tma": SimpleNamespace(async_copy_global_to_shared=self.copy),
+        }
+
+    def language(self) -> Any:
+        def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
+            at, shown = pointer.where(mask)
+            found = pointer.memory[torch.where(shown, at, 0)]
+            return Value(torch.where(shown, found, torch.as_tensor(other, dtype=found.dtype)))
+
+        def store(pointer: Pointer, value: Value, mask: Any = None) -> None:
+            at, shown = pointer.where(mask)
+            assert bool(pointer.memory[at[shown]].isnan().all()), "written twice"
+            pointer.memory[at[shown]] = value.data.expand_as(at)[shown]
+
+        def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+            if layout == "barriers":
+                return Shared([Barrier() for _ in range(shape[0])])
+            return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
+
+        def full(shape: Sequence[int], value: Any, dtype: Any, layout: Any) -> Value:
+            return Value(torch.full(tuple(shape), value, dtype=dtype))
+
+        def two(function: Any) -> Any:
+            return lambda x, y: Value(function(_data(x), _data(y)))
+
+        def layout(*_: Any) -> None:
+            return None
+
+        return SimpleNamespace(
+            constexpr=lambda x: x, static_range=range, load=load, store=store, full=full,
+            int64=torch.int64, float32=torch.float32, allocate_shared_memory=allocate,
+            program_id=lambda _: Value(self.program), num_programs=lambda _: Value(self.programs),
+            where=lambda c, x, y: Value(torch.where(_data(c), _data(x), _data(y))),
+            minimum=two(torch.minimum), maximum=two(torch.maximum),
+            exp2=lambda x: Value(x.data.exp2()), log2=lambda x: Value(x.data.log2()),
+            max=lambda x, axis: Value(x.data.amax(axis)), sum=lambda x, axis: Value(x.data.sum(axis)),
+            expand_dims=lambda x, axis: Value(x.data.unsqueeze(axis)),
+            convert_layout=lambda x, _: x,
+            arange=lambda start, end, _: Value(torch.arange(start, end)),
+            zeros=lambda shape, dtype, _: Value(torch.zeros(tuple(shape), dtype=dtype)),
+            SliceLayout=layout, NVMMADistributedLayout=layout, DotOperandLayout=layout,
+            DistributedLinearLayout=layout, warp_specialize=self.specialize,
+        )  # fmt: skip
+
+    def specialize(self, partitions: Sequence[Any], warps: Any, registers: Any) -> None:
+        self.alive, self.current, self.idle = list(range(len(partitions))), 0, 0
+
+        def partition(number: int, function: Any, arguments: Sequence[Any]) -> None:
+            self.local.number, self.local.products = number, []
+            try:
+                self.await_baton()
+                function(*arguments)
+                assert not self.local.products, "products were not waited for"
+            except BaseException as error:
+                self.error = self.error or error
+            with self.baton:
+                self.alive.remove(number)
+                self.current = self.random.choice(self.alive) if self.alive else -1
+                self.baton.notify_all()
+
+        threads = [
+            threading.Thread(target=partition, args=(number, function, arguments))
+            for number, (function, arguments) in enumerate(partitions)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.error is not None:
+            raise self.error
+        assert not self.copies, "copies that nobody waited for"
+
+    def await_baton(self) -> None:
+        with self.baton:
+            self.baton.wait_for(lambda: self.current == self.local.number or self.error)
+        if self.error is not None:
+            raise RuntimeError("Another partition failed.")
+
+    def pause(self, happened: bool = True) -> None:
+        """Lets any partition go on; copies arrive meanwhile or not."""
+        self.idle = 0 if happened else self.idle + 1
+        if self.idle > _IDLE:
+            raise RuntimeError("Expected some partition to go on, but all of them wait.")
+        while self.copies and self.random.random() < 0.3:
+            self.idle = 0
+            self.copies.pop(0)()
+        with self.baton:
+            self.current = self.random.choice(self.alive)
+            self.baton.notify_all()
+        self.await_baton()
+
+    def wait(self, barrier: Barrier, phase: Any, pred: Any = True) -> None:
+        self.pause()
+        while bool(pred) and barrier.phase == int(phase):
+            self.pause(happened=False)
+
+    def arrive(self, barrier: Barrier) -> None:
+        self.pause()
+        barrier.complete(1, 0)
+
+    def expect(self, barrier: Barrier, expected: int, pred: Any = True) -> None:
+        self.pause()
+        if bool(pred):
+            barrier.complete(1, expected)
+
+    def copy(
+        self, of: Descriptor, at: Sequence[Any], barrier: Barrier, to: Shared, pred: Any = True
+    ) -> None:
+        if not bool(pred):
+            return
+        row, col = (int(x) for x in at)
+
+        def arrive() -> None:
+            to.data.copy_(of.tile(row, col))
+            barrier.complete(0, -of.block_type.nbytes)
+
+        to.data.fill_(torch.nan)
+        self.copies.append(arrive)
+        self.pause()
+
+    def multiply(self, a: Any, b: Shared, acc: Any, *, use_acc: Any, is_async: bool) -> Product:
+        assert is_async
+        product = Product(a, b, acc if bool(use_acc) else None)
+        self.local.products.append(product)
+        if self.random.random() < 0.5:
+            for one in self.local.products:
+                one.make()
+        self.pause()
+        return product
+
+    def wait_for_products(self, running: int, of: Sequence[Any]) -> Any:
+        while len(self.local.products) > running:
+            self.local.products.pop(0).make()
+        found = tuple(made(x) for x in of)
+        return found[0] if len(found) == 1 else found

@@ -1,0 +1,223 @@
+"""The Hopper kernel in Gluon: its source run as Python, what it refuses, and on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.backend import AttentionOutput
+from dit_sparse.grid import Permutation
+from dit_sparse.plan import BlockPlan, Blocks
+from tests.gluon_model import Descriptor, Model, Pointer
+from tests.oracle import masked_attention
+
+hopper_gluon = pytest.importorskip("dit_sparse.kernels.hopper_gluon")
+if hopper_gluon._block_sparse_fwd_hopper_gluon is None:
+    pytest.skip("needs a Triton with Gluon", allow_module_level=True)
+
+SOURCE = Path(hopper_gluon.__file__).with_name("_hopper_gluon.py")
+HEADS = 3
+
+
+def plan_of(seed: int, *, ragged: bool, order: str, uneven: bool) -> BlockPlan:
+    """Random lists, with none, with one entry and with all."""
+    generator = torch.Generator().manual_seed(seed)
+    runs = [131, 60, 300, 15, 70] if ragged else [640]
+    q_blocks, k_blocks = Blocks.of_runs(runs, 128), Blocks.of_runs(runs[::-1], 128)
+    visited = torch.rand(1, HEADS, q_blocks.n, k_blocks.n, generator=generator) < 0.5
+    visited[0, 0, 0] = visited[0, 1, 2:4] = False
+    visited[0, 1, 1] = torch.arange(k_blocks.n) == k_blocks.n - 1
+    visited[0, 2, 0] = True
+    orders = torch.stack([torch.randperm(sum(runs), generator=generator) for _ in range(HEADS)])
+    index = {"none": None, "shared": orders[0], "head": orders}[order]
+    plan = BlockPlan.from_mask(
+        visited, q_blocks, k_blocks, order=None if index is None else Permutation(index)
+    )
+    return replace(plan, uneven=uneven)
+
+
+def modelled(
+    monkeypatch: pytest.MonkeyPatch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    lengths: tuple[Tensor, Tensor] | None,
+    rings: Any,
+    seed: int,
+    programs: int,
+) -> AttentionOutput:
+    """What the launcher asks for, by the model."""
+    asked: list[Any] = []
+    monkeypatch.setattr(hopper_gluon, "refuses", lambda *_: None)
+    monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: programs)
+    monkeypatch.setattr(hopper_gluon, "launch_specialised", lambda *given, **_: asked.append(given))
+    queue = torch.randperm(q.shape[1] * plan.q_blocks.n) if plan.uneven else None
+    monkeypatch.setattr(hopper_gluon, "longest_first", lambda *_: queue)
+    shape = (*q.shape[:2], q.shape[2])
+    result = AttentionOutput(torch.full_like(q, torch.nan), torch.full(shape, torch.nan))
+    scale = q.shape[-1] ** -0.5
+    hopper_gluon.launch(q, k, v, plan, scale, result, lengths=lengths, rings=rings)
+    ((kernel, (grid, *_), arguments, constants),) = asked
+    values = [of_model(x) for x in arguments]
+    names = kernel.arg_names[len(arguments) :]
+    model = Model(seed)
+    model.run(SOURCE, kernel.__name__, grid, [*values, *(constants[name] for name in names)])
+    return result
+
+
+def of_model(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return Pointer(x.as_strided((x.untyped_storage().size() // x.element_size(),), (1,), 0))
+    if isinstance(x, hopper_gluon.GluonDescriptor):
+        return Descriptor(x.base.as_strided(x.shape, x.strides), x.block_shape)
+    return x
+
+
+def lengths_of(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    norms = q.float().norm(dim=-1)
+    longest = k.float().norm(dim=-1).amax(-1).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return norms.contiguous(), longest.contiguous()
+
+
+def tensors(n: int, dim: int, kv_heads: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, n, heads, dim) for heads in (HEADS, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, generator=generator).half().transpose(1, 2) for shape in shapes)
+    return q, k, v
+
+
+RINGS = {
+    "as shipped": lambda dim: hopper_gluon.rings_for(dim),
+    "one of queries": lambda dim: hopper_gluon.Rings(queries=1),
+    "one of queries, three": lambda dim: hopper_gluon.Rings(1, 3, 3),
+    "one of queries, more values": lambda dim: hopper_gluon.Rings(1, 2, 3),
+    "four": lambda dim: hopper_gluon.Rings(2, 4, 4),
+    "late": lambda dim: hopper_gluon.Rings(early=False),
+}
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("rings", RINGS)
+@pytest.mark.parametrize(
+    ("ragged", "order", "uneven", "kv_heads", "dim"),
+    [
+        (False, "none", False, HEADS, 64),
+        (True, "head", False, HEADS, 64),
+        (True, "shared", True, HEADS, 128),
+        (False, "none", True, 1, 128),
+    ],
+)
+def test_the_source_computes_attention_in_any_order_of_events(
+    monkeypatch, bound, rings: str, ragged, order, uneven, kv_heads, dim
+):
+    plan = plan_of(3, ragged=ragged, order=order, uneven=uneven)
+    q, k, v = tensors(plan.q_blocks.total, dim, kv_heads, seed=4)
+    moved = q, k, v
+    if plan.order is not None:
+        index = plan.order.index.expand(HEADS, -1)[None, :, :, None].expand_as(q)
+        moved = tuple(x.gather(2, index) for x in (q, k, v))
+    lengths = lengths_of(*moved[:2]) if bound else None
+    for seed in range(2):
+        got = modelled(monkeypatch, *moved, plan, lengths, RINGS[rings](dim), seed, programs=4)
+        check(got, q, k, v, plan)
+
+
+def check(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    exact, lse = masked_attention(q, k, v, plan.to_mask())
+    seen = lse > -math.inf
+    torch.testing.assert_close(got.lse.double(), lse, rtol=1e-4, atol=1e-3)
+    assert not got.out[~seen].any()
+    error = (got.out.double() - exact)[seen].norm() / exact[seen].norm()
+    assert float(error) <= 2e-3
+
+
+def test_a_bound_far_above_all_scores_is_said(monkeypatch):
+    plan = plan_of(3, ragged=False, order="none", uneven=False)
+    q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4)
+    norms, longest = lengths_of(q, k)
+    got = modelled(
+        monkeypatch, q, k, v, plan, (norms, longest * 100), hopper_gluon.Rings(), 0, programs=3
+    )
+    seen = masked_attention(q, k, v, plan.to_mask())[1] > -math.inf
+    assert bool((got.lse[seen] == math.inf).all())
+    assert bool((got.lse[~seen] == -math.inf).all())
+
+
+def break_once(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
+    text = SOURCE.read_text(encoding="utf-8")
+    assert before in text
+    real = Path.read_text
+
+    def read(self: Path, **named: Any) -> str:
+        return text.replace(before, after) if self == SOURCE else real(self, **named)
+
+    monkeypatch.setattr(Path, "read_text", read)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("mbarrier.wait(k_full.index(k_slot), k_phase)", "pass"),
+        ("mbarrier.wait(value_ready, v_phase)", "pass"),
+        ("mbarrier.arrive(done.index(k_slot))", "pass"),
+        ("mbarrier.wait(done.index(slot), phase ^ 1, pred=pred)", "pass"),
+        ("scores = hopper.warpgroup_mma_wait(1, [scores])", "scores = scores.make()"),
+        ("_wait_done(done, slot, phase, SLOTS - 2, SLOTS, pred=crowded)", "pass"),
+    ],
+)
+def test_the_model_sees_what_is_missing(monkeypatch, before: str, after: str):
+    """Of every kind of wait one, in some order of events."""
+    plan = plan_of(3, ragged=False, order="none", uneven=False)
+    q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4)
+    break_once(monkeypatch, before, after)
+
+    def once(seed: int) -> None:
+        rings = hopper_gluon.Rings(queries=1)
+        check(modelled(monkeypatch, q, k, v, plan, None, rings, seed, 2), q, k, v, plan)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        for seed in range(8):
+            once(seed)
+
+
+def first_refusal(monkeypatch: pytest.MonkeyPatch, **changes: Callable[[], Any]) -> str | None:
+    """Of a small plan, where nothing else is wrong."""
+    plan = plan_of(0, ragged=False, order="none", uneven=False)
+    monkeypatch.setattr(hopper_gluon.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(hopper_gluon.triton.knobs.runtime, "interpret", False)
+    return hopper_gluon.refuses(plan, 0.125)
+
+
+def test_what_it_refuses(monkeypatch):
+    assert first_refusal(monkeypatch) is None
+    plan = plan_of(0, ragged=False, order="none", uneven=False)
+    assert "positive scale, got 0.0" in hopper_gluon.refuses(plan, 0.0)
+    assert "a mask" in hopper_gluon.refuses(plan, 0.1, mask=object())
+    small = Blocks.uniform(640, 64, "cpu")
+    visited = torch.ones(1, 1, small.n, small.n, dtype=torch.bool)
+    assert "blocks of 128" in hopper_gluon.refuses(BlockPlan.from_mask(visited, small, small), 0.1)
+    monkeypatch.setattr(hopper_gluon.triton, "__version__", "3.9.0")
+    assert "expected Triton 3.6" in hopper_gluon.refuses(plan, 0.1)
+    q, k, v = tensors(640, 64, HEADS, seed=0)
+    result = AttentionOutput(torch.empty_like(q), torch.empty(q.shape[:3]))
+    assert hopper_gluon.launch(q, k, v, plan, 0.1, result) is None
+    monkeypatch.setattr(hopper_gluon.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(hopper_gluon.triton.knobs.runtime, "interpret", True)
+    assert "interpreter" in hopper_gluon.refuses(plan, 0.1)
+    monkeypatch.setattr(hopper_gluon, "_block_sparse_fwd_hopper_gluon", None)
+    assert "with Gluon" in hopper_gluon.refuses(plan, 0.1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 2), (2, 1, 1), (2, 3, 2), (2, 2, 4)])
+def test_rings_that_would_wait_for_themselves_are_refused(sizes):
+    with pytest.raises(ValueError, match="wait for themselves"):
+        hopper_gluon.Rings(*sizes)
