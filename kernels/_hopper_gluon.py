@@ -428,7 +428,7 @@ def _consume(
             first_1,
             q_start_1,
             q_end_1,
-        )  # noqa: E501
+        )
         head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = (
             head_2,
             batch_2,
@@ -436,7 +436,7 @@ def _consume(
             first_2,
             q_start_2,
             q_end_2,
-        )  # noqa: E501
+        )
 
 
 @gluon.jit

@@ -101,6 +101,7 @@ def source_of(
     constants: dict[str, Any],
     descriptors: dict[str, str],
     others: dict[str, str] | None = None,
+    kind_of_source: type[ASTSource] = ASTSource,
 ) -> ASTSource:
     names = [parameter.name for parameter in function.params]
     keys = constants["BLOCK_N"]
@@ -125,7 +126,7 @@ def source_of(
         return "fp32" if name in _FLOATS else "i32"
 
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n or "col" in n]
-    return ASTSource(
+    return kind_of_source(
         function,
         {name: kind(name) for name in names},
         {(names.index(name),): value for name, value in constants.items()},
@@ -166,6 +167,7 @@ def _read(variant: Variant, kernel: Any) -> Report:
     counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
     counts["overlapped"] = _overlapped(code)
     counts["stale"] = _stale(kernel.asm["ptx"])
+    counts["hasty"] = _hasty(kernel.asm["ptx"])
     # The driver counts local memory in words of four bytes for Triton's `n_spills`.
     local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))) // 4
     refused = flaw(kernel.asm["ptx"], code, local)
@@ -173,15 +175,28 @@ def _read(variant: Variant, kernel: Any) -> Report:
 
 
 def _overlapped(code: str) -> int:
-    """Exponentials that are issued while a matrix product runs: before the wait for it."""
+    """Exponentials that are issued while a matrix product runs: before the wait for it, or behind
+    one that leaves the last product running."""
     count = since = 0
-    for found in re.findall(r"[HQI]GMMA|MUFU\.EX2|WARPGROUP\.DEPBAR", code):
+    for found in re.findall(r"[HQI]GMMA|MUFU\.EX2|WARPGROUP\.DEPBAR[^;]*", code):
         if found.endswith("GMMA"):
             since = 1
         elif found == "MUFU.EX2":
             count += since
         else:
-            since = 0
+            since = int(not found.rstrip().endswith("0x0"))
+    return count
+
+
+def _hasty(ptx: str) -> int:
+    """How often one thread says that all are done, who were not waited for since their products."""
+    count = alone = 0
+    pattern = r"wgmma\.wait_group|bar(?:rier)?\.sync|mbarrier\.arrive\.shared"
+    for found in re.findall(pattern, ptx):
+        if found.startswith("mbarrier"):
+            count += alone
+        else:
+            alone = int(found.startswith("wgmma"))
     return count
 
 

@@ -149,6 +149,7 @@ class Model:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.eager = (0.5, 0.0, 1.0)[seed % 3]  # how often products are made when they are begun
         self.copies: list[Callable[[], None]] = []
         self.local = threading.local()
         self.baton = threading.Condition()
@@ -309,7 +310,7 @@ class Model:
         assert is_async
         product = Product(a, b, acc if bool(use_acc) else None)
         self.local.products.append(product)
-        if self.random.random() < 0.5:
+        if self.random.random() < self.eager:
             for one in self.local.products:
                 one.make()
         self.pause()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dit_sparse.kernels.hopper_gluon import TRITON
 from dit_sparse.kernels.tiles import choose_tile, shared_memory
 from dit_sparse.kernels.variants import whole_kernel
 
@@ -105,6 +106,29 @@ def check_hopper(report: dict[str, Any]) -> None:
     # Of 64, or half as many, in the softmax of each of two warpgroups.
     assert counts["overlapped"] >= 80, report
     assert report["shared"] <= 232_448, report
+
+
+@pytest.mark.skipif(
+    ANOTHER is None and not triton.__version__.startswith(TRITON + "."),
+    reason=f"not Triton {TRITON}, and DIT_SPARSE_ANOTHER_TRITON names no folder",
+)
+def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_behind():
+    here = triton.__version__.startswith(TRITON + ".")
+    found = compiled("--only", "hopper_gluon", triton=None if here else ANOTHER)
+    assert {r["variant"]["head_dim"] for r in found} == {64, 128}
+    for report in found:
+        counts, variant = report["counts"], report["variant"]
+        assert report["flaw"] is None, report
+        # Some numbers of a query block, once for each, where ends of short blocks are hidden too.
+        assert counts["spills"] <= (8 if variant["ragged"] else 0), report
+        assert counts["tma"] > 0, report
+        assert counts["setmaxreg"] > 0, report
+        assert counts["stale"] == 0, report
+        assert counts["hasty"] == 0, report
+        assert counts["hgmma"] >= 4 * counts["waits"] > 0, report
+        # All of the loop and of the next query block's first, in both warpgroups.
+        assert counts["overlapped"] >= 4 * 60, report
+        assert report["shared"] <= 232_448, report
 
 
 def test_the_kernel_for_pooled_entries_is_specialised_and_free_of_spills(reports):
