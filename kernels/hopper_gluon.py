@@ -21,7 +21,8 @@ from dit_sparse.plan import BlockPlan
 try:
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    from dit_sparse.kernels._hopper_gluon import ROWS, _block_sparse_fwd_hopper_gluon
+    from dit_sparse.kernels._gluon_fetch import ROWS
+    from dit_sparse.kernels._hopper_gluon import _block_sparse_fwd_hopper_gluon
 except ImportError:  # a Triton without Gluon, or without what this needs of it
     _block_sparse_fwd_hopper_gluon = None
 

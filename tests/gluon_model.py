@@ -31,6 +31,10 @@ class Value:
         self.data = torch.as_tensor(data)
 
     @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
@@ -157,11 +161,12 @@ class Model:
         self.current = self.idle = 0
         self.error: BaseException | None = None
 
-    def run(self, source: Path, name: str, grid: int, arguments: Sequence[Any]) -> None:
-        """Runs the kernel of that name in a file, with its constants among the arguments."""
-        text = re.sub(r"^from .*$", "", source.read_text(encoding="utf-8"), flags=re.M)
+    def run(self, sources: Sequence[Path], name: str, grid: int, arguments: Sequence[Any]) -> None:
+        """Runs the kernel of that name in some files, with its constants among the arguments."""
         space: dict[str, Any] = self.names()
-        exec(compile(text, str(source), "exec"), space)
+        for source in sources:
+            text = re.sub(r"^from .*$", "", source.read_text(encoding="utf-8"), flags=re.M)
+            exec(compile(text, str(source), "exec"), space)
         for number in range(grid):
             self.program, self.programs = number, grid
             space[name](*arguments)
@@ -221,7 +226,8 @@ class Model:
             where=lambda c, x, y: Value(torch.where(_data(c), _data(x), _data(y))),
             minimum=two(torch.minimum), maximum=two(torch.maximum),
             exp2=lambda x: Value(x.data.exp2()), log2=lambda x: Value(x.data.log2()),
-            max=lambda x, axis: Value(x.data.amax(axis)), sum=lambda x, axis: Value(x.data.sum(axis)),
+            max=lambda x, axis: Value(x.data.amax(axis)),
+            sum=lambda x, axis: Value(x.data.sum(axis)),
             expand_dims=lambda x, axis: Value(x.data.unsqueeze(axis)),
             convert_layout=lambda x, _: x,
             arange=lambda start, end, _: Value(torch.arange(start, end)),

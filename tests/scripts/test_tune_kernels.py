@@ -118,7 +118,7 @@ def test_both_kinds_of_rows_are_made_of_one_run():
     rows = rows_of(found, "sm_90", "3.6")
     assert len(rows) == len(DTYPES) * 2 * 2 + 1
     assert [row for row in rows if isinstance(row, Masked)] == rows[-1:]
-    assert {len(row.trials) for row in rows[:-1]} == {3}
+    assert {len(row.trials) for row in rows[:-1]} == {4}
 
 
 def test_the_product_masks_where_it_is_faster_in_all():
@@ -164,7 +164,7 @@ def test_after_a_refusal_no_more_masks_are_tried(monkeypatch: pytest.MonkeyPatch
 
 def test_every_variant_is_tried_on_every_kind_of_problem():
     found = list(trials(["bfloat16"]))
-    assert len(found) == len(set(found)) == 3 * 2 * 2
+    assert len(found) == len(set(found)) == 4 * 2 * 2
     assert len(MASKED) == len(set(MASKED)) == 2 * 2 * 2 * 2
     with_rows = {(row.dtype, row.head_dim, row.ragged) for row in table().whole}
     assert {(t.dtype, t.head_dim, t.ragged) for t in trials(["bfloat16", "float16"])} == with_rows

@@ -1,0 +1,173 @@
+"""Of the Hopper kernel in Gluon: which tiles a program takes, and what fetches them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+#: Query rows of one warpgroup.
+ROWS = gl.constexpr(64)
+
+
+@gluon.jit
+def _at(turn, n_tiles, QUEUED: gl.constexpr):
+    """Which of the tiles a program takes next; any of them behind its last turn.
+
+    Queues begin with the longest rows: turning round evens out what programs get.
+    """
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if QUEUED:
+        pid = gl.where(turn % 2 == 0, pid, programs - 1 - pid)
+    return gl.minimum(turn * programs + pid, n_tiles - 1)
+
+
+@gluon.jit
+def _turns(n_tiles, QUEUED: gl.constexpr):
+    """How many tiles a program takes."""
+    programs = gl.num_programs(0)
+    last = (n_tiles + programs - 1) // programs - 1
+    pid = gl.program_id(0)
+    if QUEUED:
+        pid = gl.where(last % 2 == 0, pid, programs - 1 - pid)
+    return last + gl.where(last * programs + pid < n_tiles, 1, 0)
+
+
+@gluon.jit
+def _tile(queue_ptr, turn, n_tiles, QUEUED: gl.constexpr):
+    at = _at(turn, n_tiles, QUEUED)
+    if QUEUED:
+        at = gl.load(queue_ptr + at)
+    return at
+
+
+@gluon.jit
+def _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED: gl.constexpr):
+    """Query block, head and batch entry of a tile; without a queue as in `_hopper._placed`."""
+    if QUEUED:
+        pair = tile // n_q_blocks
+        return tile % n_q_blocks, pair % n_heads, pair // n_heads
+    outer = n_tiles // n_q_blocks * n_outer
+    n_inner = n_q_blocks - n_outer
+    width = gl.where(tile < outer, n_outer, n_inner)
+    number = gl.where(tile < outer, tile, tile - outer)
+    pair = number // width
+    block = number - pair * width
+    skipped = gl.where(block < first_inner, 0, n_inner)
+    block += gl.where(tile < outer, skipped, first_inner)
+    return block, pair % n_heads, pair // n_heads
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    """The slot behind one of a ring, and its phase."""
+    if SLOTS == 1:
+        return slot, phase ^ 1
+    wraps = slot == SLOTS - 1
+    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _wait_done(done, slot, phase, AHEAD: gl.constexpr, SLOTS: gl.constexpr, pred=True):
+    """Waits for the product that empties the slot of the keys which are so many ahead of these."""
+    for _ in gl.static_range(AHEAD):
+        slot, phase = _next(slot, phase, SLOTS)
+    mbarrier.wait(done.index(slot), phase ^ 1, pred=pred)
+
+
+@gluon.jit
+def _load(desc, row, col, room, full, slot, pred=True):
+    """Loads a tile into a slot of a ring, which must be free."""
+    ready = full.index(slot)
+    mbarrier.expect(ready, desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(desc, [row, col], ready, room.index(slot), pred=pred)
+
+
+@gluon.jit
+def _produce(rings, descs, lists, strides, sizes, QUEUED: gl.constexpr):
+    """Fetches everything, in the order in which it is read: keys, and the values of the block
+    before, in an earlier tile too.
+
+    One barrier for each slot of keys says that they were multiplied with the queries. By then the
+    values of two key blocks before were multiplied too, and the tile before with its queries.
+    """
+    q_room, q_full, k_room, k_full, v_room, v_full, done = rings
+    q_desc, k_desc, v_desc = descs
+    offsets_ptr, full_ptr, starts_ptr, q_starts_ptr, queue_ptr = lists
+    (
+        q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
+        list_stride_b, list_stride_h,
+    ) = strides  # fmt: skip
+    n_tiles, n_heads, group, n_q_blocks, n_outer, first_inner = sizes
+    Q_SLOTS: gl.constexpr = q_room.shape[0] // 2
+    SLOTS: gl.constexpr = k_room.shape[0]
+    V_SLOTS: gl.constexpr = v_room.shape[0]
+
+    tile = _tile(queue_ptr, 0, n_tiles, QUEUED)
+    block, head, batch = _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED)
+    row = batch * list_stride_b + head * list_stride_h + block
+    first = gl.load(offsets_ptr + row)
+    steps = gl.load(full_ptr + row)
+    q_start = gl.load(q_starts_ptr + block)
+    start = gl.load(starts_ptr + first, mask=steps > 0, other=0)
+    tile_1 = _tile(queue_ptr, 1, n_tiles, QUEUED)
+    block_1, head_1, batch_1 = _placed(
+        tile_1, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED
+    )
+    row_1 = batch_1 * list_stride_b + head_1 * list_stride_h + block_1
+    first_1 = gl.load(offsets_ptr + row_1)
+    steps_1 = gl.load(full_ptr + row_1)
+    q_slot = 0
+    slot, phase = 0, 0  # of the next keys
+    v_slot = 0
+    v_row, v_col = 0, 0  # of the block before
+    since = 0  # key blocks of the tile before
+    turns = _turns(n_tiles, QUEUED)
+    for turn in range(turns + 1):
+        # What the next two tiles take from memory, each load a whole tile before it is needed.
+        q_start_1 = gl.load(q_starts_ptr + block_1)
+        start_1 = gl.load(starts_ptr + first_1, mask=steps_1 > 0, other=0)
+        tile_2 = _tile(queue_ptr, turn + 2, n_tiles, QUEUED)
+
+        k_head = head // group  # as many heads of q share one of k and v
+        k_row = batch * k_row_b + k_head * k_row_h
+        k_col = k_head * k_col_h
+        _wait_done(done, slot, phase, 0, SLOTS)
+        _load(k_desc, k_row + start, k_col, k_room, k_full, slot)
+        slot, phase = _next(slot, phase, SLOTS)
+        # Where there is room for the queries of two tiles, so many key blocks say that it is free.
+        crowded = since < SLOTS - 1 if Q_SLOTS == 2 else True
+        _wait_done(done, slot, phase, SLOTS - 2, SLOTS, pred=crowded)
+        q_row = batch * q_row_b + head * q_row_h + q_start
+        for half in gl.static_range(2):
+            _load(q_desc, q_row + half * ROWS, head * q_col_h, q_room, q_full, q_slot * 2 + half)
+        if Q_SLOTS == 2:
+            q_slot ^= 1
+        if V_SLOTS == SLOTS:
+            _wait_done(done, slot, phase, 0, SLOTS)
+        _load(v_desc, v_row, v_col, v_room, v_full, v_slot, pred=turn > 0)
+        if turn > 0:
+            v_slot = gl.where(v_slot == V_SLOTS - 1, 0, v_slot + 1)
+        # Behind the last tile only the first keys of another one are read: consumers begin it.
+        since = gl.where(turn < turns, gl.maximum(steps, 1), 1)
+        v_head_row = batch * v_row_b + k_head * v_row_h
+        v_row = v_head_row + start
+        v_col = k_head * v_col_h
+        for it in range(1, since):
+            start = gl.load(starts_ptr + first + it)
+            _wait_done(done, slot, phase, 0, SLOTS)
+            _load(k_desc, k_row + start, k_col, k_room, k_full, slot)
+            slot, phase = _next(slot, phase, SLOTS)
+            if V_SLOTS == SLOTS:
+                _wait_done(done, slot, phase, 0, SLOTS)
+            _load(v_desc, v_row, v_col, v_room, v_full, v_slot)
+            v_slot = gl.where(v_slot == V_SLOTS - 1, 0, v_slot + 1)
+            v_row = v_head_row + start
+
+        head, batch, first = head_1, batch_1, first_1
+        steps, q_start, start = steps_1, q_start_1, start_1
+        block_1, head_1, batch_1 = _placed(
+            tile_2, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED
+        )
+        row_1 = batch_1 * list_stride_b + head_1 * list_stride_h + block_1
+        first_1 = gl.load(offsets_ptr + row_1)
+        steps_1 = gl.load(full_ptr + row_1)

@@ -1,0 +1,46 @@
+"""The Hopper kernel in Gluon, compiled as its launcher would; for `compile_kernels.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+
+from dit_sparse.kernels import hopper_gluon
+from scripts.machine_code import K_BLOCK, Report, Variant, report_of, source_of
+
+
+def in_gluon(every: bool) -> Iterator[Variant]:
+    """The Hopper kernel in Gluon, where Triton is of the version that it was tried with."""
+    if not triton.__version__.startswith(hopper_gluon.TRITON + "."):
+        return
+    for head_dim in (64, 128):
+        for ragged in (False, True):
+            for bound in (False, True):
+                yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound)
+                if every or bound == ragged:
+                    yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound, queued=True)
+        yield Variant("hopper_gluon", 90, head_dim, False, bound=True, order=False, grouped=True)
+        yield Variant("hopper_gluon", 90, head_dim, ragged=True, dtype="fp16")
+
+
+def gluon(variant: Variant) -> Report:
+    """Compiles one of `in_gluon` as its launcher would."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from dit_sparse.kernels._gluon_fetch import ROWS
+    from dit_sparse.kernels._hopper_gluon import _block_sparse_fwd_hopper_gluon
+
+    dim, rings = variant.head_dim, hopper_gluon.rings_for(variant.head_dim)
+    constants = {"D": dim, "BLOCK_D": dim, "BLOCK_N": K_BLOCK, "RAGGED": variant.ragged}
+    constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound, "QUEUED": variant.queued}
+    constants |= {"Q_SLOTS": rings.queries, "SLOTS": rings.keys, "V_SLOTS": rings.values}
+    constants |= {"EARLY": rings.early} | ({} if variant.grouped else {"group": 1})
+    layout, dtype = NVMMASharedLayout(128, 16, 2), variant.dtype
+    rows = {"q_desc": ROWS.value, "k_desc": K_BLOCK, "v_desc": K_BLOCK}
+    described = {name: f"tensordesc<{dtype}[{n}, {dim}],{layout!r}>" for name, n in rows.items()}
+    pointers = {"out_ptr": f"*{dtype}"}
+    function = _block_sparse_fwd_hopper_gluon
+    source = source_of(function, constants, described, pointers, GluonASTSource)
+    return report_of(variant, source, 4, 2)
