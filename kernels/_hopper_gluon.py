@@ -93,6 +93,27 @@ def _work(tile, lists, strides, sizes, QUEUED: gl.constexpr):
 
 
 @gluon.jit
+def _tokens(order_ptr, rows, row_inside, HAS_ORDER: gl.constexpr):
+    """Where the results of rows go."""
+    if HAS_ORDER:
+        return gl.load(order_ptr + rows, mask=row_inside, other=0)
+    return rows.to(gl.int64)
+
+
+@gluon.jit
+def _first_scores(rings, nothing, HALF: gl.constexpr):
+    """Of the first block of the first tile."""
+    q_room, q_full, k_room, k_full, _, _, done = rings
+    mbarrier.wait(k_full.index(0), 0)
+    mbarrier.wait(q_full.index(HALF), 0)
+    keys = k_room.index(0).permute((1, 0))
+    scores = hopper.warpgroup_mma(q_room.index(HALF), keys, nothing, use_acc=False, is_async=True)
+    scores = hopper.warpgroup_mma_wait(0, [scores])
+    mbarrier.arrive(done.index(0))
+    return scores
+
+
+@gluon.jit
 def _limits(norm_ptr, longest_ptr, pair, rows, n_queries, scale_log2, BOUND: gl.constexpr):
     """What the scores of rows are above to begin with, or never above."""
     if BOUND:
@@ -177,30 +198,19 @@ def _consume(
     tile = _tile(queue_ptr, 2, n_tiles, QUEUED)
 
     q_slot, q_phase = 0, 0
-    k_slot, k_phase = 0, 0
+    k_slot, k_phase = 1, 0
     v_slot, v_phase = 0, 0
     # The first tile is begun here, all others before the one before them is written.
     pair = batch.to(gl.int64) * n_heads + head
     m_i = _limits(norm_ptr, longest_ptr, pair, q_start + within, n_queries, scale_log2, BOUND)
-    mbarrier.wait(k_full.index(k_slot), k_phase)
-    mbarrier.wait(q_full.index(q_slot * 2 + HALF), q_phase)
-    scores = hopper.warpgroup_mma(
-        q_room.index(q_slot * 2 + HALF), k_room.index(k_slot).permute((1, 0)), nothing,
-        use_acc=False, is_async=True,
-    )  # fmt: skip
-    scores = hopper.warpgroup_mma_wait(0, [scores])
-    mbarrier.arrive(done.index(k_slot))
-    k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
+    scores = _first_scores(rings, nothing, HALF)
     length = gl.load(lengths_ptr + first, mask=steps > 0, other=0) if RAGGED else 0
     behind, l_i, m_i = _weighed(scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND)
 
     for turn in range(_turns(n_tiles, QUEUED)):
         # Loads whose results are needed when this tile is written, or by the next ones.
-        rows = q_start + within
-        row_inside = rows < q_end
-        tokens = rows.to(gl.int64)
-        if HAS_ORDER:
-            tokens = gl.load(order_ptr + head * order_stride_h + rows, mask=row_inside, other=0)
+        row_inside = q_start + within < q_end
+        tokens = _tokens(order_ptr + head * order_stride_h, q_start + within, row_inside, HAS_ORDER)
         pair_1 = batch_1.to(gl.int64) * n_heads + head_1
         m_1 = _limits(
             norm_ptr, longest_ptr, pair_1, q_start_1 + within, n_queries, scale_log2, BOUND

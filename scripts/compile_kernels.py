@@ -60,8 +60,7 @@ from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
 from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
-from scripts import amd_variants
-from scripts.compile_gluon import gluon, in_gluon
+from scripts import amd_variants, compile_gluon
 from scripts.machine_code import K_BLOCK, Q_BLOCK, Report, Variant, report_of, source_of
 
 
@@ -361,7 +360,7 @@ def chosen(
     of_amd = zip((compiled, approximation, statistics), (x(every) for x in for_amd), strict=True)
     of_nvidia = (
         (compiled, variants(every)),
-        (gluon, in_gluon(every)),
+        (compile_gluon.gluon, compile_gluon.in_gluon(every)),
         (approximation, approximations(every)),
         (means, with_means()),
         (eight_bits, in_eight_bits()),
@@ -374,8 +373,7 @@ def chosen(
 
 
 def _reported(task: tuple[Callable[[Variant], Report], Variant]) -> Report:
-    how, variant = task
-    return how(variant)
+    return task[0](task[1])
 
 
 def main() -> None:
