@@ -50,31 +50,35 @@ def _weighed(
 
 @gluon.jit
 def _products(
-    q, keys, behind, values, value_ready, v_phase, acc, alpha, more, nothing,
-    BOUND: gl.constexpr, EARLY: gl.constexpr,
+    q, keys, behind, values, value_ready, v_phase, acc, alpha, more, nothing, BOUND: gl.constexpr
 ):  # fmt: skip
-    """Scores of a block, and the product of the weights of the block before with its values, which
-    still runs.
+    """Scores of a block, and behind them the product of the weights of the block before with its
+    values, which still runs.
 
     Args:
         alpha: what sums are multiplied with before.
         more: whether there are any.
     """
-    if EARLY and not BOUND:
-        held = hopper.warpgroup_mma_wait(0, [acc])
-        acc = hopper.warpgroup_mma_init(held * gl.expand_dims(alpha, 1))
     scores = hopper.warpgroup_mma(q, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if EARLY:  # one follows the other at once
-        mbarrier.wait(value_ready, v_phase)
-        acc = hopper.warpgroup_mma(behind, values, acc, use_acc=more, is_async=True)
-        scores = hopper.warpgroup_mma_wait(1, [scores])
-    else:
-        scores, held = hopper.warpgroup_mma_wait(0, [scores, acc])
-        if not BOUND:
-            held = held * gl.expand_dims(alpha, 1)
-        mbarrier.wait(value_ready, v_phase)
-        acc = hopper.warpgroup_mma(behind, values, held, use_acc=more, is_async=True)
-    return scores, acc
+    if not BOUND:
+        acc = acc * gl.expand_dims(alpha, 1)
+    mbarrier.wait(value_ready, v_phase)
+    acc = hopper.warpgroup_mma(behind, values, acc, use_acc=more, is_async=True)
+    return hopper.warpgroup_mma_wait(1, [scores]), acc
+
+
+@gluon.jit
+def _sums(acc, behind, value_ready, v_phase):
+    """The sums of a product of `_products`, when it has ended.
+
+    The weights are in registers that it reads until then: named here, they keep them. Without
+    that the next ones are written into the same registers under it.
+    """
+    # Nothing to wait for, these values lie there still, but a branch: without it ptxas moves the
+    # wait for the product above the exponentials.
+    mbarrier.wait(value_ready, v_phase)
+    acc, _ = hopper.warpgroup_mma_wait(0, [acc, behind])
+    return acc
 
 
 @gluon.jit
@@ -160,7 +164,6 @@ def _consume(
     rings, pointers, strides, sizes, scale_log2,
     HALF: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, QUEUED: gl.constexpr,
-    EARLY: gl.constexpr,
 ):  # fmt: skip
     """Attention of one half of the rows of every tile."""
     q_room, q_full, k_room, k_full, v_room, v_full, done = rings
@@ -222,18 +225,17 @@ def _consume(
         tile = _tile(queue_ptr, turn + 3, n_tiles, QUEUED)
 
         q = q_room.index(q_slot * 2 + HALF)
-        acc = hopper.warpgroup_mma_init(none)
+        acc = none
         for it in range(1, steps):
             length = gl.load(lengths_ptr + first + it) if RAGGED else 0
             mbarrier.wait(k_full.index(k_slot), k_phase)
             scores, acc = _products(
                 q, k_room.index(k_slot), behind, v_room.index(v_slot), v_full.index(v_slot),
-                v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1, nothing, BOUND, EARLY,
+                v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1, nothing, BOUND,
             )  # fmt: skip
             mbarrier.arrive(done.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
-            v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
-            behind, mass, m_new = _weighed(
+            weights, mass, m_new = _weighed(
                 scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND
             )
             if not BOUND:
@@ -241,6 +243,9 @@ def _consume(
                 l_i = l_i * alpha
                 m_i = m_new
             l_i += mass
+            acc = _sums(acc, behind, v_full.index(v_slot), v_phase)
+            behind = weights
+            v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
 
         # The last product of this tile runs under the first exponentials of the next one.
         q_slot, q_phase = _next(q_slot, q_phase, Q_SLOTS)
@@ -249,17 +254,14 @@ def _consume(
         scores, acc = _products(
             q_room.index(q_slot * 2 + HALF), k_room.index(k_slot), behind, v_room.index(v_slot),
             v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), steps > 1,
-            nothing, BOUND, EARLY,
+            nothing, BOUND,
         )  # fmt: skip
         mbarrier.arrive(done.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
-        behind, l_1, m_1 = _weighed(scores, m_1, length_1, scale_log2, dtype, of_p, RAGGED, BOUND)
-
-        # Nothing to wait for, but a branch: without it ptxas moves the wait for the product above
-        # the exponentials. These values alone are sure to lie there still.
-        mbarrier.wait(v_full.index(v_slot), v_phase)
+        weights, l_1, m_1 = _weighed(scores, m_1, length_1, scale_log2, dtype, of_p, RAGGED, BOUND)
+        result = _sums(acc, behind, v_full.index(v_slot), v_phase)
+        behind = weights
         v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
-        result = hopper.warpgroup_mma_wait(0, [acc])
         pair = batch.to(gl.int64) * n_heads + head
         _write(
             result, m_i, l_i, steps, tokens, row_inside,
@@ -310,7 +312,7 @@ def _block_sparse_fwd_hopper_gluon(
     n_tiles, n_heads, group, n_q_blocks, n_outer, first_inner, n_queries, scale_log2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, QUEUED: gl.constexpr,
-    Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, EARLY: gl.constexpr,
+    Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
 ):  # fmt: skip
     q_room, q_full = _ring(q_desc, 2 * Q_SLOTS)
     k_room, k_full = _ring(k_desc, SLOTS)
@@ -336,11 +338,9 @@ def _block_sparse_fwd_hopper_gluon(
     gl.warp_specialize(
         [
             (_consume, (rings, pointers, strides, sizes, scale_log2,
-                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, QUEUED,
-                        EARLY)),
+                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, QUEUED)),
             (_consume, (rings, pointers, strides, sizes, scale_log2,
-                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, QUEUED,
-                        EARLY)),
+                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, QUEUED)),
             (_produce, (rings, (q_desc, k_desc, v_desc), lists, moves,
                         (n_tiles, n_heads, group, n_q_blocks, n_outer, first_inner), QUEUED)),
         ],

@@ -38,14 +38,11 @@ class Rings:
         queries: query blocks, 1 or 2.
         keys: key blocks.
         values: as many, or one more.
-        early: whether the product with the values of the block before is begun right behind the
-            next scores, not when they are complete.
     """
 
     queries: int = 2
     keys: int = 2
     values: int = 2
-    early: bool = True
 
     def __post_init__(self) -> None:
         if self.queries not in (1, 2) or self.keys < 2 or self.values - self.keys not in (0, 1):
@@ -143,7 +140,6 @@ def _launch(
         "Q_SLOTS": rings.queries,
         "SLOTS": rings.keys,
         "V_SLOTS": rings.values,
-        "EARLY": rings.early,
     }
     grid = (min(tiles, _multiprocessors(q.device)), 1, 1)
     kernel = _block_sparse_fwd_hopper_gluon

@@ -31,6 +31,8 @@ STAGES = 2
 #: Whether queries stay in registers: where Triton 3.9 keeps them it spills others.
 HELD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 _MOST_TILES = 1 << 20  # of a head, in the bits of an entry
+#: Query blocks that a program looks at for rows to be computed again.
+EACH = 16
 
 
 class Lists(NamedTuple):
@@ -151,13 +153,13 @@ def _launch_again(
     out, lse = result
     batch, heads, n_queries, _ = q.shape
     order = plan.offsets if plan.order is None else plan.order.index
-    _pooled_again_fwd[(batch * heads * plan.q_blocks.n,)](
+    _pooled_again_fwd[(batch * heads * -(-plan.q_blocks.n // EACH),)](
         q, keys.pooled, values.pooled, out, lse, again,
         plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, order,
         *q.stride()[:3], keys.pooled.shape[2], *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         heads, plan.q_blocks.n, n_queries, lists.per_entry, scale * LOG2_E,
-        **_constants(q, plan), num_warps=8, num_stages=2,
+        **_constants(q, plan), EACH=EACH, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def gluon(variant: Variant) -> Report:
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_N": K_BLOCK, "RAGGED": variant.ragged}
     constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound, "QUEUED": variant.queued}
     constants |= {"Q_SLOTS": rings.queries, "SLOTS": rings.keys, "V_SLOTS": rings.values}
-    constants |= {"EARLY": rings.early} | ({} if variant.grouped else {"group": 1})
+    constants |= {} if variant.grouped else {"group": 1}
     layout, dtype = NVMMASharedLayout(128, 16, 2), variant.dtype
     rows = {"q_desc": ROWS.value, "k_desc": K_BLOCK, "v_desc": K_BLOCK}
     described = {name: f"tensordesc<{dtype}[{n}, {dim}],{layout!r}>" for name, n in rows.items()}

@@ -53,6 +53,7 @@ from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.longest_first import BUCKETS
+from dit_sparse.kernels.pooled import EACH as POOLED_EACH
 from dit_sparse.kernels.pooled import HELD as POOLED_HELD
 from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
 from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
@@ -222,7 +223,8 @@ def means(variant: Variant) -> Report:
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
     constants |= {"HELD": POOLED_HELD, "BOUND": variant.bound}
     if variant.kernel == "pooled_again":
-        return report_of(variant, source_of(_pooled_again_fwd, constants, {}), 8, 2)
+        again = constants | {"EACH": POOLED_EACH}
+        return report_of(variant, source_of(_pooled_again_fwd, again, {}), 8, 2)
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
     source = source_of(_pooled_fwd_hopper, constants, described)
     return report_of(variant, source, 4, POOLED_STAGES)

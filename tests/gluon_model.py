@@ -182,7 +182,6 @@ class Model:
                 fence_async_shared=lambda: None,
                 warpgroup_mma=self.multiply,
                 warpgroup_mma_wait=self.wait_for_products,
-                warpgroup_mma_init=lambda x: x,
             ),
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=lambda: "barriers",
@@ -324,6 +323,11 @@ class Model:
 
     def wait_for_products(self, running: int, of: Sequence[Any]) -> Any:
         while len(self.local.products) > running:
-            self.local.products.pop(0).make()
+            product = self.local.products.pop(0)
+            # Registers that no wait names are free for other values while the product reads them.
+            a = product.operands[0]
+            held = isinstance(a, Shared) or any(x is a for x in of)
+            assert held, "the end of a product is not told which registers it reads"
+            product.make()
         found = tuple(made(x) for x in of)
         return found[0] if len(found) == 1 else found

@@ -106,7 +106,6 @@ RINGS = {
     "one of queries, three": lambda dim: hopper_gluon.Rings(1, 3, 3),
     "one of queries, more values": lambda dim: hopper_gluon.Rings(1, 2, 3),
     "four": lambda dim: hopper_gluon.Rings(2, 4, 4),
-    "late": lambda dim: hopper_gluon.Rings(early=False),
 }
 
 
@@ -176,7 +175,11 @@ def break_once(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None
         ("mbarrier.wait(value_ready, v_phase)", "pass"),
         ("mbarrier.arrive(done.index(k_slot))", "pass"),
         ("mbarrier.wait(done.index(slot), phase ^ 1, pred=pred)", "pass"),
-        ("scores = hopper.warpgroup_mma_wait(1, [scores])", "scores = scores.make()"),
+        ("hopper.warpgroup_mma_wait(1, [scores])", "hopper.warpgroup_mma_wait(2, [scores])"),
+        (
+            "acc, _ = hopper.warpgroup_mma_wait(0, [acc, behind])",
+            "acc = hopper.warpgroup_mma_wait(0, [acc])",
+        ),
         ("_wait_done(done, slot, phase, SLOTS - 2, SLOTS, pred=crowded)", "pass"),
     ],
 )
