@@ -1,6 +1,7 @@
 """Test setup: without a GPU the Triton kernels run in the interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,3 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _memory_for_others() -> Iterator[None]:
+    """Gives a GPU's memory back, which other processes of the run need."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

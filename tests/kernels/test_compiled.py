@@ -120,7 +120,7 @@ def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_b
         counts, variant = report["counts"], report["variant"]
         assert report["flaw"] is None, report
         # Some numbers of a query block, once for each, where ends of short blocks are hidden too.
-        assert counts["spills"] <= (8 if variant["ragged"] else 0), report
+        assert counts["spills"] <= (12 if variant["ragged"] else 0), report
         assert counts["tma"] > 0, report
         assert counts["setmaxreg"] > 0, report
         assert counts["stale"] == 0, report
