@@ -207,8 +207,9 @@ def _pooled_fwd_hopper(
     acc = acc / l_safe[:, None]
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
     if BOUND:
-        again = tl.where(trusted, 0, 1).to(tl.int8)
-        tl.store(again_ptr + pair * n_queries + rows, again, mask=row_inside)
+        again = tl.where(trusted | (count == 0), 0, 1).to(tl.int8)
+        of_block = rows < tl.load(q_starts_ptr + block + 1)
+        tl.store(again_ptr + pair * n_queries + rows, again, mask=of_block)
         row_inside = row_inside & trusted
         out_inside = row_inside[:, None] & (cols[None, :] < D)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_inside)

@@ -30,7 +30,6 @@ def _pooled_again_fwd(
     again_ptr += pair * n_queries
     together = tl.load(q_starts_ptr + first) + tl.arange(0, EACH * BLOCK_M)
     within = together < tl.load(q_starts_ptr + behind)
-    # Blocks without entries have no marks: what stands there may be anything.
     if tl.max(tl.load(again_ptr + together, mask=within, other=0).to(tl.int32), 0) == 0:
         return
 
@@ -44,39 +43,38 @@ def _pooled_again_fwd(
         row = batch * list_stride_b + head * list_stride_h + block
         count = tl.load(counts_ptr + row)
         rows = tl.load(q_starts_ptr + block) + tl.arange(0, BLOCK_M)
-        inside = rows < tl.where(count > 0, tl.load(q_starts_ptr + block + 1), 0)
+        inside = rows < tl.load(q_starts_ptr + block + 1)
         marked = tl.load(again_ptr + rows, mask=inside, other=0) != 0
-        count = tl.where(tl.max(marked.to(tl.int32), 0) == 0, 0, count)
+        if tl.max(marked.to(tl.int32), 0) != 0:
+            tokens = rows.to(tl.int64)
+            if HAS_ORDER:
+                tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=marked, other=0)
+            both = marked[:, None] & (cols < D)[None, :]
+            q_ptrs = q_ptr + rows.to(tl.int64)[:, None] * q_stride_n + cols[None, :]
+            q = tl.load(q_ptrs, mask=both, other=0.0)
+            out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
+            lse_ptrs = lse_ptr + tokens
+            m_i = tl.load(lse_ptrs, mask=marked, other=float("-inf")) * 1.4426950408889634
+            l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+            acc = tl.load(out_ptrs, mask=both, other=0.0).to(tl.float32)
 
-        tokens = rows.to(tl.int64)
-        if HAS_ORDER:
-            tokens = tl.load(order_ptr + head * order_stride_h + rows, mask=marked, other=0)
-        both = marked[:, None] & (cols < D)[None, :]
-        q_ptrs = q_ptr + rows.to(tl.int64)[:, None] * q_stride_n + cols[None, :]
-        q = tl.load(q_ptrs, mask=both, other=0.0)
-        out_ptrs = out_ptr + tokens[:, None] * out_stride_n + cols[None, :]
-        lse_ptrs = lse_ptr + tokens
-        m_i = tl.load(lse_ptrs, mask=marked, other=float("-inf")) * 1.4426950408889634
-        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
-        acc = tl.load(out_ptrs, mask=both, other=0.0).to(tl.float32)
+            listed_ptr = entries_ptr + tl.load(offsets_ptr + row).to(tl.int64) * per_entry
+            for nth in range(count):
+                entry = tl.load(listed_ptr + nth)
+                pooled = (entry >> 11) * ROWS + tl.arange(0, ROWS)
+                k = _load_rows(k_ptr, pooled, pooled >= 0, D, BLOCK_D)
+                v = _load_rows(v_ptr, pooled, pooled >= 0, D, BLOCK_D)
+                bias = _bias(entry, LOG_SIZE, LOG_ROWS)
+                scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias
+                if RAGGED:
+                    share = _share(entry, bias, ROWS)
+                    logarithm = tl.math.log2(tl.maximum(share, 1e-9))
+                    scores += tl.where(share > 0.0, logarithm, float("-inf"))[None, :]
+                m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
 
-        listed_ptr = entries_ptr + tl.load(offsets_ptr + row).to(tl.int64) * per_entry
-        for nth in range(count):
-            entry = tl.load(listed_ptr + nth)
-            pooled = (entry >> 11) * ROWS + tl.arange(0, ROWS)
-            k = _load_rows(k_ptr, pooled, pooled >= 0, D, BLOCK_D)
-            v = _load_rows(v_ptr, pooled, pooled >= 0, D, BLOCK_D)
-            bias = _bias(entry, LOG_SIZE, LOG_ROWS)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias
-            if RAGGED:
-                share = _share(entry, bias, ROWS)
-                of_row = tl.where(share > 0.0, tl.math.log2(tl.maximum(share, 1e-9)), float("-inf"))
-                scores += of_row[None, :]
-            m_i, l_i, acc, _, _ = _soften(m_i, l_i, acc, scores, v)
-
-        empty = l_i == 0.0
-        l_safe = tl.where(empty, 1.0, l_i)
-        acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])
-        lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=both)
-        tl.store(lse_ptrs, lse, mask=marked)
+            empty = l_i == 0.0
+            l_safe = tl.where(empty, 1.0, l_i)
+            acc = tl.where(empty[:, None], 0.0, acc / l_safe[:, None])
+            lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * 0.6931471805599453)
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=both)
+            tl.store(lse_ptrs, lse, mask=marked)

@@ -101,6 +101,7 @@ class TritonBackend:
             or refuses_heads(q)
             or self._refuses_size(q, v, plan)
             or known_answers.refusal(self, q, v, plan)
+            or (None if plan.coarse is None else self.refuses(q, k, v, plan.coarse.plan))
         )
 
     def _refuses_size(self, q: Tensor, v: Tensor, plan: BlockPlan) -> str | None:

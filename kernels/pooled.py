@@ -32,7 +32,7 @@ STAGES = 2
 HELD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 _MOST_TILES = 1 << 20  # of a head, in the bits of an entry
 #: Query blocks that a program looks at for rows to be computed again.
-EACH = 16
+EACH = 4
 
 
 class Lists(NamedTuple):

@@ -28,7 +28,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
-from dit_sparse.kernels import quantise
+from dit_sparse.kernels import pooled, quantise
 from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
@@ -53,10 +53,6 @@ from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.longest_first import BUCKETS
-from dit_sparse.kernels.pooled import EACH as POOLED_EACH
-from dit_sparse.kernels.pooled import HELD as POOLED_HELD
-from dit_sparse.kernels.pooled import ROWS as POOLED_ROWS
-from dit_sparse.kernels.pooled import STAGES as POOLED_STAGES
 from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
 from dit_sparse.kernels.variants import whole_kernel
@@ -169,7 +165,7 @@ def approximation(variant: Variant) -> Report:
     rows = {
         **dict.fromkeys(("importance", "longest_first"), 128),
         "permute_blocks": 32,
-        "pooled_tiles": POOLED_ROWS,
+        "pooled_tiles": pooled.ROWS,
         "summaries": 32,
     }
     constants |= {"ROWS": rows.get(variant.kernel, 64), "SUB": K_BLOCK // 64}
@@ -204,7 +200,7 @@ def with_means() -> Iterator[Variant]:
 
 def means(variant: Variant) -> Report:
     """Compiles one of `with_means` as its launcher would."""
-    dim, keys, sloped = variant.head_dim, POOLED_ROWS, variant.tail > 1
+    dim, keys, sloped = variant.head_dim, pooled.ROWS, variant.tail > 1
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_M": Q_BLOCK, "BLOCK_N": keys}
     constants |= {"HAS_ORDER": variant.order, "HAS_HIDDEN": variant.hidden, "SLOPE": sloped}
     if variant.kernel == "tail_bias":
@@ -221,13 +217,13 @@ def means(variant: Variant) -> Report:
         source = source_of(_tail_fwd, constants, described)
         return report_of(variant, source, tile.warps, tile.stages, tile.registers)
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
-    constants |= {"HELD": POOLED_HELD, "BOUND": variant.bound}
+    constants |= {"HELD": pooled.HELD, "BOUND": variant.bound}
     if variant.kernel == "pooled_again":
-        again = constants | {"EACH": POOLED_EACH}
+        again = constants | {"EACH": pooled.EACH}
         return report_of(variant, source_of(_pooled_again_fwd, again, {}), 8, 2)
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
     source = source_of(_pooled_fwd_hopper, constants, described)
-    return report_of(variant, source, 4, POOLED_STAGES)
+    return report_of(variant, source, 4, pooled.STAGES)
 
 
 def in_eight_bits() -> Iterator[Variant]:

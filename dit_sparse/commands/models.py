@@ -79,9 +79,10 @@ class Model:
         title = type(self.pipeline).__name__
         for name in arguments:
             if name not in self.parameters:
+                size = ", or three numbers in --size" if name == "num_frames" else ""
                 raise ValueError(
-                    f"Expected options that {title} takes, got {_flag(name)}. Leave it out for "
-                    "this model."
+                    f"Expected options that {title} takes, got {_flag(name)}{size}. Leave it out "
+                    "for this model."
                 )
         needed = {
             n

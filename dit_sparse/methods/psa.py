@@ -173,7 +173,8 @@ class PsaMethod:
         if self.importance == "means":
             scores = selection.pooled_scores(q, k, frame, summaries=ctx.summaries, tail=self._tail)
             if ranks:
-                return scores.nan_to_num_(0.0, torch.inf, -torch.inf)
+                # Finite, since -inf is never read; what is no number ranks last.
+                return scores.nan_to_num_(torch.finfo(scores.dtype).min)
             return self._candidates(scores, frame).softmax(-1).nan_to_num(0.0)
         moment = (ctx.step or 0) * ctx.layers + ctx.layer
         seed = self.seed * 1_000_003 + 2 * moment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.block_cases import Case, plan_of, tensors_of
 
 known_answers = pytest.importorskip("dit_sparse.kernels.known_answers")
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+reference = pytest.importorskip("dit_sparse.kernels.reference")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 BACKEND = block_sparse.TritonBackend(interpreted=True)
@@ -84,6 +86,63 @@ def test_other_kinds_of_calls_are_looked_at_too(runs: list[BlockPlan]):
     assert len(runs) == 3
 
 
+def test_blocks_that_are_all_whole_are_a_kind_of_their_own(runs: list[BlockPlan]):
+    """Short ones are compiled in."""
+    for ragged in (True, False):
+        case = replace(CASE, ragged=ragged, tokens=640)
+        assert refusal(plan_of(case), case) is None
+    assert [probe.k_blocks.ragged for probe in runs] == [True, False]
+
+
+def test_heads_that_share_keys_are_a_kind_of_their_own(runs: list[BlockPlan]):
+    case = replace(CASE, order="none")
+    plan = plan_of(case)
+    q, k, v = tensors_of(case, plan)
+    assert BACKEND.refuses(q, k, v, plan) is None
+    assert BACKEND.refuses(q, k[:, :1], v[:, :1], plan) is None
+    assert len(runs) == 2
+
+
+def test_the_default_device_and_dtype_do_not_matter():
+    plan = plan_of(CASE)
+    plan = replace(plan, bias=torch.zeros(plan.indices.shape))
+    q, _, v = tensors_of(CASE, plan)
+    kind = known_answers.Kind.of(BACKEND, q, v, plan)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            made, *tensors = known_answers._problem(kind)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.device.type for x in (made.indices, made.bias, *tensors)} == {"cpu"}
+    assert made.bias.dtype == torch.float32
+
+
+def test_too_little_memory_says_nothing_of_the_kernels(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(block_sparse.portable, "launch", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            refusal(plan_of(CASE))
+    assert refusal(plan_of(CASE)) is None
+
+
+def test_keys_at_low_resolution_are_asked_for_too(monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of(CASE)
+    asked: list[BlockPlan] = []
+
+    def refusal_of(backend: Any, q: Tensor, v: Tensor, plan: BlockPlan) -> None:
+        asked.append(plan)
+
+    monkeypatch.setattr(known_answers, "refusal", refusal_of)
+    inner = plan_of(replace(CASE, box=False))
+    plan = replace(plan, coarse=SimpleNamespace(plan=inner))
+    assert refusal(plan) is None
+    assert asked == [plan, inner]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -111,7 +170,8 @@ def test_broken_kernels_are_refused(
 
 def test_attention_goes_to_another_backend(monkeypatch: pytest.MonkeyPatch):
     spoil(monkeypatch, lambda result: result.out.zero_())
-    monkeypatch.setattr(block_sparse, "BACKEND", BACKEND)
+    known = (BACKEND, reference.BACKEND)
+    monkeypatch.setattr("dit_sparse.attention.backends", lambda precision="bf16": known)
     plan = plan_of(CASE)
     q, k, v = tensors_of(CASE, plan)
     chosen, refusals = select_backend(q, k, v, plan)
@@ -147,6 +207,9 @@ def test_a_capture_refuses_and_decides_nothing(
     class OnGpu:
         is_cuda, device, dtype, shape = True, torch.device("cpu"), torch.float32, (1, 2, 99, 64)
 
+        def get_device(self) -> int:
+            return -1
+
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     reason = known_answers.refusal(BACKEND, OnGpu(), OnGpu(), plan)
     assert "outside of the capture of a CUDA graph" in (reason or "")
@@ -166,6 +229,8 @@ KINDS = {
     "zeroth": {"tail": "zeroth", "hidden": True, "uneven": True},
     "first": {"tail": "first", "hidden": True, "order": 1},
     "block": {"tail": "block"},
+    "whole blocks": {"ragged": False},
+    "shared keys": {"grouped": True},
 }
 
 
@@ -173,12 +238,13 @@ KINDS = {
 def test_small_problems_of_every_kind_are_sound(features: dict[str, Any]):
     """The plans are well-formed, and of the kind that they stand for."""
     plain = known_answers.Kind(
-        BACKEND, "gfx942", torch.float16, (64, 64), (64, 64), "", 0, (), "none", False, False, False
+        BACKEND, "gfx942", torch.float16, (64, 64), (64, 64), "", 0, (), "none",
+        False, False, False, True, False,
     )  # fmt: skip
     kind = replace(plain, **features)
     plan = plan_check.check(known_answers._plan(kind))
     q = torch.zeros(1, 2, plan.q_blocks.total, 64, dtype=torch.float16)
-    assert known_answers.Kind.of(BACKEND, q, q, plan) == kind
+    assert known_answers.Kind.of(BACKEND, q, q[:, : 1 if kind.grouped else 2], plan) == kind
     if kind.factors:
         assert isinstance(plan.pools, Pools)
         assert bool((plan.pools.counts.sum((0, 1, 2)) > 0).all()), "every factor occurs"
