@@ -9,52 +9,28 @@ ROWS = gl.constexpr(64)
 
 
 @gluon.jit
-def _at(turn, n_tiles, QUEUED: gl.constexpr):
-    """Which of the tiles a program takes next; any of them behind its last turn.
-
-    Queues begin with the longest rows: turning round evens out what programs get.
-    """
-    pid = gl.program_id(0)
-    programs = gl.num_programs(0)
-    if QUEUED:
-        pid = gl.where(turn % 2 == 0, pid, programs - 1 - pid)
-    return gl.minimum(turn * programs + pid, n_tiles - 1)
+def _tile(tiles_ptr, turn, n_tiles, DEALT: gl.constexpr):
+    """Which tile a program takes in a turn; any of them behind its last one."""
+    at = turn * gl.num_programs(0) + gl.program_id(0)
+    if DEALT:
+        return gl.load(tiles_ptr + at)
+    return gl.minimum(at, n_tiles - 1)
 
 
 @gluon.jit
-def _turns(n_tiles, QUEUED: gl.constexpr):
+def _turns(turns_ptr, n_tiles, DEALT: gl.constexpr):
     """How many tiles a program takes."""
+    if DEALT:
+        return gl.load(turns_ptr + gl.program_id(0))
     programs = gl.num_programs(0)
-    last = (n_tiles + programs - 1) // programs - 1
-    pid = gl.program_id(0)
-    if QUEUED:
-        pid = gl.where(last % 2 == 0, pid, programs - 1 - pid)
-    return last + gl.where(last * programs + pid < n_tiles, 1, 0)
+    return (n_tiles - gl.program_id(0) + programs - 1) // programs
 
 
 @gluon.jit
-def _tile(queue_ptr, turn, n_tiles, QUEUED: gl.constexpr):
-    at = _at(turn, n_tiles, QUEUED)
-    if QUEUED:
-        at = gl.load(queue_ptr + at)
-    return at
-
-
-@gluon.jit
-def _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED: gl.constexpr):
-    """Query block, head and batch entry of a tile; without a queue as in `_hopper._placed`."""
-    if QUEUED:
-        pair = tile // n_q_blocks
-        return tile % n_q_blocks, pair % n_heads, pair // n_heads
-    outer = n_tiles // n_q_blocks * n_outer
-    n_inner = n_q_blocks - n_outer
-    width = gl.where(tile < outer, n_outer, n_inner)
-    number = gl.where(tile < outer, tile, tile - outer)
-    pair = number // width
-    block = number - pair * width
-    skipped = gl.where(block < first_inner, 0, n_inner)
-    block += gl.where(tile < outer, skipped, first_inner)
-    return block, pair % n_heads, pair // n_heads
+def _placed(tile, n_q_blocks, n_heads):
+    """Query block, head and batch entry of a tile."""
+    pair = tile // n_q_blocks
+    return tile - pair * n_q_blocks, pair % n_heads, pair // n_heads
 
 
 @gluon.jit
@@ -83,7 +59,7 @@ def _load(desc, row, col, room, full, slot, pred=True):
 
 
 @gluon.jit
-def _produce(rings, descs, lists, strides, sizes, QUEUED: gl.constexpr):
+def _produce(rings, descs, lists, strides, sizes, DEALT: gl.constexpr):
     """Fetches everything, in the order in which it is read: keys, and the values of the block
     before, in an earlier tile too.
 
@@ -92,27 +68,25 @@ def _produce(rings, descs, lists, strides, sizes, QUEUED: gl.constexpr):
     """
     q_room, q_full, k_room, k_full, v_room, v_full, done = rings
     q_desc, k_desc, v_desc = descs
-    offsets_ptr, full_ptr, starts_ptr, q_starts_ptr, queue_ptr = lists
+    offsets_ptr, full_ptr, starts_ptr, q_starts_ptr, tiles_ptr, turns_ptr = lists
     (
         q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
         list_stride_b, list_stride_h,
     ) = strides  # fmt: skip
-    n_tiles, n_heads, group, n_q_blocks, n_outer, first_inner = sizes
+    n_tiles, n_heads, group, n_q_blocks = sizes
     Q_SLOTS: gl.constexpr = q_room.shape[0] // 2
     SLOTS: gl.constexpr = k_room.shape[0]
     V_SLOTS: gl.constexpr = v_room.shape[0]
 
-    tile = _tile(queue_ptr, 0, n_tiles, QUEUED)
-    block, head, batch = _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED)
+    tile = _tile(tiles_ptr, 0, n_tiles, DEALT)
+    block, head, batch = _placed(tile, n_q_blocks, n_heads)
     row = batch * list_stride_b + head * list_stride_h + block
     first = gl.load(offsets_ptr + row)
     steps = gl.load(full_ptr + row)
     q_start = gl.load(q_starts_ptr + block)
     start = gl.load(starts_ptr + first, mask=steps > 0, other=0)
-    tile_1 = _tile(queue_ptr, 1, n_tiles, QUEUED)
-    block_1, head_1, batch_1 = _placed(
-        tile_1, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED
-    )
+    tile_1 = _tile(tiles_ptr, 1, n_tiles, DEALT)
+    block_1, head_1, batch_1 = _placed(tile_1, n_q_blocks, n_heads)
     row_1 = batch_1 * list_stride_b + head_1 * list_stride_h + block_1
     first_1 = gl.load(offsets_ptr + row_1)
     steps_1 = gl.load(full_ptr + row_1)
@@ -121,12 +95,12 @@ def _produce(rings, descs, lists, strides, sizes, QUEUED: gl.constexpr):
     v_slot = 0
     v_row, v_col = 0, 0  # of the block before
     since = 0  # key blocks of the tile before
-    turns = _turns(n_tiles, QUEUED)
+    turns = _turns(turns_ptr, n_tiles, DEALT)
     for turn in range(turns + 1):
         # What the next two tiles take from memory, each load a whole tile before it is needed.
         q_start_1 = gl.load(q_starts_ptr + block_1)
         start_1 = gl.load(starts_ptr + first_1, mask=steps_1 > 0, other=0)
-        tile_2 = _tile(queue_ptr, turn + 2, n_tiles, QUEUED)
+        tile_2 = _tile(tiles_ptr, turn + 2, n_tiles, DEALT)
 
         k_head = head // group  # as many heads of q share one of k and v
         k_row = batch * k_row_b + k_head * k_row_h
@@ -165,9 +139,7 @@ def _produce(rings, descs, lists, strides, sizes, QUEUED: gl.constexpr):
 
         head, batch, first = head_1, batch_1, first_1
         steps, q_start, start = steps_1, q_start_1, start_1
-        block_1, head_1, batch_1 = _placed(
-            tile_2, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED
-        )
+        block_1, head_1, batch_1 = _placed(tile_2, n_q_blocks, n_heads)
         row_1 = batch_1 * list_stride_b + head_1 * list_stride_h + block_1
         first_1 = gl.load(offsets_ptr + row_1)
         steps_1 = gl.load(full_ptr + row_1)

@@ -82,12 +82,12 @@ def _sums(acc, behind, value_ready, v_phase):
 
 
 @gluon.jit
-def _work(tile, lists, strides, sizes, QUEUED: gl.constexpr):
+def _work(tile, lists, strides, sizes):
     """Head, batch entry, number of entries and the first of them, and queries of a tile."""
     offsets_ptr, full_ptr, q_starts_ptr = lists
     list_stride_b, list_stride_h = strides
-    n_tiles, n_heads, n_q_blocks, n_outer, first_inner, _ = sizes
-    block, head, batch = _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads, QUEUED)
+    _, n_heads, n_q_blocks, _ = sizes
+    block, head, batch = _placed(tile, n_q_blocks, n_heads)
     row = batch * list_stride_b + head * list_stride_h + block
     steps = gl.load(full_ptr + row)
     first = gl.load(offsets_ptr + row)
@@ -163,18 +163,18 @@ def _write(
 def _consume(
     rings, pointers, strides, sizes, scale_log2,
     HALF: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, QUEUED: gl.constexpr,
+    RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, DEALT: gl.constexpr,
 ):  # fmt: skip
     """Attention of one half of the rows of every tile."""
     q_room, q_full, k_room, k_full, v_room, v_full, done = rings
     (
         out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, lengths_ptr, q_starts_ptr,
-        order_ptr, queue_ptr,
+        order_ptr, tiles_ptr, turns_ptr,
     ) = pointers  # fmt: skip
     (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
     ) = strides  # fmt: skip
-    n_tiles, n_heads, _, _, _, n_queries = sizes
+    n_tiles, n_heads, _, n_queries = sizes
     Q_SLOTS: gl.constexpr = q_room.shape[0] // 2
     SLOTS: gl.constexpr = k_room.shape[0]
     V_SLOTS: gl.constexpr = v_room.shape[0]
@@ -192,13 +192,11 @@ def _consume(
 
     lists = (offsets_ptr, full_ptr, q_starts_ptr)
     steps_of = (list_stride_b, list_stride_h)
-    tile = _tile(queue_ptr, 0, n_tiles, QUEUED)
-    head, batch, steps, first, q_start, q_end = _work(tile, lists, steps_of, sizes, QUEUED)
-    tile = _tile(queue_ptr, 1, n_tiles, QUEUED)
-    head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = _work(
-        tile, lists, steps_of, sizes, QUEUED
-    )
-    tile = _tile(queue_ptr, 2, n_tiles, QUEUED)
+    tile = _tile(tiles_ptr, 0, n_tiles, DEALT)
+    head, batch, steps, first, q_start, q_end = _work(tile, lists, steps_of, sizes)
+    tile = _tile(tiles_ptr, 1, n_tiles, DEALT)
+    head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = _work(tile, lists, steps_of, sizes)
+    tile = _tile(tiles_ptr, 2, n_tiles, DEALT)
 
     q_slot, q_phase = 0, 0
     k_slot, k_phase = 1, 0
@@ -210,7 +208,7 @@ def _consume(
     length = gl.load(lengths_ptr + first, mask=steps > 0, other=0) if RAGGED else 0
     behind, l_i, m_i = _weighed(scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND)
 
-    for turn in range(_turns(n_tiles, QUEUED)):
+    for turn in range(_turns(turns_ptr, n_tiles, DEALT)):
         # Loads whose results are needed when this tile is written, or by the next ones.
         row_inside = q_start + within < q_end
         tokens = _tokens(order_ptr + head * order_stride_h, q_start + within, row_inside, HAS_ORDER)
@@ -219,10 +217,8 @@ def _consume(
             norm_ptr, longest_ptr, pair_1, q_start_1 + within, n_queries, scale_log2, BOUND
         )
         length_1 = gl.load(lengths_ptr + first_1, mask=steps_1 > 0, other=0) if RAGGED else 0
-        head_2, batch_2, steps_2, first_2, q_start_2, q_end_2 = _work(
-            tile, lists, steps_of, sizes, QUEUED
-        )
-        tile = _tile(queue_ptr, turn + 3, n_tiles, QUEUED)
+        head_2, batch_2, steps_2, first_2, q_start_2, q_end_2 = _work(tile, lists, steps_of, sizes)
+        tile = _tile(tiles_ptr, turn + 3, n_tiles, DEALT)
 
         q = q_room.index(q_slot * 2 + HALF)
         acc = none
@@ -302,16 +298,16 @@ def _barriers(SLOTS: gl.constexpr, COUNT: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "n_outer", "first_inner"])
+@gluon.jit(do_not_specialize=["n_tiles"])
 def _block_sparse_fwd_hopper_gluon(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, norm_ptr, longest_ptr,
-    offsets_ptr, full_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr, queue_ptr,
+    offsets_ptr, full_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
     q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h,
-    n_tiles, n_heads, group, n_q_blocks, n_outer, first_inner, n_queries, scale_log2,
+    n_tiles, n_heads, group, n_q_blocks, n_queries, scale_log2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, QUEUED: gl.constexpr,
+    RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, DEALT: gl.constexpr,
     Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
 ):  # fmt: skip
     q_room, q_full = _ring(q_desc, 2 * Q_SLOTS)
@@ -320,29 +316,29 @@ def _block_sparse_fwd_hopper_gluon(
     done = _barriers(SLOTS, 2)
     hopper.fence_async_shared()
     rings = (q_room, q_full, k_room, k_full, v_room, v_full, done)
-    lists = (offsets_ptr, full_ptr, starts_ptr, q_starts_ptr, queue_ptr)
+    lists = (offsets_ptr, full_ptr, starts_ptr, q_starts_ptr, tiles_ptr, turns_ptr)
     moves = (
         q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
         list_stride_b, list_stride_h,
     )  # fmt: skip
     pointers = (
         out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, lengths_ptr, q_starts_ptr,
-        order_ptr, queue_ptr,
+        order_ptr, tiles_ptr, turns_ptr,
     )  # fmt: skip
     strides = (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
     )  # fmt: skip
-    sizes = (n_tiles, n_heads, n_q_blocks, n_outer, first_inner, n_queries)
+    sizes = (n_tiles, n_heads, n_q_blocks, n_queries)
     half_0: gl.constexpr = 0
     half_1: gl.constexpr = 1
     gl.warp_specialize(
         [
             (_consume, (rings, pointers, strides, sizes, scale_log2,
-                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, QUEUED)),
+                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT)),
             (_consume, (rings, pointers, strides, sizes, scale_log2,
-                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, QUEUED)),
+                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT)),
             (_produce, (rings, (q_desc, k_desc, v_desc), lists, moves,
-                        (n_tiles, n_heads, group, n_q_blocks, n_outer, first_inner), QUEUED)),
+                        (n_tiles, n_heads, group, n_q_blocks), DEALT)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels.dealt import dealt
 from dit_sparse.kernels.hopper import Matrix, matrices_of
 from dit_sparse.kernels.launch import GluonDescriptor, Launch, launch_specialised
-from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
@@ -77,10 +77,9 @@ def refuses(plan: BlockPlan, scale: float, mask: MaskProduct | None = None) -> s
 
 
 def balanced(plan: BlockPlan) -> bool:
-    """Whether all programs end at about the same time: each takes the same number of query blocks,
-    none of which reads much more than others, as those of text do."""
-    picture = plan.q_blocks.picture
-    return not plan.uneven and (picture is None or len(picture) == plan.q_blocks.n)
+    """Whether all programs end at about the same time, although which query blocks each takes is
+    settled before it begins: lists are equally long, but for text, which is dealt evenly."""
+    return not plan.uneven
 
 
 def launch(
@@ -123,19 +122,19 @@ def _launch(
     out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, keys, blocks = padded(head_dim), plan.k_blocks.size, plan.q_blocks.n
-    picture = plan.q_blocks.picture or range(blocks)
     starts, counts = plan.spans
     order = starts if plan.order is None else plan.order.index
-    queue = longest_first(plan, batch, heads)
     tiles = batch * heads * blocks
+    programs = min(tiles, _multiprocessors(q.device))
+    deal = dealt(plan, batch, heads, programs)
     arguments = (
         _describe(qm, [ROWS.value, dim]), _describe(km, [keys, dim]), _describe(vm, [keys, dim]),
         out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, starts, counts, plan.q_blocks.starts, order,
-        starts if queue is None else queue,
+        *(deal or (starts, starts)),
         *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
-        tiles, heads, heads // km.heads, blocks, blocks - len(picture), picture.start, n_queries,
+        tiles, heads, heads // km.heads, blocks, n_queries,
         scale * LOG2_E,
     )  # fmt: skip
     constants = {
@@ -145,13 +144,12 @@ def _launch(
         "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
         "BOUND": lengths is not None,
-        "QUEUED": queue is not None,
+        "DEALT": deal is not None,
         "Q_SLOTS": rings.queries,
         "SLOTS": rings.keys,
         "V_SLOTS": rings.values,
     }
-    grid = (min(tiles, _multiprocessors(q.device)), 1, 1)
-    kernel = _block_sparse_fwd_hopper_gluon
+    kernel, grid = _block_sparse_fwd_hopper_gluon, (programs, 1, 1)
     return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)
 
 

@@ -34,7 +34,7 @@ def gluon(variant: Variant) -> Report:
 
     dim, rings = variant.head_dim, hopper_gluon.rings_for(variant.head_dim)
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_N": K_BLOCK, "RAGGED": variant.ragged}
-    constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound, "QUEUED": variant.queued}
+    constants |= {"HAS_ORDER": variant.order, "BOUND": variant.bound, "DEALT": variant.queued}
     constants |= {"Q_SLOTS": rings.queries, "SLOTS": rings.keys, "V_SLOTS": rings.values}
     constants |= {} if variant.grouped else {"group": 1}
     layout, dtype = NVMMASharedLayout(128, 16, 2), variant.dtype

@@ -19,6 +19,7 @@ from tests.gluon_model import Descriptor, Model, Pointer
 from tests.oracle import masked_attention
 
 hopper_gluon = pytest.importorskip("dit_sparse.kernels.hopper_gluon")
+dealt = pytest.importorskip("dit_sparse.kernels.dealt")
 TritonBackend = pytest.importorskip("dit_sparse.kernels.block_sparse").TritonBackend
 if hopper_gluon._block_sparse_fwd_hopper_gluon is None:
     pytest.skip("needs a Triton with Gluon", allow_module_level=True)
@@ -61,8 +62,9 @@ def modelled(
     monkeypatch.setattr(hopper_gluon, "refuses", lambda *_: None)
     monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: programs)
     monkeypatch.setattr(hopper_gluon, "launch_specialised", lambda *given, **_: asked.append(given))
-    queue = torch.randperm(q.shape[1] * plan.q_blocks.n) if plan.uneven else None
-    monkeypatch.setattr(hopper_gluon, "longest_first", lambda *_: queue)
+    tiles = q.shape[1] * plan.q_blocks.n
+    queue = torch.randperm(tiles, dtype=torch.int32) if plan.uneven else None
+    monkeypatch.setattr(dealt, "longest_first", lambda *_: queue)
     shape = (*q.shape[:2], q.shape[2])
     result = AttentionOutput(torch.full_like(q, torch.nan), torch.full(shape, torch.nan))
     scale = q.shape[-1] ** -0.5
@@ -231,12 +233,25 @@ def test_what_it_refuses(monkeypatch):
     assert "with Gluon" in hopper_gluon.refuses(plan, 0.1)
 
 
-def test_only_plans_whose_query_blocks_take_equally_long_are_balanced():
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("picture", [range(1, 8), range(6), range(2, 5)])
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_text_is_dealt_among_the_programs(monkeypatch, uneven, picture: range, programs: int):
+    plan = plan_of(5, ragged=True, order="none", uneven=uneven)
+    assert plan.q_blocks.n == 8
+    plan = replace(plan, q_blocks=replace(plan.q_blocks, picture=picture))
+    q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=2)
+    rings, lengths = hopper_gluon.rings_for(64), lengths_of(q, k)
+    got = modelled(monkeypatch, q, k, v, plan, lengths, rings, programs, programs)
+    check(got, q, k, v, plan)
+
+
+def test_lists_of_very_different_lengths_are_not_balanced():
     plan = plan_of(0, ragged=False, order="none", uneven=False)
     assert hopper_gluon.balanced(plan)
-    assert not hopper_gluon.balanced(replace(plan, uneven=True))
     beside_text = replace(plan.q_blocks, picture=range(1, plan.q_blocks.n))
-    assert not hopper_gluon.balanced(replace(plan, q_blocks=beside_text))
+    assert hopper_gluon.balanced(replace(plan, q_blocks=beside_text))
+    assert not hopper_gluon.balanced(replace(plan, uneven=True))
 
 
 @pytest.mark.parametrize("sizes", [(3, 2, 2), (2, 1, 1), (2, 3, 2), (2, 2, 4)])
