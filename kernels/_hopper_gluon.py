@@ -6,6 +6,8 @@ wait for nothing but what was fetched, so that one starts or ends a query block,
 exponentials, while the other multiplies. Products with the values are one key block behind, and run
 under the next block's exponentials.
 
+Masks are a product too, as in `_hopper.py`, of tiles beside those of queries and keys.
+
 Everything in shared memory is written by the tensor memory accelerator and read by the matrix
 units alone, so there is nothing to fence between them. Every barrier has a place of its own for as
 long as the kernel runs.
@@ -16,7 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from dit_sparse.kernels._gluon_fetch import ROWS, _next, _placed, _produce, _tile, _turns
+from dit_sparse.kernels._gluon_fetch import (
+    ROWS,
+    _next,
+    _placed,
+    _produce,
+    _steps,
+    _tile,
+    _turns,
+)
+from dit_sparse.kernels._gluon_rows import _limits, _tokens, _write
 
 
 @gluon.jit
@@ -49,8 +60,26 @@ def _weighed(
 
 
 @gluon.jit
+def _scores(queries, keys, nothing, COLUMNS: gl.constexpr):
+    """The product of queries and keys, which runs; on top of that of the mask if there is one:
+    0 where a key is seen, and far below any score where it is not.
+
+    Of the same kind and shape, so that the one takes over the sums of the other without a wait.
+    """
+    q, classes = queries
+    k, hidden = keys
+    if COLUMNS:
+        scores = hopper.warpgroup_mma(
+            classes, hidden.permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        return hopper.warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=True, is_async=True)
+    return hopper.warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _products(
-    q, keys, behind, values, value_ready, v_phase, acc, alpha, more, nothing, BOUND: gl.constexpr
+    q, keys, behind, values, value_ready, v_phase, acc, alpha, more, nothing, BOUND: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Scores of a block, and behind them the product of the weights of the block before with its
     values, which still runs.
@@ -59,7 +88,7 @@ def _products(
         alpha: what sums are multiplied with before.
         more: whether there are any.
     """
-    scores = hopper.warpgroup_mma(q, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = _scores(q, keys, nothing, COLUMNS)
     if not BOUND:
         acc = acc * gl.expand_dims(alpha, 1)
     mbarrier.wait(value_ready, v_phase)
@@ -82,14 +111,14 @@ def _sums(acc, behind, value_ready, v_phase):
 
 
 @gluon.jit
-def _work(tile, lists, strides, sizes):
+def _work(tile, lists, strides, sizes, COLUMNS: gl.constexpr):
     """Head, batch entry, number of entries and the first of them, and queries of a tile."""
-    offsets_ptr, full_ptr, q_starts_ptr = lists
+    offsets_ptr, full_ptr, partial_ptr, q_starts_ptr = lists
     list_stride_b, list_stride_h = strides
     _, n_heads, n_q_blocks, _ = sizes
     block, head, batch = _placed(tile, n_q_blocks, n_heads)
     row = batch * list_stride_b + head * list_stride_h + block
-    steps = gl.load(full_ptr + row)
+    steps = _steps(full_ptr, partial_ptr, row, COLUMNS)
     first = gl.load(offsets_ptr + row)
     q_start = gl.load(q_starts_ptr + block)
     q_end = gl.load(q_starts_ptr + block + 1)
@@ -97,79 +126,43 @@ def _work(tile, lists, strides, sizes):
 
 
 @gluon.jit
-def _tokens(order_ptr, rows, row_inside, HAS_ORDER: gl.constexpr):
-    """Where the results of rows go."""
-    if HAS_ORDER:
-        return gl.load(order_ptr + rows, mask=row_inside, other=0)
-    return rows.to(gl.int64)
+def _queries(rings, at):
+    """Half a tile of queries and what a mask tells them apart by."""
+    q_room, _, _, _, _, _, _, class_room, _ = rings
+    return q_room.index(at), class_room.index(at)
 
 
 @gluon.jit
-def _first_scores(rings, nothing, HALF: gl.constexpr):
+def _keys(rings, slot):
+    """A tile of keys and from which queries a mask hides them."""
+    _, _, k_room, _, _, _, _, _, hidden_room = rings
+    return k_room.index(slot), hidden_room.index(slot)
+
+
+@gluon.jit
+def _first_scores(rings, nothing, HALF: gl.constexpr, COLUMNS: gl.constexpr):
     """Of the first block of the first tile."""
-    q_room, q_full, k_room, k_full, _, _, done = rings
+    _, q_full, _, k_full, _, _, done, _, _ = rings
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(q_full.index(HALF), 0)
-    keys = k_room.index(0).permute((1, 0))
-    scores = hopper.warpgroup_mma(q_room.index(HALF), keys, nothing, use_acc=False, is_async=True)
+    scores = _scores(_queries(rings, HALF), _keys(rings, 0), nothing, COLUMNS)
     scores = hopper.warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(done.index(0))
     return scores
 
 
 @gluon.jit
-def _limits(norm_ptr, longest_ptr, pair, rows, n_queries, scale_log2, BOUND: gl.constexpr):
-    """What the scores of rows are above to begin with, or never above."""
-    if BOUND:
-        m_i = gl.load(norm_ptr + pair * n_queries + rows, mask=rows < n_queries, other=0.0)
-        return m_i * (gl.load(longest_ptr + pair) * scale_log2)
-    return gl.full([ROWS], float("-inf"), gl.float32, rows.type.layout)
-
-
-@gluon.jit
-def _write(
-    sums, m_i, l_i, steps, tokens, row_inside, outs, out_stride_n, lses,
-    D: gl.constexpr, BLOCK_D: gl.constexpr, BOUND: gl.constexpr,
-):  # fmt: skip
-    """Writes the result of some rows where their tokens stand."""
-    # One without entries has read a block that it has no part in.
-    empty = (l_i == 0.0) | (steps == 0)
-    l_safe = gl.where(empty, 1.0, l_i)
-    lse = gl.where(empty, float("-inf"), (m_i + gl.log2(l_safe)) * 0.6931471805599453)
-    if BOUND:
-        # As in `_hopper.py`: too little is left of the weights, or they are no numbers.
-        lse = gl.where((l_i >= 2.6e-26) | (steps == 0), lse, float("inf"))
-    gl.store(lses + tokens, lse, mask=row_inside)
-
-    by_row: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
-    sums = sums * gl.expand_dims(gl.convert_layout(1.0 / l_safe, by_row), 1)
-    # A weight of 0 hides no NaN.
-    sums = gl.where(gl.expand_dims(gl.convert_layout(empty, by_row), 1), 0.0, sums)
-    # 16 bytes of a row to a thread and 64 to four neighbours, which have them among themselves.
-    wide: gl.constexpr = [[0, 32], [0, 64]] if BLOCK_D == 128 else [[0, 32]]
-    stored: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4]] + wide + [[8, 0]],  # noqa: RUF005
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, BLOCK_D],
-    )  # fmt: skip
-    by_stored_row: gl.constexpr = gl.SliceLayout(1, stored)
-    cols = gl.expand_dims(gl.arange(0, BLOCK_D, gl.SliceLayout(0, stored)), 0)
-    to = gl.expand_dims(gl.convert_layout(tokens, by_stored_row), 1)
-    inside = gl.expand_dims(gl.convert_layout(row_inside, by_stored_row), 1)
-    laid = gl.convert_layout(sums.to(outs.dtype.element_ty), stored)
-    gl.store(outs + to * out_stride_n + cols, laid, mask=inside & (cols < D))
-
-
-@gluon.jit
 def _consume(
-    rings, pointers, strides, sizes, scale_log2,
+    rings, pointers, strides, sizes, scale_log2, floor,
     HALF: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, DEALT: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one half of the rows of every tile."""
-    q_room, q_full, k_room, k_full, v_room, v_full, done = rings
+    q_room, q_full, k_room, k_full, v_room, v_full, done, _, _ = rings
     (
-        out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, lengths_ptr, q_starts_ptr,
-        order_ptr, tiles_ptr, turns_ptr,
+        out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, partial_ptr, lengths_ptr,
+        q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
     ) = pointers  # fmt: skip
     (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
@@ -190,12 +183,14 @@ def _consume(
     none = gl.zeros([ROWS, BLOCK_D], gl.float32, of_out)
     alpha = gl.full([ROWS], 1.0, gl.float32, by_row)
 
-    lists = (offsets_ptr, full_ptr, q_starts_ptr)
+    lists = (offsets_ptr, full_ptr, partial_ptr, q_starts_ptr)
     steps_of = (list_stride_b, list_stride_h)
     tile = _tile(tiles_ptr, 0, n_tiles, DEALT)
-    head, batch, steps, first, q_start, q_end = _work(tile, lists, steps_of, sizes)
+    head, batch, steps, first, q_start, q_end = _work(tile, lists, steps_of, sizes, COLUMNS)
     tile = _tile(tiles_ptr, 1, n_tiles, DEALT)
-    head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = _work(tile, lists, steps_of, sizes)
+    head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = _work(
+        tile, lists, steps_of, sizes, COLUMNS
+    )
     tile = _tile(tiles_ptr, 2, n_tiles, DEALT)
 
     q_slot, q_phase = 0, 0
@@ -203,8 +198,10 @@ def _consume(
     v_slot, v_phase = 0, 0
     # The first tile is begun here, all others before the one before them is written.
     pair = batch.to(gl.int64) * n_heads + head
-    m_i = _limits(norm_ptr, longest_ptr, pair, q_start + within, n_queries, scale_log2, BOUND)
-    scores = _first_scores(rings, nothing, HALF)
+    m_i = _limits(
+        norm_ptr, longest_ptr, pair, q_start + within, n_queries, scale_log2, floor, BOUND
+    )
+    scores = _first_scores(rings, nothing, HALF, COLUMNS)
     length = gl.load(lengths_ptr + first, mask=steps > 0, other=0) if RAGGED else 0
     behind, l_i, m_i = _weighed(scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND)
 
@@ -214,20 +211,22 @@ def _consume(
         tokens = _tokens(order_ptr + head * order_stride_h, q_start + within, row_inside, HAS_ORDER)
         pair_1 = batch_1.to(gl.int64) * n_heads + head_1
         m_1 = _limits(
-            norm_ptr, longest_ptr, pair_1, q_start_1 + within, n_queries, scale_log2, BOUND
+            norm_ptr, longest_ptr, pair_1, q_start_1 + within, n_queries, scale_log2, floor, BOUND
         )
         length_1 = gl.load(lengths_ptr + first_1, mask=steps_1 > 0, other=0) if RAGGED else 0
-        head_2, batch_2, steps_2, first_2, q_start_2, q_end_2 = _work(tile, lists, steps_of, sizes)
+        head_2, batch_2, steps_2, first_2, q_start_2, q_end_2 = _work(
+            tile, lists, steps_of, sizes, COLUMNS
+        )
         tile = _tile(tiles_ptr, turn + 3, n_tiles, DEALT)
 
-        q = q_room.index(q_slot * 2 + HALF)
+        q = _queries(rings, q_slot * 2 + HALF)
         acc = none
         for it in range(1, steps):
             length = gl.load(lengths_ptr + first + it) if RAGGED else 0
             mbarrier.wait(k_full.index(k_slot), k_phase)
             scores, acc = _products(
-                q, k_room.index(k_slot), behind, v_room.index(v_slot), v_full.index(v_slot),
-                v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1, nothing, BOUND,
+                q, _keys(rings, k_slot), behind, v_room.index(v_slot), v_full.index(v_slot),
+                v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1, nothing, BOUND, COLUMNS,
             )  # fmt: skip
             mbarrier.arrive(done.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
@@ -248,9 +247,9 @@ def _consume(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         mbarrier.wait(q_full.index(q_slot * 2 + HALF), q_phase)
         scores, acc = _products(
-            q_room.index(q_slot * 2 + HALF), k_room.index(k_slot), behind, v_room.index(v_slot),
+            _queries(rings, q_slot * 2 + HALF), _keys(rings, k_slot), behind, v_room.index(v_slot),
             v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), steps > 1,
-            nothing, BOUND,
+            nothing, BOUND, COLUMNS,
         )  # fmt: skip
         mbarrier.arrive(done.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
@@ -284,14 +283,14 @@ def _consume(
 
 
 @gluon.jit
-def _ring(desc, SLOTS: gl.constexpr):
-    """Slots for tiles, and for each a barrier that says that it was filled."""
-    room = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_shape, desc.layout)  # noqa: RUF005
-    return room, _barriers(SLOTS, 1)
+def _room(desc, SLOTS: gl.constexpr):
+    """Slots for tiles."""
+    return gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_shape, desc.layout)  # noqa: RUF005
 
 
 @gluon.jit
 def _barriers(SLOTS: gl.constexpr, COUNT: gl.constexpr):
+    """A barrier for each slot."""
     barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(barriers.index(slot), count=COUNT)
@@ -300,30 +299,45 @@ def _barriers(SLOTS: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def _block_sparse_fwd_hopper_gluon(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, norm_ptr, longest_ptr,
-    offsets_ptr, full_ptr, starts_ptr, lengths_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
+    q_desc, k_desc, v_desc, classes_desc, hidden_desc, out_ptr, lse_ptr, norm_ptr, longest_ptr,
+    offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
+    q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
     q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
-    list_stride_b, list_stride_h, order_stride_h,
-    n_tiles, n_heads, group, n_q_blocks, n_queries, scale_log2,
+    list_stride_b, list_stride_h, order_stride_h, class_stride_h,
+    n_tiles, n_heads, group, n_q_blocks, n_queries, scale_log2, floor,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, DEALT: gl.constexpr,
-    Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+    COLUMNS: gl.constexpr, Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    q_room, q_full = _ring(q_desc, 2 * Q_SLOTS)
-    k_room, k_full = _ring(k_desc, SLOTS)
-    v_room, v_full = _ring(v_desc, V_SLOTS)
+    q_room, k_room, v_room = (
+        _room(q_desc, 2 * Q_SLOTS),
+        _room(k_desc, SLOTS),
+        _room(v_desc, V_SLOTS),
+    )
+    if COLUMNS:
+        of_mask = classes_desc, hidden_desc
+        mask_rooms = _room(classes_desc, 2 * Q_SLOTS), _room(hidden_desc, SLOTS)
+    else:  # never read
+        of_mask = q_desc, k_desc
+        mask_rooms = q_room, k_room
+    q_full, k_full, v_full = _barriers(2 * Q_SLOTS, 1), _barriers(SLOTS, 1), _barriers(V_SLOTS, 1)
     done = _barriers(SLOTS, 2)
     hopper.fence_async_shared()
-    rings = (q_room, q_full, k_room, k_full, v_room, v_full, done)
-    lists = (offsets_ptr, full_ptr, starts_ptr, q_starts_ptr, tiles_ptr, turns_ptr)
+    rings = (
+        q_room, q_full, k_room, k_full, v_room, v_full, done, mask_rooms[0], mask_rooms[1],
+    )  # fmt: skip
+    lists = (
+        offsets_ptr, full_ptr, partial_ptr, starts_ptr, q_starts_ptr, class_ptr, pattern_ptr,
+        tiles_ptr, turns_ptr,
+    )  # fmt: skip
     moves = (
         q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
-        list_stride_b, list_stride_h,
+        list_stride_b, list_stride_h, class_stride_h,
     )  # fmt: skip
     pointers = (
-        out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, lengths_ptr, q_starts_ptr,
-        order_ptr, tiles_ptr, turns_ptr,
+        out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, partial_ptr, lengths_ptr,
+        q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
     )  # fmt: skip
     strides = (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
@@ -333,12 +347,12 @@ def _block_sparse_fwd_hopper_gluon(
     half_1: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (rings, pointers, strides, sizes, scale_log2,
-                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT)),
-            (_consume, (rings, pointers, strides, sizes, scale_log2,
-                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT)),
-            (_produce, (rings, (q_desc, k_desc, v_desc), lists, moves,
-                        (n_tiles, n_heads, group, n_q_blocks), DEALT)),
+            (_consume, (rings, pointers, strides, sizes, scale_log2, floor,
+                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT, COLUMNS)),
+            (_consume, (rings, pointers, strides, sizes, scale_log2, floor,
+                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT, COLUMNS)),
+            (_produce, (rings, (q_desc, k_desc, v_desc, of_mask[0], of_mask[1]), lists, moves,
+                        (n_tiles, n_heads, group, n_q_blocks), DEALT, COLUMNS)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -15,7 +15,7 @@ from dit_sparse.kernels.dealt import dealt
 from dit_sparse.kernels.hopper import Matrix, matrices_of
 from dit_sparse.kernels.launch import GluonDescriptor, Launch, launch_specialised
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
-from dit_sparse.mask_product import MaskProduct
+from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
 
 try:
@@ -69,8 +69,6 @@ def refuses(plan: BlockPlan, scale: float, mask: MaskProduct | None = None) -> s
         return "expected a GPU, got Triton's interpreter, which has no Gluon."
     if (plan.q_blocks.size, plan.k_blocks.size) != (128, 128):
         return f"expected blocks of 128, got {plan.q_blocks.size} and {plan.k_blocks.size}."
-    if mask is not None:
-        return "expected whole entries, got a mask."
     if not scale > 0:  # scores behind the end of a block are hidden before they are scaled
         return f"expected a positive scale, got {scale}."
     return None
@@ -106,7 +104,7 @@ def launch(
     if matrices is None:
         return None
     chosen = rings or rings_for(padded(q.shape[-1]))
-    return _launch(q, matrices, plan, scale, result, lengths, chosen)
+    return _launch(q, matrices, plan, scale, result, mask, lengths, chosen)
 
 
 def _launch(
@@ -115,6 +113,7 @@ def _launch(
     plan: BlockPlan,
     scale: float,
     result: AttentionOutput,
+    mask: MaskProduct | None,
     lengths: tuple[Tensor, Tensor] | None,
     rings: Rings,
 ) -> Launch | None:
@@ -127,24 +126,28 @@ def _launch(
     tiles = batch * heads * blocks
     programs = min(tiles, _multiprocessors(q.device))
     deal = dealt(plan, batch, heads, programs)
+    classes, hidden = _rows(mask, q.dtype) if mask else (None, None)
     arguments = (
         _describe(qm, [ROWS.value, dim]), _describe(km, [keys, dim]), _describe(vm, [keys, dim]),
-        out, lse, *(lengths or (lse, lse)),
-        plan.offsets, plan.full, starts, counts, plan.q_blocks.starts, order,
+        classes, hidden, out, lse, *(lengths or (lse, lse)),
+        plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
+        mask.query if mask else starts, mask.entry if mask else starts, plan.q_blocks.starts, order,
         *(deal or (starts, starts)),
         *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
         tiles, heads, heads // km.heads, blocks, n_queries,
-        scale * LOG2_E,
+        scale * LOG2_E, FLOOR * scale * LOG2_E if mask else float("-inf"),
     )  # fmt: skip
     constants = {
         "D": head_dim,
         "BLOCK_D": dim,
         "BLOCK_N": keys,
-        "RAGGED": plan.k_blocks.ragged,
+        "RAGGED": plan.k_blocks.ragged and mask is None,
         "HAS_ORDER": plan.order is not None,
         "BOUND": lengths is not None,
         "DEALT": deal is not None,
+        "COLUMNS": COLUMNS if mask else 0,
         "Q_SLOTS": rings.queries,
         "SLOTS": rings.keys,
         "V_SLOTS": rings.values,
@@ -157,6 +160,22 @@ def _describe(matrix: Matrix, block: list[int]) -> Any:
     layout = NVMMASharedLayout(128, 8 * matrix.base.element_size(), 2)
     shape, strides = list(matrix.shape), [matrix.row_stride, 1]
     return GluonDescriptor(matrix.base, shape, strides, block, layout)
+
+
+def _rows(mask: MaskProduct, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Blocks of queries and of keys of a mask, one below the other, in the dtype of what the
+    scores are a product of; kept with it."""
+    known: dict[torch.dtype, tuple[Any, Any]] = vars(mask).setdefault("_gluon_rows", {})
+    if dtype not in known:
+        layout = NVMMASharedLayout(COLUMNS * 2, 16, 2)
+        known[dtype] = tuple(
+            GluonDescriptor(rows, list(rows.shape), [COLUMNS, 1], [block, COLUMNS], layout)
+            for block, rows in (
+                (ROWS.value, mask.queries.flatten(0, 1).to(dtype)),
+                (mask.keys.shape[1], mask.keys.flatten(0, 1).to(dtype)),
+            )
+        )
+    return known[dtype]
 
 
 @functools.cache

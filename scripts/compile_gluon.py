@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import triton
 
 from dit_sparse.kernels import hopper_gluon
+from dit_sparse.mask_product import COLUMNS
 from scripts.machine_code import K_BLOCK, Report, Variant, report_of, source_of
 
 
@@ -21,6 +22,9 @@ def in_gluon(every: bool) -> Iterator[Variant]:
                 if every or bound == ragged:
                     yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound, queued=True)
         yield Variant("hopper_gluon", 90, head_dim, False, bound=True, order=False, grouped=True)
+        for bound in (False, True):
+            yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=bound)
+            yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=bound, queued=True)
         yield Variant("hopper_gluon", 90, head_dim, ragged=True, dtype="fp16")
 
 
@@ -40,6 +44,13 @@ def gluon(variant: Variant) -> Report:
     layout, dtype = NVMMASharedLayout(128, 16, 2), variant.dtype
     rows = {"q_desc": ROWS.value, "k_desc": K_BLOCK, "v_desc": K_BLOCK}
     described = {name: f"tensordesc<{dtype}[{n}, {dim}],{layout!r}>" for name, n in rows.items()}
+    rows, layout = (
+        {"classes_desc": ROWS.value, "hidden_desc": K_BLOCK},
+        NVMMASharedLayout(64, 16, 2),
+    )
+    for name, n in rows.items():
+        described[name] = f"tensordesc<{dtype}[{n}, {COLUMNS}],{layout!r}>"
+    constants |= {"COLUMNS": COLUMNS} if variant.box else {"COLUMNS": 0, **dict.fromkeys(rows)}
     pointers = {"out_ptr": f"*{dtype}"}
     function = _block_sparse_fwd_hopper_gluon
     source = source_of(function, constants, described, pointers, GluonASTSource)

@@ -137,7 +137,10 @@ class Product:
         if self.value is None:
             a, b, before = self.operands
             found = a.data.float() @ b.data.float()
-            self.value = Value(found if before is None else found + made(before).data)
+            if isinstance(before, Product):  # takes over its sums, waited for or not
+                assert before.operands[0].dtype == a.dtype, "sums of another kind of product"
+                before = before.make()
+            self.value = Value(found if before is None else found + before.data)
         return self.value
 
 
@@ -165,7 +168,8 @@ class Model:
         """Runs the kernel of that name in some files, with its constants among the arguments."""
         space: dict[str, Any] = self.names()
         for source in sources:
-            text = re.sub(r"^from .*$", "", source.read_text(encoding="utf-8"), flags=re.M)
+            imports = r"^from .* import (?:\([^)]*\)|.*)$"
+            text = re.sub(imports, "", source.read_text(encoding="utf-8"), flags=re.M)
             exec(compile(text, str(source), "exec"), space)
         for number in range(grid):
             self.program, self.programs = number, grid

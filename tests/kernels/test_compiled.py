@@ -116,11 +116,13 @@ def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_b
     here = triton.__version__.startswith(TRITON + ".")
     found = compiled("--only", "hopper_gluon", triton=None if here else ANOTHER)
     assert {r["variant"]["head_dim"] for r in found} == {64, 128}
+    assert {r["variant"]["box"] for r in found} == {False, True}
     for report in found:
         counts, variant = report["counts"], report["variant"]
         assert report["flaw"] is None, report
-        # Some numbers of a query block, once for each, where ends of short blocks are hidden too.
-        assert counts["spills"] <= (12 if variant["ragged"] else 0), report
+        # Some numbers of a query block, once for each, where ends of short blocks are hidden too;
+        # with a mask of the warp that loads, which has time.
+        assert counts["spills"] <= (12 if variant["ragged"] or variant["box"] else 0), report
         assert counts["tma"] > 0, report
         assert counts["setmaxreg"] > 0, report
         assert counts["stale"] == 0, report

@@ -50,9 +50,9 @@ def test_tiles_are_dealt_once_each_and_text_evenly(programs, inner, text, heads,
         assert deal is None
         return
     found = taken(deal)
-    assert sorted(sum(found, [])) == list(range(tiles))
+    assert sorted([tile for one in found for tile in one]) == list(range(tiles))
     assert all(found)
-    assert 0 <= int(deal.tiles.min())
+    assert int(deal.tiles.min()) >= 0
     assert int(deal.tiles.max()) < tiles
     worth = round(12 / max(read, 1))
     times = [sum(1 if tile % blocks in picture else worth for tile in one) for one in found]
@@ -81,7 +81,7 @@ def test_a_queue_is_dealt_in_turns_that_change_direction(monkeypatch, text: int)
         assert taken(deal) == [[11, 5], [10, 4], [9, 6, 3, 0], [8, 7, 2, 1]]
     else:
         assert taken(deal) == [[11, 4, 3], [10, 5, 2], [9, 6, 1], [8, 7, 0]]
-    assert sorted(sum(taken(deal), [])) == list(range(12))
+    assert sorted([tile for one in taken(deal) for tile in one]) == list(range(12))
     assert dealing.dealt(plan, 1, 2, 4) is deal
 
 

@@ -17,6 +17,7 @@ from dit_sparse.grid import Permutation
 from dit_sparse.plan import BlockPlan, Blocks
 from tests.gluon_model import Descriptor, Model, Pointer
 from tests.oracle import masked_attention
+from tests.problems import Boxes
 
 hopper_gluon = pytest.importorskip("dit_sparse.kernels.hopper_gluon")
 dealt = pytest.importorskip("dit_sparse.kernels.dealt")
@@ -25,12 +26,18 @@ if hopper_gluon._block_sparse_fwd_hopper_gluon is None:
     pytest.skip("needs a Triton with Gluon", allow_module_level=True)
 
 HERE = Path(hopper_gluon.__file__)
-SOURCES = [HERE.with_name(name) for name in ("_gluon_fetch.py", "_hopper_gluon.py")]
+SOURCES = [HERE.with_name(f"_{name}.py") for name in ("gluon_fetch", "gluon_rows", "hopper_gluon")]
 HEADS = 3
 
 
-def plan_of(seed: int, *, ragged: bool, order: str, uneven: bool) -> BlockPlan:
-    """Random lists, with none, with one entry and with all."""
+def plan_of(
+    seed: int, *, ragged: bool, order: str, uneven: bool, boxes: int | None = None
+) -> BlockPlan:
+    """Random lists, with none, with one entry and with all.
+
+    Args:
+        boxes: how many heads have some of their own, which mask half of the entries.
+    """
     generator = torch.Generator().manual_seed(seed)
     runs = [131, 60, 300, 15, 70] if ragged else [640]
     q_blocks, k_blocks = Blocks.of_runs(runs, 128), Blocks.of_runs(runs[::-1], 128)
@@ -40,9 +47,18 @@ def plan_of(seed: int, *, ragged: bool, order: str, uneven: bool) -> BlockPlan:
     visited[0, 2, 0] = True
     orders = torch.stack([torch.randperm(sum(runs), generator=generator) for _ in range(HEADS)])
     index = {"none": None, "shared": orders[0], "head": orders}[order]
+    full = box = None
+    if boxes is not None:
+        full = torch.rand(visited.shape, generator=generator) < 0.5
+        full[:, :, 1] = False
+        some = Boxes.random((2, 0, 2), boxes, q_blocks.total, k_blocks.total, seed)
+        # Boxes at the one side, of one row in 16, are empty.
+        nothing = torch.zeros_like(some.text)
+        box = replace(some, key=some.key.clamp(max=2), text=nothing).packed()
     plan = BlockPlan.from_mask(
-        visited, q_blocks, k_blocks, order=None if index is None else Permutation(index)
-    )
+        visited, q_blocks, k_blocks, full=full, box=box,
+        order=None if index is None else Permutation(index),
+    )  # fmt: skip
     return replace(plan, uneven=uneven)
 
 
@@ -68,7 +84,8 @@ def modelled(
     shape = (*q.shape[:2], q.shape[2])
     result = AttentionOutput(torch.full_like(q, torch.nan), torch.full(shape, torch.nan))
     scale = q.shape[-1] ** -0.5
-    hopper_gluon.launch(q, k, v, plan, scale, result, lengths=lengths, rings=rings)
+    mask = plan.mask_product
+    hopper_gluon.launch(q, k, v, plan, scale, result, mask=mask, lengths=lengths, rings=rings)
     ((kernel, (grid, *_), arguments, constants),) = asked
     values = [of_model(x) for x in arguments]
     names = kernel.arg_names[len(arguments) :]
@@ -138,14 +155,78 @@ def test_the_source_computes_attention_in_any_order_of_events(
         check(got, q, k, v, plan)
 
 
-def check(got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+def check(
+    got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, again: bool = False
+) -> None:
+    """Args:
+    again: rows that see none of their entries are to be computed again.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     exact, lse = masked_attention(q, k, v, plan.to_mask())
     seen = lse > -math.inf
+    if again:
+        read = hidden_though_read(plan, seen)
+        assert bool(read.any())
+        lse = lse.masked_fill(read, math.inf)
     torch.testing.assert_close(got.lse.double(), lse, rtol=1e-4, atol=1e-3)
     assert not got.out[~seen].any()
     error = (got.out.double() - exact)[seen].norm() / exact[seen].norm()
     assert float(error) <= (6e-3 if q.dtype == torch.bfloat16 else 2e-3)
+
+
+def hidden_though_read(plan: BlockPlan, seen: Tensor) -> Tensor:
+    """Which rows see nothing, although their block reads some."""
+    read = (plan.count > 0)[..., plan.q_blocks.of_token].expand_as(seen)
+    if plan.order is not None:
+        index = plan.order.index.expand(HEADS, -1)
+        read = torch.empty_like(read).scatter(-1, index[None].expand_as(read), read)
+    return read & ~seen
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize(
+    ("ragged", "order", "uneven", "kv_heads", "dim", "boxes"),
+    [
+        (False, "none", False, HEADS, 64, 1),
+        (True, "head", False, HEADS, 64, HEADS),
+        (True, "shared", True, 1, 128, HEADS),
+        (True, "none", False, 1, 128, 1),
+    ],
+)
+def test_masks_are_a_product(monkeypatch, bound, ragged, order, uneven, kv_heads, dim, boxes):
+    plan = plan_of(3, ragged=ragged, order=order, uneven=uneven, boxes=boxes)
+    assert plan.mask_product is not None
+    dtype = torch.bfloat16 if bound else torch.float16
+    q, k, v = tensors(plan.q_blocks.total, dim, kv_heads, seed=4, dtype=dtype)
+    moved = q, k, v
+    if plan.order is not None:
+        index = plan.order.index.expand(HEADS, -1)[None, :, :, None]
+        moved = tuple(x.gather(2, index[:, : x.shape[1]].expand_as(x)) for x in (q, k, v))
+    lengths = lengths_of(*moved[:2]) if bound else None
+    for seed, rings in enumerate(("as shipped", "one of queries", "four")):
+        made = RINGS[rings](dim)
+        got = modelled(monkeypatch, *moved, plan, lengths, made, seed, programs=4)
+        check(got, q, k, v, plan, again=bound)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("scores, use_acc=True", "scores, use_acc=False"),
+        ("(kind * 2 + half) * ROWS", "kind * 2 * ROWS"),
+        ("kind, pattern = kind_1, pattern_1", "pass"),
+        ("steps += gl.load(partial_ptr + row)", "pass"),
+        (" * floor", " * -1e30"),
+        ("pattern = _loaded(pattern_ptr + first + it", "_loaded(pattern_ptr + first + it"),
+    ],
+)
+def test_what_masks_need_is_seen_to_be_missing(monkeypatch, before: str, after: str):
+    plan = plan_of(3, ragged=True, order="none", uneven=False, boxes=HEADS)
+    q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4)
+    break_once(monkeypatch, before, after)
+    got = modelled(monkeypatch, q, k, v, plan, None, hopper_gluon.rings_for(64), 0, 3)
+    with pytest.raises(AssertionError):
+        check(got, q, k, v, plan)
 
 
 def test_a_bound_far_above_all_scores_is_said(monkeypatch):
@@ -217,7 +298,6 @@ def test_what_it_refuses(monkeypatch):
     plan = plan_of(0, ragged=False, order="none", uneven=False)
     assert hopper_gluon.refuses(plan, 0.125) is None
     assert "positive scale, got 0.0" in hopper_gluon.refuses(plan, 0.0)
-    assert "a mask" in hopper_gluon.refuses(plan, 0.1, mask=object())
     small = Blocks.uniform(640, 64, "cpu")
     visited = torch.ones(1, 1, small.n, small.n, dtype=torch.bool)
     assert "blocks of 128" in hopper_gluon.refuses(BlockPlan.from_mask(visited, small, small), 0.1)
