@@ -264,22 +264,10 @@ def _consume(
             out_stride_n, lse_ptr + pair * n_queries, D, BLOCK_D, BOUND,
         )  # fmt: skip
         m_i, l_i = m_1, l_1
-        head, batch, steps, first, q_start, q_end = (
-            head_1,
-            batch_1,
-            steps_1,
-            first_1,
-            q_start_1,
-            q_end_1,
-        )
-        head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = (
-            head_2,
-            batch_2,
-            steps_2,
-            first_2,
-            q_start_2,
-            q_end_2,
-        )
+        head, batch, steps = head_1, batch_1, steps_1
+        first, q_start, q_end = first_1, q_start_1, q_end_1
+        head_1, batch_1, steps_1 = head_2, batch_2, steps_2
+        first_1, q_start_1, q_end_1 = first_2, q_start_2, q_end_2
 
 
 @gluon.jit
