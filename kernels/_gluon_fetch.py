@@ -60,13 +60,17 @@ def _load(desc, row, col, room, full, slot, pred=True):
 
 @gluon.jit
 def _load_both(descs, row, col, rooms, full, slot, mask_row, COLUMNS: gl.constexpr):
-    """`_load`, and with columns a tile of the mask beside it, on the same barrier."""
+    """`_load`, and a tile of the mask on the same barrier, unless its row is negative."""
     desc, mask_desc = descs
     room, mask_room = rooms
     if COLUMNS:
         ready = full.index(slot)
-        mbarrier.expect(ready, desc.block_type.nbytes + mask_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(mask_desc, [mask_row, 0], ready, mask_room.index(slot))
+        both: gl.constexpr = desc.block_type.nbytes + mask_desc.block_type.nbytes
+        mbarrier.expect(ready, both, pred=mask_row >= 0)
+        mbarrier.expect(ready, desc.block_type.nbytes, pred=mask_row < 0)
+        tma.async_copy_global_to_shared(
+            mask_desc, [mask_row, 0], ready, mask_room.index(slot), pred=mask_row >= 0
+        )
         tma.async_copy_global_to_shared(desc, [row, col], ready, room.index(slot))
     else:
         _load(desc, row, col, room, full, slot)
@@ -83,9 +87,9 @@ def _steps(full_ptr, partial_ptr, row, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _loaded(pointer, mask, COLUMNS: gl.constexpr):
-    """A number that only masks need."""
+    """A number that only masks need; negative where there is none."""
     if COLUMNS:
-        return gl.load(pointer, mask=mask, other=0)
+        return gl.load(pointer, mask=mask, other=-1)
     return 0
 
 

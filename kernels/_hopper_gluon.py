@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from dit_sparse.kernels._gluon_fetch import (
     ROWS,
+    _loaded,
     _next,
     _placed,
     _produce,
@@ -60,35 +61,38 @@ def _weighed(
 
 
 @gluon.jit
-def _scores(queries, keys, nothing, COLUMNS: gl.constexpr):
-    """The product of queries and keys, which runs; on top of that of the mask if there is one:
-    0 where a key is seen, and far below any score where it is not.
+def _scores(queries, keys, pattern, nothing, COLUMNS: gl.constexpr):
+    """The product of queries and keys, which runs; where a mask hides some keys, on top of its
+    product: 0 where a key is seen, and far below any score where it is not.
 
-    Of the same kind and shape, so that the one takes over the sums of the other without a wait.
+    Both are of one kind and shape, so that the one takes over the sums of the other without a wait.
     """
     q, classes = queries
     k, hidden = keys
     if COLUMNS:
-        scores = hopper.warpgroup_mma(
-            classes, hidden.permute((1, 0)), nothing, use_acc=False, is_async=True
-        )
+        scores = hopper.warpgroup_mma_init(nothing)
+        if pattern >= 0:
+            scores = hopper.warpgroup_mma(
+                classes, hidden.permute((1, 0)), scores, use_acc=True, is_async=True
+            )
         return hopper.warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=True, is_async=True)
     return hopper.warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _products(
-    q, keys, behind, values, value_ready, v_phase, acc, alpha, more, nothing, BOUND: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    q, keys, pattern, behind, values, value_ready, v_phase, acc, alpha, more, nothing,
+    BOUND: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Scores of a block, and behind them the product of the weights of the block before with its
     values, which still runs.
 
     Args:
+        pattern: negative where all keys are seen.
         alpha: what sums are multiplied with before.
         more: whether there are any.
     """
-    scores = _scores(q, keys, nothing, COLUMNS)
+    scores = _scores(q, keys, pattern, nothing, COLUMNS)
     if not BOUND:
         acc = acc * gl.expand_dims(alpha, 1)
     mbarrier.wait(value_ready, v_phase)
@@ -140,12 +144,12 @@ def _keys(rings, slot):
 
 
 @gluon.jit
-def _first_scores(rings, nothing, HALF: gl.constexpr, COLUMNS: gl.constexpr):
+def _first_scores(rings, pattern, nothing, HALF: gl.constexpr, COLUMNS: gl.constexpr):
     """Of the first block of the first tile."""
     _, q_full, _, k_full, _, _, done, _, _ = rings
     mbarrier.wait(k_full.index(0), 0)
     mbarrier.wait(q_full.index(HALF), 0)
-    scores = _scores(_queries(rings, HALF), _keys(rings, 0), nothing, COLUMNS)
+    scores = _scores(_queries(rings, HALF), _keys(rings, 0), pattern, nothing, COLUMNS)
     scores = hopper.warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(done.index(0))
     return scores
@@ -162,7 +166,7 @@ def _consume(
     q_room, q_full, k_room, k_full, v_room, v_full, done, _, _ = rings
     (
         out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, partial_ptr, lengths_ptr,
-        q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
+        pattern_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
     ) = pointers  # fmt: skip
     (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
@@ -201,7 +205,9 @@ def _consume(
     m_i = _limits(
         norm_ptr, longest_ptr, pair, q_start + within, n_queries, scale_log2, floor, BOUND
     )
-    scores = _first_scores(rings, nothing, HALF, COLUMNS)
+    pattern = _loaded(pattern_ptr + first, steps > 0, COLUMNS)
+    scores = _first_scores(rings, pattern, nothing, HALF, COLUMNS)
+    pattern = _loaded(pattern_ptr + first + 1, steps > 1, COLUMNS)
     length = gl.load(lengths_ptr + first, mask=steps > 0, other=0) if RAGGED else 0
     behind, l_i, m_i = _weighed(scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND)
 
@@ -213,6 +219,7 @@ def _consume(
         m_1 = _limits(
             norm_ptr, longest_ptr, pair_1, q_start_1 + within, n_queries, scale_log2, floor, BOUND
         )
+        pattern_1 = _loaded(pattern_ptr + first_1, steps_1 > 0, COLUMNS)
         length_1 = gl.load(lengths_ptr + first_1, mask=steps_1 > 0, other=0) if RAGGED else 0
         head_2, batch_2, steps_2, first_2, q_start_2, q_end_2 = _work(
             tile, lists, steps_of, sizes, COLUMNS
@@ -223,11 +230,14 @@ def _consume(
         acc = none
         for it in range(1, steps):
             length = gl.load(lengths_ptr + first + it) if RAGGED else 0
+            pattern_2 = _loaded(pattern_ptr + first + it + 1, it + 1 < steps, COLUMNS)
             mbarrier.wait(k_full.index(k_slot), k_phase)
             scores, acc = _products(
-                q, _keys(rings, k_slot), behind, v_room.index(v_slot), v_full.index(v_slot),
-                v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1, nothing, BOUND, COLUMNS,
+                q, _keys(rings, k_slot), pattern, behind, v_room.index(v_slot),
+                v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1,
+                nothing, BOUND, COLUMNS,
             )  # fmt: skip
+            pattern = pattern_2
             mbarrier.arrive(done.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
             weights, mass, m_new = _weighed(
@@ -247,9 +257,9 @@ def _consume(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         mbarrier.wait(q_full.index(q_slot * 2 + HALF), q_phase)
         scores, acc = _products(
-            _queries(rings, q_slot * 2 + HALF), _keys(rings, k_slot), behind, v_room.index(v_slot),
-            v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), steps > 1,
-            nothing, BOUND, COLUMNS,
+            _queries(rings, q_slot * 2 + HALF), _keys(rings, k_slot), pattern_1, behind,
+            v_room.index(v_slot), v_full.index(v_slot), v_phase, acc,
+            gl.convert_layout(alpha, by_out_row), steps > 1, nothing, BOUND, COLUMNS,
         )  # fmt: skip
         mbarrier.arrive(done.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
@@ -264,6 +274,7 @@ def _consume(
             out_stride_n, lse_ptr + pair * n_queries, D, BLOCK_D, BOUND,
         )  # fmt: skip
         m_i, l_i = m_1, l_1
+        pattern = _loaded(pattern_ptr + first_1 + 1, steps_1 > 1, COLUMNS)
         head, batch, steps = head_1, batch_1, steps_1
         first, q_start, q_end = first_1, q_start_1, q_end_1
         head_1, batch_1, steps_1 = head_2, batch_2, steps_2
@@ -325,7 +336,7 @@ def _block_sparse_fwd_hopper_gluon(
     )  # fmt: skip
     pointers = (
         out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, partial_ptr, lengths_ptr,
-        q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
+        pattern_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
     )  # fmt: skip
     strides = (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,

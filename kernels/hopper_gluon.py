@@ -126,12 +126,12 @@ def _launch(
     tiles = batch * heads * blocks
     programs = min(tiles, _multiprocessors(q.device))
     deal = dealt(plan, batch, heads, programs)
-    classes, hidden = _rows(mask, q.dtype) if mask else (None, None)
+    classes, hidden, patterns = _tiles(mask, q.dtype) if mask else (None, None, starts)
     arguments = (
         _describe(qm, [ROWS.value, dim]), _describe(km, [keys, dim]), _describe(vm, [keys, dim]),
         classes, hidden, out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
-        mask.query if mask else starts, mask.entry if mask else starts, plan.q_blocks.starts, order,
+        mask.query if mask else starts, patterns, plan.q_blocks.starts, order,
         *(deal or (starts, starts)),
         *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
@@ -162,19 +162,25 @@ def _describe(matrix: Matrix, block: list[int]) -> Any:
     return GluonDescriptor(matrix.base, shape, strides, block, layout)
 
 
-def _rows(mask: MaskProduct, dtype: torch.dtype) -> tuple[Any, Any]:
+def _tiles(mask: MaskProduct, dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
     """Blocks of queries and of keys of a mask, one below the other, in the dtype of what the
-    scores are a product of; kept with it."""
-    known: dict[torch.dtype, tuple[Any, Any]] = vars(mask).setdefault("_gluon_rows", {})
+    scores are a product of; int32 `[E]`, which of these each entry reads, -1 where it hides no key.
+
+    Kept with the mask.
+    """
+    known: dict[torch.dtype, tuple[Any, Any, Tensor]] = vars(mask).setdefault("_in_gluon", {})
     if dtype not in known:
-        layout = NVMMASharedLayout(COLUMNS * 2, 16, 2)
-        known[dtype] = tuple(
-            GluonDescriptor(rows, list(rows.shape), [COLUMNS, 1], [block, COLUMNS], layout)
-            for block, rows in (
-                (ROWS.value, mask.queries.flatten(0, 1).to(dtype)),
-                (mask.keys.shape[1], mask.keys.flatten(0, 1).to(dtype)),
-            )
-        )
+        layout = NVMMASharedLayout(2 * COLUMNS, 16, 2)
+        queries, keys = (rows.to(dtype) for rows in (mask.queries, mask.keys))
+        hides = (keys != 0).flatten(1).any(1)
+        known[dtype] = (
+            *(
+                GluonDescriptor(rows.flatten(0, 1), [rows.shape[:2].numel(), COLUMNS],
+                                [COLUMNS, 1], [block, COLUMNS], layout)
+                for rows, block in ((queries, ROWS.value), (keys, keys.shape[1]))
+            ),
+            torch.where(hides[mask.entry.long()], mask.entry, -1).int(),
+        )  # fmt: skip
     return known[dtype]
 
 

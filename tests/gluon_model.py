@@ -185,6 +185,7 @@ class Model:
             "hopper": SimpleNamespace(
                 fence_async_shared=lambda: None,
                 warpgroup_mma=self.multiply,
+                warpgroup_mma_init=lambda value: value,
                 warpgroup_mma_wait=self.wait_for_products,
             ),
             "mbarrier": SimpleNamespace(

@@ -212,7 +212,9 @@ def test_masks_are_a_product(monkeypatch, bound, ragged, order, uneven, kv_heads
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("scores, use_acc=True", "scores, use_acc=False"),
+        ("k.permute((1, 0)), scores, use_acc=True", "k.permute((1, 0)), scores, use_acc=False"),
+        ("pattern = pattern_2", "pass"),
+        ("pattern = _loaded(pattern_ptr + first_1 + 1", "_loaded(pattern_ptr + first_1 + 1"),
         ("(kind * 2 + half) * ROWS", "kind * 2 * ROWS"),
         ("kind, pattern = kind_1, pattern_1", "pass"),
         ("steps += gl.load(partial_ptr + row)", "pass"),
