@@ -317,15 +317,17 @@ def test_what_it_refuses(monkeypatch):
 
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("picture", [range(1, 8), range(6), range(2, 5)])
-@pytest.mark.parametrize("programs", [1, 2, 5])
-def test_text_is_dealt_among_the_programs(monkeypatch, uneven, picture: range, programs: int):
-    plan = plan_of(5, ragged=True, order="none", uneven=uneven)
+@pytest.mark.parametrize(("programs", "boxes"), [(1, None), (2, HEADS), (5, None)])
+def test_text_is_dealt_among_the_programs(
+    monkeypatch, uneven, picture: range, programs: int, boxes: int | None
+):
+    plan = plan_of(5, ragged=True, order="none", uneven=uneven, boxes=boxes)
     assert plan.q_blocks.n == 8
     plan = replace(plan, q_blocks=replace(plan.q_blocks, picture=picture))
     q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=2)
     rings, lengths = hopper_gluon.rings_for(64), lengths_of(q, k)
     got = modelled(monkeypatch, q, k, v, plan, lengths, rings, programs, programs)
-    check(got, q, k, v, plan)
+    check(got, q, k, v, plan, again=boxes is not None)
 
 
 def test_lists_of_very_different_lengths_are_not_balanced():
@@ -406,6 +408,52 @@ def test_on_a_gpu(monkeypatch, bound: bool, uneven: bool, ragged, order, dim, dt
         assert float((out.double() - exact)[seen].norm() / exact[seen].norm()) <= 1e-2
         torch.testing.assert_close(first.lse[0, head].double(), lse, rtol=1e-6, atol=1e-3)
         assert not out[~seen].any()
+    for _ in range(100):
+        again = attend(q, k, v, plan, backend=backend)
+        assert torch.equal(again.out, first.out)
+        assert torch.equal(again.lse, first.lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@GPU
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize(
+    ("boxes", "picture", "kv_heads", "dim", "uneven"),
+    [
+        (1, range(18), HEADS, 128, False),
+        (HEADS, range(1, 18), 1, 64, False),
+        (HEADS, range(2, 15), HEADS, 128, True),
+        (None, range(3, 18), 1, 128, False),
+        (None, range(16), HEADS, 64, True),
+    ],
+)
+def test_masks_and_text_on_a_gpu(monkeypatch, bound, boxes, picture, kv_heads, dim, uneven):
+    generator = torch.Generator().manual_seed(dim)
+    blocks = Blocks.uniform(2299, 128)  # the last one is short
+    assert blocks.n == 18
+    visited = torch.rand(1, HEADS, blocks.n, blocks.n, generator=generator) < 0.3
+    visited[:, :, : picture.start] = visited[:, :, picture.stop :] = True
+    visited[0, 0, 7] = False
+    full = box = None
+    if boxes is not None:
+        full = torch.rand(visited.shape, generator=generator) < 0.5
+        full[:, :, 5] = False
+        box = Boxes.random((2, 0, 2), boxes, 2299, 2299, dim).packed()
+    beside_text = replace(blocks, picture=picture)
+    plan = BlockPlan.from_mask(visited, beside_text, blocks, full=full, box=box)
+    plan = replace(plan, uneven=uneven).to("cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2299, dim, kv_heads, seed=dim))
+    monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: 11)  # several turns of each
+    backend, launches = on_gpu(monkeypatch, plan, bound)
+    first = attend(q, k, v, plan, backend=backend)
+    assert launches
+    assert None not in launches
+    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+    seen = exact.lse > -math.inf
+    assert float((first.out - exact.out)[seen].norm() / exact.out[seen].norm()) <= 1e-2
+    torch.testing.assert_close(first.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-3)
+    assert not first.out[~seen].any()
     for _ in range(100):
         again = attend(q, k, v, plan, backend=backend)
         assert torch.equal(again.out, first.out)
