@@ -59,7 +59,7 @@ def rings_for(head_dim: int) -> Rings:
     return Rings(queries=1, keys=2, values=3)
 
 
-def refuses(plan: BlockPlan, scale: float, mask: MaskProduct | None = None) -> str | None:
+def refuses(plan: BlockPlan, scale: float) -> str | None:
     """Why the kernel cannot run here, or not for a plan; `None` if it can."""
     if _block_sparse_fwd_hopper_gluon is None:
         return f"expected a Triton with Gluon for Hopper, got {triton.__version__}."
@@ -98,7 +98,7 @@ def launch(
         rings: `None` for those of `rings_for`.
         q, k, v, plan, scale, result, mask, lengths: as there.
     """
-    if refuses(plan, scale, mask) is not None:
+    if refuses(plan, scale) is not None:
         return None
     matrices = matrices_of(q, k, v, plan)
     if matrices is None:
