@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, plan: BlockPlan, bound: bool) -> tup
     return TritonBackend(kernel="hopper_gluon", bound=bound), made
 
 
+def check_repeats(run: Callable[[], AttentionOutput], first: AttentionOutput) -> None:
+    """A hundred more calls are equal bit for bit."""
+    for _ in range(100):
+        again = run()
+        assert torch.equal(again.out, first.out)
+        assert torch.equal(again.lse, first.lse)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @GPU
@@ -408,10 +417,7 @@ def test_on_a_gpu(monkeypatch, bound: bool, uneven: bool, ragged, order, dim, dt
         assert float((out.double() - exact)[seen].norm() / exact[seen].norm()) <= 1e-2
         torch.testing.assert_close(first.lse[0, head].double(), lse, rtol=1e-6, atol=1e-3)
         assert not out[~seen].any()
-    for _ in range(100):
-        again = attend(q, k, v, plan, backend=backend)
-        assert torch.equal(again.out, first.out)
-        assert torch.equal(again.lse, first.lse)
+    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)
 
 
 @pytest.mark.gpu
@@ -454,10 +460,7 @@ def test_masks_and_text_on_a_gpu(monkeypatch, bound, boxes, picture, kv_heads, d
     assert float((first.out - exact.out)[seen].norm() / exact.out[seen].norm()) <= 1e-2
     torch.testing.assert_close(first.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-3)
     assert not first.out[~seen].any()
-    for _ in range(100):
-        again = attend(q, k, v, plan, backend=backend)
-        assert torch.equal(again.out, first.out)
-        assert torch.equal(again.lse, first.lse)
+    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)
 
 
 @pytest.mark.gpu
@@ -476,5 +479,4 @@ def test_long_sequences_on_a_gpu_are_equal_bit_for_bit(monkeypatch, dim: int):
     assert launches[0] is not None
     stock = attend(q, k, v, plan, backend=TritonBackend(kernel="hopper")).out
     assert float((first.out.float() - stock.float()).norm() / stock.float().norm()) <= 6e-3
-    for _ in range(100):
-        assert torch.equal(attend(q, k, v, plan, backend=backend).out, first.out)
+    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)

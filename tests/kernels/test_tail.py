@@ -229,6 +229,22 @@ def test_pooled_rows_far_below_their_bound(monkeypatch: pytest.MonkeyPatch):
     assert not torch.equal(left.out, result.out)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("longer", [1.0, 400.0])
+def test_every_row_is_marked_or_not(monkeypatch: pytest.MonkeyPatch, longer: float):
+    """Blocks without pooled entries too, which are looked at together with others."""
+    plan, (q, k, v) = small()
+    assert plan.pools is not None
+    seen: list[Tensor] = []
+    monkeypatch.setattr(pooled_rows, "_launch_again", lambda *given: seen.append(given[-1]))
+    with_pools(q, k, v, plan, 0.1, bounded=True, longer=longer)
+    (marks,) = seen
+    listed = plan.pools.counts.sum(-1).repeat_interleave(plan.q_blocks.lengths, -1) > 0
+    assert set(marks.flatten().tolist()) <= {0, 1}
+    assert not marks[~listed.expand_as(marks)].any()
+    assert bool(marks.any()) == (longer > 1)
+
+
 def test_rows_with_enough_before_need_no_pooled_ones(monkeypatch: pytest.MonkeyPatch):
     """Pooled scores that are too small for numbers, beside exact ones near the bound."""
     monkeypatch.setattr(pooled_rows, "_launch_again", lambda *_: None)

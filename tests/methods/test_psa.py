@@ -160,6 +160,15 @@ class TestSelection:
         for factor, count in ((1, 1), (2, 1), (4, 0), (8, 1), (0, 1)):
             assert bool(((level == factor).sum(-1) == count).all())
 
+    @pytest.mark.parametrize("value", [torch.inf, torch.nan])
+    def test_means_that_are_no_numbers_hide_no_blocks(self, value: float):
+        """Ends of all blocks read all of them, those last."""
+        q, k, _ = qkv("image")
+        k[:, :, 7, 0] = value  # scores of either sign, by the queries
+        method = PsaMethod(ends=(0.25, 0.5, 0.75, 1.0), importance="means", block=64)
+        level = levels_of(method.plan(q, k, CallContext(LAYOUTS["image"])))
+        assert bool((level > 0).all())
+
     def test_skipped_blocks_as_means_are_a_tail(self):
         q, k, v = doubles("image")
         plan = PsaMethod(ends=(0.25, 0.5, 0.5, 0.5), skipped="mean", block=64).plan(
