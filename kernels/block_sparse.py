@@ -244,8 +244,7 @@ class TritonBackend:
         given = (*room.ordered, plan, scale, room.result)
         each = self.each
         kernel = self.kernel or (hopper.chosen(q, plan.k_blocks) if q.is_cuda else "hopper")
-        balanced = self.kernel is not None or hopper_gluon.balanced(plan)
-        if kernel == "hopper_gluon" and each is None and balanced:
+        if kernel == "hopper_gluon" and each is None:
             done = hopper_gluon.launch(*given, mask=mask, lengths=lengths)
             if done is not None:
                 return done

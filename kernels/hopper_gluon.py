@@ -74,12 +74,6 @@ def refuses(plan: BlockPlan, scale: float) -> str | None:
     return None
 
 
-def balanced(plan: BlockPlan) -> bool:
-    """Whether all programs end at about the same time, although which query blocks each takes is
-    settled before it begins: lists are equally long, but for text, which is dealt evenly."""
-    return not plan.uneven
-
-
 def launch(
     q: Tensor,
     k: Tensor,

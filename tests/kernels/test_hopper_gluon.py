@@ -331,14 +331,6 @@ def test_text_is_dealt_among_the_programs(
     check(got, q, k, v, plan, again=boxes is not None)
 
 
-def test_lists_of_very_different_lengths_are_not_balanced():
-    plan = plan_of(0, ragged=False, order="none", uneven=False)
-    assert hopper_gluon.balanced(plan)
-    beside_text = replace(plan.q_blocks, picture=range(1, plan.q_blocks.n))
-    assert hopper_gluon.balanced(replace(plan, q_blocks=beside_text))
-    assert not hopper_gluon.balanced(replace(plan, uneven=True))
-
-
 @pytest.mark.parametrize("sizes", [(3, 2, 2), (2, 1, 1), (2, 3, 2), (2, 2, 4)])
 def test_rings_that_would_wait_for_themselves_are_refused(sizes):
     with pytest.raises(ValueError, match="wait for themselves"):
