@@ -19,7 +19,8 @@ def plan_of(blocks: int, heads: int, picture: range, read: int, keys: int = 12) 
     visited = torch.ones(1, heads, blocks, keys, dtype=torch.bool)
     visited[:, :, picture.start : picture.stop, read:] = False
     q_blocks = replace(Blocks.uniform(blocks * 16, 16), picture=picture)
-    return BlockPlan.from_mask(visited, q_blocks, Blocks.uniform(keys * 16, 16))
+    plan = BlockPlan.from_mask(visited, q_blocks, Blocks.uniform(keys * 16, 16))
+    return replace(plan, uneven=False)
 
 
 def taken(deal: dealing.Deal) -> list[list[int]]:
@@ -73,7 +74,7 @@ def test_a_plan_without_text_and_with_even_lists_needs_no_deal():
 
 @pytest.mark.parametrize("text", [0, 1])
 def test_a_queue_is_dealt_in_turns_that_change_direction(monkeypatch, text: int):
-    plan = replace(plan_of(6, 2, range(text, 6), 6), uneven=True)
+    plan = replace(plan_of(6, 2, range(text, 6), 6), uneven=True, counted=False)
     queue = torch.arange(12, dtype=torch.int32).flip(0)
     monkeypatch.setattr(dealing, "longest_first", lambda *_: queue)
     deal = dealing.dealt(plan, 1, 2, 4)
@@ -83,6 +84,31 @@ def test_a_queue_is_dealt_in_turns_that_change_direction(monkeypatch, text: int)
         assert taken(deal) == [[11, 4, 3], [10, 5, 2], [9, 6, 1], [8, 7, 0]]
     assert sorted([tile for one in taken(deal) for tile in one]) == list(range(12))
     assert dealing.dealt(plan, 1, 2, 4) is deal
+
+
+@given(
+    programs=st.integers(1, 9),
+    entries=st.lists(st.integers(0, 40), min_size=1, max_size=40),
+    batch=st.integers(1, 2),
+)
+def test_a_queue_whose_lengths_are_known_is_dealt_by_them(programs, entries, batch):
+    keys = Blocks.uniform(41 * 16, 16)
+    visited = torch.arange(41) < torch.tensor(entries)[:, None]
+    plan = BlockPlan.from_mask(visited[None, None], Blocks.uniform(len(entries) * 16, 16), keys)
+    assert plan.counted
+    plan, tiles = replace(plan, uneven=True), batch * 3 * len(entries)
+    queue = torch.tensor(entries * (batch * 3)).argsort(descending=True, stable=True).int()
+    programs = min(programs, tiles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dealing, "longest_first", lambda *_: queue)
+        found = taken(dealing.dealt(plan, batch, 3, programs))
+    assert sorted([tile for one in found for tile in one]) == list(range(tiles))
+    lengths = [[entries[tile % len(entries)] + dealing._START for tile in one] for one in found]
+    assert all(one == sorted(one, reverse=True) for one in lengths)
+    times = list(map(sum, lengths))
+    assert max(times) - min(times) <= max(entries) + dealing._START
+    # Whoever got the last one had least before it.
+    assert all(time - one[-1] <= min(times) for time, one in zip(times, lengths, strict=True))
 
 
 def test_room_in_lists_counts_as_entries():
