@@ -39,6 +39,12 @@ def generation(name: str) -> tuple[str, tuple[int, ...]]:
     return _NVIDIA, (0, 0)
 
 
+def follows(name: str, oldest: str) -> bool:
+    """Whether an architecture is this one, or a later one of its line."""
+    (line, number), (of, since) = generation(name), generation(oldest)
+    return line == of and number >= since
+
+
 def refuses(name: str) -> str | None:
     """Why no kernel is for GPUs of an architecture."""
     line, number = generation(name)

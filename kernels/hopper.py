@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
-from dit_sparse.kernels.architecture import architecture, generation
+from dit_sparse.kernels.architecture import architecture
 from dit_sparse.kernels.launch import (
     Launch,
     Repeat,
@@ -106,23 +105,10 @@ def suits(q: Tensor, v: Tensor, k_blocks: Blocks) -> bool:
     )
 
 
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """CUDA compute capability; (0, 0) where there is none. Asked in every call.
-
-    AMD GPUs have none: the (9, 0) that PyTorch says of some is another numbering.
-    """
-    name = architecture(device)
-    if not name.startswith("sm_"):
-        return 0, 0
-    major, minor = generation(name)[1]
-    return major, minor
-
-
 def chosen(q: Tensor, k_blocks: Blocks) -> Kernel:
     """What the table says of the kernel for entries that need no mask."""
     return whole_kernel(
-        capability(q.device),
+        architecture(q.device),
         triton.__version__,
         str(q.dtype).removeprefix("torch."),
         padded(q.shape[-1]),
@@ -135,7 +121,7 @@ def masks(q: Tensor) -> bool:
     does."""
     if not q.is_cuda:
         return True
-    return masked_kernel(capability(q.device), triton.__version__) != "portable"
+    return masked_kernel(architecture(q.device), triton.__version__) != "portable"
 
 
 def mask_of(plan: BlockPlan, scale: float) -> MaskProduct | None:

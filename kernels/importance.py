@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
-from dit_sparse.kernels.hopper import capability
+from dit_sparse.kernels.architecture import architecture, follows
 from dit_sparse.kernels.launch import TensorDescriptor, device_of
 from dit_sparse.kernels.portable import LOG2_E, padded
 
@@ -81,7 +81,7 @@ def _described(x: Tensor) -> bool:
     """Whether a descriptor can be made of its rows, for a GPU that loads through one."""
     if TensorDescriptor is None or x.shape[-1] * x.element_size() % 16:
         return False
-    return not x.is_cuda or capability(x.device) >= (9, 0)
+    return not x.is_cuda or follows(architecture(x.device), "sm_90")
 
 
 @cache

@@ -136,16 +136,14 @@ def table() -> Table:
 
 
 @cache
-def whole_kernel(
-    capability: tuple[int, int], triton: str, dtype: str, head_dim: int, ragged: bool
-) -> Kernel:
+def whole_kernel(architecture: str, triton: str, dtype: str, head_dim: int, ragged: bool) -> Kernel:
     """The kernel for entries that need no mask.
 
     A Triton version without rows takes those of the last one before it, and the portable kernel
     where there is none.
 
     Args:
-        capability: CUDA compute capability.
+        architecture: see `architecture.architecture`.
         triton: version, of which the first two parts count.
         dtype, head_dim, ragged: see `Whole`.
     """
@@ -154,17 +152,17 @@ def whole_kernel(
         for row in table().whole
         if (row.dtype, row.head_dim, row.ragged) == (dtype, head_dim, ragged)
     ]
-    return _newest(rows, capability, triton)
+    return _newest(rows, architecture, triton)
 
 
 @cache
-def masked_kernel(capability: tuple[int, int], triton: str) -> Kernel:
+def masked_kernel(architecture: str, triton: str) -> Kernel:
     """The kernel for entries that are masked by coordinates; see `whole_kernel`."""
-    return _newest(table().masked, capability, triton)
+    return _newest(table().masked, architecture, triton)
 
 
-def _newest(rows: Sequence[Whole | Masked], capability: tuple[int, int], triton: str) -> Kernel:
-    architecture, wanted = f"sm_{capability[0]}{capability[1]}", _version(triton)
+def _newest(rows: Sequence[Whole | Masked], architecture: str, triton: str) -> Kernel:
+    wanted = _version(triton)
     fitting = [
         row for row in rows if row.architecture == architecture and _version(row.triton) <= wanted
     ]

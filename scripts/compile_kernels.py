@@ -74,7 +74,7 @@ def variants(every: bool) -> Iterator[Variant]:
         for ragged in (False, True):
             for bound in (False, True):
                 yield Variant("hopper", 90, head_dim, ragged, bound=bound)
-            chosen = whole_kernel((9, 0), triton.__version__, "bfloat16", head_dim, ragged)
+            chosen = whole_kernel("sm_90", triton.__version__, "bfloat16", head_dim, ragged)
             if chosen == "hopper_persistent" or every:
                 yield Variant("hopper_persistent", 90, head_dim, ragged, bound=True)
             if chosen == "hopper_persistent" and not ragged:
@@ -91,7 +91,7 @@ def variants(every: bool) -> Iterator[Variant]:
 
 def queued_variants(head_dim: int) -> Iterator[Variant]:
     """The kernels that begin with the longest rows."""
-    several = whole_kernel((9, 0), triton.__version__, "bfloat16", head_dim, True)
+    several = whole_kernel("sm_90", triton.__version__, "bfloat16", head_dim, True)
     for kernel in sorted({"hopper", several}):
         for bound in (False, True):
             yield Variant(kernel, 90, head_dim, ragged=True, bound=bound, queued=True)

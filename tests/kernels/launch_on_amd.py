@@ -130,7 +130,6 @@ def main() -> None:
     hopper._launch = forbidden("the kernel for Hopper")
     for module in (approximate, block_sparse, known_answers, hopper, dit_sparse.backend):
         module.architecture = lambda device: architecture(GPU)  # tensors are on the CPU
-    hopper.capability.cache_clear()
 
     shape = (1, LAYOUT.length, 2, 128)
     q, k, v = (torch.randn(shape).bfloat16().transpose(1, 2) for _ in range(3))

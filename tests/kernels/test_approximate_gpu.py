@@ -16,11 +16,11 @@ from dit_sparse.attention import attend, prepare, select_backend
 from dit_sparse.frame import frame_of
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.importance import sampled_importance
+from dit_sparse.kernels.architecture import architecture, follows
 from dit_sparse.method import CallContext
 from dit_sparse.summaries import Summaries
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
-hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 
 LAYOUTS = {
     "image": TokenLayout.of(TokenGrid(1, 48, 48)),
@@ -128,7 +128,7 @@ class TestOnGpu:
         context = CallContext(LAYOUTS[layout], values=v, ordered=True, summaries=summaries)
         plan = methods.create(name, options).plan(q, k, context)
         found = summaries.of(q, k, v, plan)
-        if hopper.capability(q.device) < (9, 0):
+        if not follows(architecture(q.device), "sm_90"):
             assert found is None
             return
         backend = block_sparse.TritonBackend(bound=bound)

@@ -8,20 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dit_sparse.kernels.architecture import architecture, generation, refuses
+from dit_sparse.kernels.architecture import architecture, follows, generation, refuses
 
-hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    for function in (architecture, hopper.capability):
-        function.cache_clear()
+    architecture.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    for function in (architecture, hopper.capability):
-        function.cache_clear()
+    architecture.cache_clear()
 
 
 def amd(patch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
@@ -37,19 +34,20 @@ def test_nvidia(on: pytest.MonkeyPatch):
     on.setattr(torch.version, "hip", None)
     on.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 1))
     assert architecture(GPU) == "sm_121"
-    assert hopper.capability(GPU) == (12, 1)
+    assert follows(architecture(GPU), "sm_90")
+    assert not follows("sm_89", "sm_90")
 
 
 def test_an_mi250_is_no_hopper_gpu(on: pytest.MonkeyPatch):
     """PyTorch says (9, 0) of both."""
     amd(on, "gfx90a:sramecc+:xnack-", (9, 0))
     assert architecture(GPU) == "gfx90a"
-    assert hopper.capability(GPU) == (0, 0)
+    assert not follows(architecture(GPU), "sm_90")
 
 
 def test_no_gpu():
     assert architecture(torch.device("cpu")) == "cpu"
-    assert hopper.capability(torch.device("cpu")) == (0, 0)
+    assert not follows("cpu", "sm_80")
 
 
 def test_generations_ascend_within_a_line():

@@ -70,7 +70,7 @@ def test_the_kernel_for_several_query_blocks_is_so_too_or_refused(reports):
     for report in found:
         variant = report["variant"]
         problem = ("bfloat16", variant["head_dim"], variant["ragged"])
-        if whole_kernel((9, 0), triton.__version__, *problem) == "hopper_persistent":
+        if whole_kernel("sm_90", triton.__version__, *problem) == "hopper_persistent":
             check_persistent(report)
         else:
             assert report["flaw"] == "its warps are not specialised", report

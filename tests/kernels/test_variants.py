@@ -69,18 +69,18 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_versions_without_rows_take_those_before(version: str, kernel: str):
-    assert whole_kernel((9, 0), version, *BF16) == kernel
+    assert whole_kernel("sm_90", version, *BF16) == kernel
 
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(
     "key",
     [
-        ((10, 0), "3.6.0", *BF16),
-        ((8, 0), "3.6.0", *BF16),
-        ((9, 0), "3.6.0", "float32", 64, False),
-        ((9, 0), "3.6.0", "bfloat16", 256, False),
-        ((9, 0), "3.6.0", "bfloat16", 64, True),
+        ("sm_100", "3.6.0", *BF16),
+        ("sm_80", "3.6.0", *BF16),
+        ("sm_90", "3.6.0", "float32", 64, False),
+        ("sm_90", "3.6.0", "bfloat16", 256, False),
+        ("sm_90", "3.6.0", "bfloat16", 64, True),
     ],
 )
 def test_what_has_no_row_is_portable(key: tuple[Any, ...]):
@@ -113,16 +113,16 @@ def test_masked_rows_never_choose_what_was_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "version", "kernel"),
+    ("architecture", "version", "kernel"),
     [
-        ((9, 0), "3.5", "portable"),
-        ((9, 0), "3.6.0", "portable"),
-        ((9, 0), "3.8", "hopper"),
-        ((10, 0), "3.8", "portable"),
+        ("sm_90", "3.5", "portable"),
+        ("sm_90", "3.6.0", "portable"),
+        ("sm_90", "3.8", "hopper"),
+        ("sm_100", "3.8", "portable"),
     ],
 )
 def test_masks_of_the_newest_version_that_is_not_newer(
-    capability: tuple[int, int], version: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, version: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ):
     made = [
         Masked("sm_90", version, kernel, "measured", {})
@@ -131,7 +131,7 @@ def test_masks_of_the_newest_version_that_is_not_newer(
     table = replace(variants.table(), masked=tuple(made))
     monkeypatch.setattr(variants, "table", lambda: table)
     masked_kernel.cache_clear()
-    assert masked_kernel(capability, version) == kernel
+    assert masked_kernel(architecture, version) == kernel
     masked_kernel.cache_clear()
 
 

@@ -104,7 +104,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(kernels["hopper"], "chosen", lambda *_: "hopper")
     monkeypatch.setattr(kernels["hopper"], "masks", lambda _: True)
     monkeypatch.setattr(block_sparse, "device_of", lambda _: nullcontext())
-    monkeypatch.setattr(kernels["hopper"], "capability", lambda _: (9, 0))
     monkeypatch.setattr(kernels["importance"], "processors", lambda _: 132)
     return found
 
