@@ -23,6 +23,7 @@ def plan_of_levels(
     hidden: Tensor | None = None,
     order: Permutation | None = None,
     uneven: bool = False,
+    lasting: bool = False,
 ) -> BlockPlan:
     """The plan that reads every key block at its level.
 
@@ -34,7 +35,7 @@ def plan_of_levels(
             the device is not waited for. `None` makes rows as long as their entries.
         total: entries of all rows, where the host knows: then rows are as long as their entries,
             and the device is not waited for either.
-        tail, hidden, order, uneven: the plan's fields of these names.
+        tail, hidden, order, uneven, lasting: the plan's fields of these names.
 
     Raises:
         ValueError: a level matrix of another shape or dtype.
@@ -74,6 +75,7 @@ def plan_of_levels(
         hidden=hidden,
         order=order,
         uneven=uneven,
+        lasting=lasting,
     )
     if tail != "none":
         # Kernels ask for it, and getting it from the lists would wait for the device.

@@ -148,8 +148,8 @@ class BlockPlan:
         scale: what the caller's scale of the scores is multiplied by; above 0.
         uneven: whether some rows may be so much longer than others that kernels do well to begin
             with them; no result depends on it.
-        counted: whether the plan was made for many calls, the host waiting for the lengths of its
-            rows: launches may ask for them once more. Plans from q and k were not.
+        lasting: whether the plan was made for many calls, so that launches do well to take pains
+            once; no result depends on it. Plans from q and k were not.
     """
 
     q_blocks: Blocks
@@ -169,7 +169,7 @@ class BlockPlan:
     order: Permutation | None = None
     scale: float = 1.0
     uneven: bool = False
-    counted: bool = False
+    lasting: bool = False
 
     def __post_init__(self) -> None:
         others = ("bias", "words", "hidden")
@@ -232,7 +232,7 @@ class BlockPlan:
             tail=tail,
             order=order,
             uneven=uneven(count),
-            counted=True,
+            lasting=True,
         )
 
     @property

@@ -112,7 +112,7 @@ def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
         raise ValueError(
             f"Expected a well-formed plan in {path}. {error} Write it again with save_plan."
         ) from error
-    return replace(plan, uneven=uneven(plan.full + plan.partial), counted=True)
+    return replace(plan, uneven=uneven(plan.full + plan.partial), lasting=True)
 
 
 def _without_copies(plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, str]]:

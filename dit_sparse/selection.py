@@ -184,6 +184,7 @@ def plan_of_selection(
     total: int | None = None,
     tail: Tail = "none",
     uneven: bool = False,
+    lasting: bool = False,
 ) -> BlockPlan:
     """The plan of a choice among the picture's blocks, with text added.
 
@@ -195,7 +196,7 @@ def plan_of_selection(
         factors: the pool factors that occur.
         room: the most picture blocks that a row may list; `None`: all of them.
         total: instead: entries of the whole plan, text's too, where the host knows.
-        tail, uneven: the plan's fields of these names.
+        tail, uneven, lasting: the plan's fields of these names.
     """
     room = frame.blocks.n if room is None else room
     if frame.has_context:
@@ -214,6 +215,7 @@ def plan_of_selection(
         hidden=frame.hidden,
         order=frame.order,
         uneven=uneven,
+        lasting=lasting,
     )
 
 

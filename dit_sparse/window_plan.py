@@ -65,7 +65,7 @@ def plan_windows(
         box = _pack([known[axes] for axes in (known if len(known) == 1 else heads)], tiling, layout)
     plan = assemble(layout, tiling, [visits[axes] for axes in heads], block, box=box)
     context = plan.q_blocks.n - len(tiling.sizes)
-    return replace(plan, uneven=_uneven([reaches[axes] for axes in heads], context), counted=True)
+    return replace(plan, uneven=_uneven([reaches[axes] for axes in heads], context), lasting=True)
 
 
 def tile_grid(

@@ -2,8 +2,9 @@
 
 As many for each would leave those with the long ones running alone. Blocks of text read everything:
 a program that takes one misses as many others as it is worth. Where lists differ much in length,
-each next one, the longest first, goes to the program that has least so far; if the host does not
-know how long they are, programs take from the longest on in turns whose direction changes.
+each next one, the longest first, goes to the program that has least so far. A launch deals them so,
+once for a plan of many calls; a plan of one call is not worth it, and its programs take from the
+longest on in turns whose direction changes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+from dit_sparse.kernels._deal import _deal_fwd
 from dit_sparse.kernels.longest_first import longest_first
 from dit_sparse.plan import BlockPlan
 
 #: Turns of which programs read the tile before the last one is over.
 AHEAD = 3
-_START = 2  # entries that take as long as starting and ending a query block
+#: Entries that take as long as starting and ending a query block.
+START = 2
+_PROGRAMS = 256  # that the launch tells apart
+_SHORT = 32  # turns that a program may have beyond twice the mean
 
 
 class Deal(NamedTuple):
@@ -43,8 +49,8 @@ class Deal(NamedTuple):
 def dealt(plan: BlockPlan, batch: int, heads: int, programs: int) -> Deal | None:
     """Who takes which query blocks; `None` where taking them in turns is even.
 
-    Made once for a plan, waiting for the device if the plan is uneven and `counted`; otherwise,
-    the first time for a shape, for a copy to the device.
+    Made once for a plan. Nothing waits for the device but, the first time for a shape of which
+    lengths are not looked at, a copy to it.
 
     Args:
         programs: no more than tiles.
@@ -60,18 +66,32 @@ def dealt(plan: BlockPlan, batch: int, heads: int, programs: int) -> Deal | None
     known: dict[tuple[int, int, int], Deal] = vars(plan).setdefault("_dealt", {})
     key = (batch, heads, programs)
     if key not in known:
-        waits = plan.counted and not _capturing(plan.device)
-        deal = _by_length if waits else _by_place
+        deal = _by_length if plan.lasting and programs <= _PROGRAMS else _by_place
         known[key] = deal(plan, queue, batch, heads, programs)
     return known[key]
 
 
 def _by_length(plan: BlockPlan, queue: Tensor, batch: int, heads: int, programs: int) -> Deal:
-    """Tiles of a queue by their entries, which the host reads."""
-    tiles = queue.cpu()
-    count = (plan.full + plan.partial).cpu().expand(batch, heads, -1).flatten()[tiles]
-    places, turns = _table(_places((count + _START).tolist(), programs))
-    return Deal(tiles[places], turns).on(plan.device)
+    """Tiles of a queue by their entries: each to the program that has least, among equals to the
+    first of them."""
+    entries = (plan.full + plan.partial).expand(batch, heads, -1).flatten().index_select(0, queue)
+    most = _most_turns(len(queue), programs)
+    tiles = queue.new_zeros(most + AHEAD, programs)
+    turns = queue.new_empty(programs)
+    _deal_fwd[(1,)](
+        queue, entries, tiles, turns, len(queue), programs, most,
+        START=START, WIDTH=max(triton.next_power_of_2(programs), 2), num_warps=4,
+    )  # fmt: skip
+    return Deal(tiles, turns)
+
+
+def _most_turns(tiles: int, programs: int) -> int:
+    """Turns after which a program takes no more, since the table ends somewhere.
+
+    While there are tiles left some program takes: all of them have room for twice as many. One with
+    more than that has lists of half the mean at most.
+    """
+    return min(2 * -(-tiles // programs) + _SHORT, tiles)
 
 
 def _by_place(plan: BlockPlan, queue: Tensor, batch: int, heads: int, programs: int) -> Deal:
@@ -140,8 +160,3 @@ def _table(places: Sequence[Sequence[int]]) -> Deal:
     rows = int(turns.max()) + AHEAD
     table = torch.tensor([[*one, *[0] * (rows - len(one))] for one in places], dtype=torch.int32)
     return Deal(table.T.contiguous(), turns)
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: nothing may be waited for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -32,6 +32,7 @@ from dit_sparse.kernels import pooled, quantise
 from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
+from dit_sparse.kernels._deal import _deal_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
 from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
@@ -52,6 +53,7 @@ from dit_sparse.kernels._quantise import (
 from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
+from dit_sparse.kernels.dealt import START
 from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
@@ -138,6 +140,7 @@ def approximations(every: bool) -> Iterator[Variant]:
                 yield Variant("summaries", capability, head_dim, ragged=True, hidden=hidden)
             for tail in range(4):
                 yield Variant("approximate", capability, head_dim, ragged=True, tail=tail)
+    yield Variant("deal", 90, 128, ragged=True)
 
 
 def approximation(variant: Variant) -> Report:
@@ -148,6 +151,7 @@ def approximation(variant: Variant) -> Report:
         "importance": (_importance_fwd, 8),
         "take": (_take_fwd, 4),
         "choose": (_choose_fwd, 4),
+        "deal": (_deal_fwd, 4),
         "longest_first": (_longest_first_fwd, 8),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
@@ -162,6 +166,7 @@ def approximation(variant: Variant) -> Report:
     constants |= {"SIZE": K_BLOCK, "LOG_SIZE": 7, "FACTORS": 14, "N_FACTORS": 3}
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS, "BOTH": True}
+    constants |= {"START": START} | ({"WIDTH": 256} if variant.kernel == "deal" else {})
     rows = {
         **dict.fromkeys(("importance", "longest_first"), 128),
         "permute_blocks": 32,

@@ -4,8 +4,9 @@
 
 Loss is how much longer a launch takes than its work spread evenly over all multiprocessors: with
 query blocks begun head after head (those that read everything first), with the longest lists first
-(marked where the library does so), and both with text rows in chunks. The time of a program is
-fitted to rows of `bench_kernels` on an H200; `scripts/launches/schedule.py` says what is left
+(marked where the library does so), dealt by length among programs that stay (the kernel in Gluon;
+marked where the library does so), and the first two with text rows in chunks. The time of a program
+is fitted to rows of `bench_kernels` on an H200; `scripts/launches/schedule.py` says what is left
 out.
 """
 
@@ -22,8 +23,8 @@ from scripts.launches.fit import Fit, fit
 from scripts.launches.schedule import Cost, Losses, Work
 
 HEADER = """
-| plan | programs | evenly | head after head | longest first | chunks | both |
-|---|---|---|---|---|---|---|
+| plan | programs | evenly | head after head | longest first | dealt | chunks | both |
+|---|---|---|---|---|---|---|---|
 """.strip()
 
 
@@ -32,12 +33,12 @@ def line_of(case: Case, cost: Cost) -> str:
     work = Work.of(case.plan, case.heads, case.head_dim)
     found = Losses.of(work, cost)
     chosen = " *" if work.queued else ""
-    plain, longest, chunks, both = (
-        f"{100 * loss:.1f} %" for loss in (found.plain, found.longest, found.chunks, found.both)
-    )
+    by_length = " *" if work.queued and case.plan.lasting else ""
+    losses = (found.plain, found.longest, found.dealt, found.chunks, found.both)
+    plain, longest, dealt, chunks, both = (f"{100 * loss:.1f} %" for loss in losses)
     return (
         f"| {case.name} | {found.programs:,} | {found.ideal:.3f} ms | {plain} | {longest}{chosen} "
-        f"| {chunks} | {both} |"
+        f"| {dealt}{by_length} | {chunks} | {both} |"
     )
 
 

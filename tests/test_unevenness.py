@@ -1,4 +1,4 @@
-"""Which plans say that their rows differ much in length."""
+"""Which plans say that their rows differ much in length, and which that they are for many calls."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def test_methods(name: str, options: dict[str, Any], layout: TokenLayout, expect
     plan = methods.create(name, options).plan(q, k, CallContext(layout))
     assert plan.uneven == expected
     assert plan.to("cpu").uneven == expected
+    assert plan.lasting == plan.to("cpu").lasting == (name in ("window", "sta"))
 
 
 def test_masks_of_a_calibration(tmp_path: Path) -> None:
@@ -61,6 +62,7 @@ def test_masks_of_a_calibration(tmp_path: Path) -> None:
     q = torch.empty(1, 2, GRID.length, 8)
     plan = method(found, tmp_path).plan(q, q, context(found, TokenLayout.of(GRID)))
     assert plan.uneven
+    assert plan.lasting
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -71,4 +73,7 @@ def test_block_masks_and_files(tmp_path: Path, long: bool) -> None:
     blocks = Blocks.uniform(8 * 16, 16)
     plan = BlockPlan.from_mask(visited, blocks, blocks)
     assert plan.uneven == long
-    assert load_plan(save_plan(plan, tmp_path / "plan.safetensors")).uneven == long
+    loaded = load_plan(save_plan(plan, tmp_path / "plan.safetensors"))
+    assert loaded.uneven == long
+    assert plan.lasting
+    assert loaded.lasting

@@ -101,7 +101,9 @@ class ParoMethod:
         frame = self.frame(q, ctx)
         levels = self.levels(frame, q, ctx)
         total = self._entries(frame, ctx)
-        return selection.plan_of_selection(levels, frame, total=total, tail=self.tail, uneven=True)
+        return selection.plan_of_selection(
+            levels, frame, total=total, tail=self.tail, uneven=True, lasting=True
+        )
 
     def _entries(self, frame: Frame, ctx: CallContext) -> int:
         """How many entries the lists of a call have: those of the mask, and text's."""

@@ -127,7 +127,7 @@ def budgets() -> Iterator[Case]:
             level = torch.zeros(1, heads, frame.blocks.n, frame.blocks.n, dtype=torch.uint8)
             level[0, :, inside, inside] = mask
             total = _entries(level, frame.context)
-            plan = selection.plan_of_selection(level, frame, total=total, uneven=True)
+            plan = selection.plan_of_selection(level, frame, total=total, uneven=True, lasting=True)
             yield Case(f"{name}, {layout.length:,}", plan, heads, dim)
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_sparse.kernels import hopper_persistent
+from dit_sparse.kernels.dealt import START
 from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import BlockPlan
@@ -91,13 +92,16 @@ class Work:
         return [*self.outer.flatten().tolist(), *packed(self.inner.flatten().tolist(), self.each)]
 
     @property
-    def longest_first(self) -> list[int]:
-        """The same with the longest rows first, in buckets."""
+    def queue(self) -> list[int]:
+        """Entries of each row, the longest first, in buckets."""
         rows = np.concatenate([self.outer.flatten(), self.inner.flatten()])
-        order = np.argsort(buckets(rows, self.key_blocks), kind="stable")
-        alone = self.outer.size
-        rows = rows[order]
-        return [*rows[:alone].tolist(), *packed(rows[alone:].tolist(), self.each_queued)]
+        return rows[np.argsort(buckets(rows, self.key_blocks), kind="stable")].tolist()
+
+    @property
+    def longest_first(self) -> list[int]:
+        """Entries of each program, the longest rows first."""
+        rows, alone = self.queue, self.outer.size
+        return [*rows[:alone], *packed(rows[alone:], self.each_queued)]
 
     def chunked(self, programs: Iterable[int], chunks: int) -> list[int]:
         """Programs of which those that are as long as text rows are cut in so many."""
@@ -144,14 +148,17 @@ class Losses:
         programs: how many there are.
         ideal: milliseconds of the work of these programs spread evenly.
         plain, longest: head after head; with the longest rows first.
-        chunks, both: the same with text rows in 2, 4 or 8 chunks, what is best, whose results merge
-            for nothing.
+        dealt: of the kernel in Gluon, whose programs, one on each multiprocessor, are dealt rows by
+            length; counted in entries.
+        chunks, both: `plain` and `longest` with text rows in 2, 4 or 8 chunks, what is best, whose
+            results merge for nothing.
     """
 
     programs: int
     ideal: float
     plain: float
     longest: float
+    dealt: float
     chunks: float
     both: float
 
@@ -167,4 +174,10 @@ class Losses:
             min(loss(work.chunked(order, parts)) for parts in (2, 4, 8))
             for order in (programs, longest)
         )
-        return Losses(len(programs), evenly / 1000, loss(programs), loss(longest), chunks, both)
+        entries, rows = Cost(program=START, entry=1.0), work.queue
+        # Who has least so far is who would be done first.
+        dealt = (
+            makespan(rows, MULTIPROCESSORS, entries) / ideal(rows, MULTIPROCESSORS, entries) - 1.0
+        )
+        plain, first = loss(programs), loss(longest)
+        return Losses(len(programs), evenly / 1000, plain, first, dealt, chunks, both)

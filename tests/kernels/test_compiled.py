@@ -229,6 +229,11 @@ def test_means_and_choices_take_no_local_memory(reports, capability: int):
             assert report["counts"]["spills"] == 0, report
 
 
+def test_dealing_takes_no_local_memory(reports):
+    for report in chosen(reports, "deal", 90):
+        assert report["counts"]["spills"] == 0, report
+
+
 def test_biases_of_means_take_no_local_memory(reports):
     for report in chosen(reports, "tail_bias", 90):
         assert report["counts"]["spills"] == 0, report

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dit_sparse.plan import BlockPlan, Blocks
+from scripts.launches import cases
 
 dealing = pytest.importorskip("dit_sparse.kernels.dealt")
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
 def plan_of(blocks: int, heads: int, picture: range, read: int, keys: int = 12) -> BlockPlan:
@@ -74,7 +78,7 @@ def test_a_plan_without_text_and_with_even_lists_needs_no_deal():
 
 @pytest.mark.parametrize("text", [0, 1])
 def test_a_queue_is_dealt_in_turns_that_change_direction(monkeypatch, text: int):
-    plan = replace(plan_of(6, 2, range(text, 6), 6), uneven=True, counted=False)
+    plan = replace(plan_of(6, 2, range(text, 6), 6), uneven=True, lasting=False)
     queue = torch.arange(12, dtype=torch.int32).flip(0)
     monkeypatch.setattr(dealing, "longest_first", lambda *_: queue)
     deal = dealing.dealt(plan, 1, 2, 4)
@@ -86,29 +90,134 @@ def test_a_queue_is_dealt_in_turns_that_change_direction(monkeypatch, text: int)
     assert dealing.dealt(plan, 1, 2, 4) is deal
 
 
+class OneByOne:
+    """The launch's deal by hand: each tile to who has least, and no more than so many turns."""
+
+    def __init__(self, worths: list[int], programs: int, most: int) -> None:
+        self.found: list[list[int]] = [[] for _ in range(programs)]
+        self.open = [(0, program) for program in range(programs)]
+        self.loads = [0] * programs
+        for place, worth in enumerate(worths):
+            load, program = heapq.heappop(self.open)
+            self.found[program].append(place)
+            self.loads[program] = load + worth
+            if len(self.found[program]) < most:
+                heapq.heappush(self.open, (load + worth, program))
+
+
+def by_length(
+    full: Tensor, partial: Tensor, queue: Tensor, batch: int, heads: int, programs: int
+) -> tuple[dealing.Deal, OneByOne]:
+    """What the launch deals, and what one by one would be; asserts that they are the same."""
+    plan = BlockPlan(
+        q_blocks=Blocks.uniform(full.shape[2] * 16, 16),
+        k_blocks=Blocks.uniform(64, 16),
+        indices=torch.zeros(1, dtype=torch.int32),
+        offsets=torch.zeros_like(full),
+        full=full,
+        partial=partial,
+        uneven=True,
+        lasting=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dealing, "longest_first", lambda *_: queue)
+        deal = dealing.dealt(plan, batch, heads, programs)
+        assert dealing.dealt(plan, batch, heads, programs) is deal
+    count = plan.count.expand(batch, heads, -1).flatten()[queue.long()]
+    most = dealing._most_turns(len(queue), programs)
+    expected = OneByOne((count + dealing.START).tolist(), programs, most)
+    tiles = queue.tolist()
+    assert taken(deal) == [[tiles[place] for place in one] for one in expected.found]
+    assert sorted([tile for one in taken(deal) for tile in one]) == list(range(len(tiles)))
+    assert all(expected.found)
+    assert 0 <= int(deal.tiles.min()) <= int(deal.tiles.max()) < len(tiles)
+    return deal, expected
+
+
+@INTERPRETED
 @given(
     programs=st.integers(1, 9),
     entries=st.lists(st.integers(0, 40), min_size=1, max_size=40),
     batch=st.integers(1, 2),
+    shared=st.booleans(),
+    ordered=st.booleans(),
 )
-def test_a_queue_whose_lengths_are_known_is_dealt_by_them(programs, entries, batch):
-    keys = Blocks.uniform(41 * 16, 16)
-    visited = torch.arange(41) < torch.tensor(entries)[:, None]
-    plan = BlockPlan.from_mask(visited[None, None], Blocks.uniform(len(entries) * 16, 16), keys)
-    assert plan.counted
-    plan, tiles = replace(plan, uneven=True), batch * 3 * len(entries)
-    queue = torch.tensor(entries * (batch * 3)).argsort(descending=True, stable=True).int()
-    programs = min(programs, tiles)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dealing, "longest_first", lambda *_: queue)
-        found = taken(dealing.dealt(plan, batch, 3, programs))
-    assert sorted([tile for one in found for tile in one]) == list(range(tiles))
-    lengths = [[entries[tile % len(entries)] + dealing._START for tile in one] for one in found]
-    assert all(one == sorted(one, reverse=True) for one in lengths)
-    times = list(map(sum, lengths))
-    assert max(times) - min(times) <= max(entries) + dealing._START
-    # Whoever got the last one had least before it.
-    assert all(time - one[-1] <= min(times) for time, one in zip(times, lengths, strict=True))
+@settings(max_examples=60)
+def test_a_launch_deals_to_who_has_least(programs, entries, batch, shared, ordered):
+    heads, n = 3, len(entries)
+    full = torch.tensor(entries, dtype=torch.int32).view(1, 1, n)
+    if not shared:
+        full = torch.cat([full, full.flip(-1), full // 3], 1)
+    partial = full // 2
+    every = (full + partial).expand(batch, heads, -1).flatten()
+    queue = every.argsort(descending=True, stable=True).int()
+    if not ordered:  # as in a bucket, where neighbours stay beside each other
+        queue = torch.arange(len(every), dtype=torch.int32)
+    programs = min(programs, len(every))
+    deal, expected = by_length(full, partial, queue, batch, heads, programs)
+    longest = int(every.max()) + dealing.START
+    if len(expected.open) == programs:  # none was held back
+        assert max(expected.loads) - min(expected.loads) <= longest
+        mean = (int(every.sum()) + len(every) * dealing.START) / programs
+        assert max(expected.loads) <= mean + longest
+    assert deal.tiles.shape[1] == programs
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("entries", "programs"),
+    [
+        ([500] + [0] * 299, 2),  # the other one would take 251
+        ([500] + [0] * 299, 5),
+        ([2000] * 8 + [0] * 300, 9),  # the last one would take them all, and may not
+        ([7] * 120, 8),
+        ([7] * 13, 8),  # not two for each
+        ([9, 1, 1, 1, 1], 5),
+        ([0] * 9, 1),
+        ([3, 2], 2),
+    ],
+)
+def test_lists_at_their_worst(entries: list[int], programs: int):
+    full = torch.tensor(entries, dtype=torch.int32).view(1, 1, -1)
+    queue = torch.arange(len(entries), dtype=torch.int32)
+    deal, expected = by_length(full, torch.zeros_like(full), queue, 1, 1, programs)
+    most = dealing._most_turns(len(entries), programs)
+    assert int(deal.turns.max()) <= most
+    assert (int(deal.turns.max()) == most) == (len(expected.open) < programs)
+
+
+@INTERPRETED
+def test_as_many_programs_as_a_gpu_has():
+    source = torch.Generator().manual_seed(0)
+    full = (torch.rand(1, 4, 300, generator=source) ** 4 * 90).int()
+    queue = full.flatten().argsort(descending=True, stable=True).int()
+    first, _ = by_length(full, full // 4, queue, 1, 4, 132)
+    again, _ = by_length(full, full // 4, queue, 1, 4, 132)
+    assert torch.equal(first.tiles, again.tiles)
+    assert torch.equal(first.turns, again.turns)
+
+
+def test_more_programs_than_the_launch_tells_apart_take_turns(monkeypatch):
+    plan = plan_of(100, 3, range(100), 6)
+    assert plan.lasting
+    plan, queue = replace(plan, uneven=True), torch.arange(300, dtype=torch.int32)
+    monkeypatch.setattr(dealing, "longest_first", lambda *_: queue)
+    deal = dealing.dealt(plan, 1, 3, 257)
+    assert sorted([tile for one in taken(deal) for tile in one]) == list(range(300))
+
+
+@INTERPRETED
+def test_plans_with_heads_of_all_lengths_are_dealt_evenly():
+    """Of 864 query blocks each program has 6.5."""
+    for case in cases.windows_of_heads():
+        if "1x64x64" not in case.name:
+            continue
+        assert case.plan.lasting
+        deal = dealing.dealt(case.plan, 1, case.heads, 132)
+        count = case.plan.count.expand(1, case.heads, -1).flatten() + dealing.START
+        loads = torch.tensor([int(count[one].sum()) for one in taken(deal)])
+        assert int(loads.sum()) == int(count.sum())
+        assert float(loads.max() / loads.float().mean()) < 1.04
 
 
 def test_room_in_lists_counts_as_entries():

@@ -43,7 +43,7 @@ def test_makespan_gives_the_next_program_to_the_first_free_place() -> None:
 
 def test_orders_of_programs() -> None:
     assert WORK.programs == [6, 6, 1, 1, 2, 1, 1, 6]
-    assert WORK.longest_first == [6, 6, 6, 2, 1, 1, 1, 1]
+    assert WORK.queue == WORK.longest_first == [6, 6, 6, 2, 1, 1, 1, 1]
     pairs = replace(WORK, each=2)
     assert pairs.programs == [6, 6, 2, 3, 7]
     assert pairs.longest_first == WORK.longest_first
@@ -63,6 +63,14 @@ def test_losses() -> None:
     assert found.plain == pytest.approx(12 / 8 - 1)
     assert found.longest == pytest.approx(0.0)
     assert found.both >= 0.0
+
+
+def test_loss_of_a_deal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a row is as much as two entries: 8, 8 and 8; 4, 3 and 3; 3 and 3 are 40, of which a
+    program has 14 where 13 1/3 are the mean."""
+    monkeypatch.setattr(schedule, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(schedule, "START", 2)
+    assert Losses.of(WORK, ENTRY).dealt == pytest.approx(14 / (40 / 3) - 1)
 
 
 def test_buckets_are_those_of_the_kernel() -> None:
@@ -129,5 +137,6 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("Head dim 128: ")
     assert len(lines) == 5
-    plain, longest = (float(cell.split()[0]) for cell in lines[-1].split(" | ")[3:5])
-    assert plain > 20 > 15 > longest
+    plain, longest, dealt = (float(cell.split()[0]) for cell in lines[-1].split(" | ")[3:6])
+    assert plain > 20 > 15 > longest > dealt
+    assert lines[-1].count(" * |") == 2
