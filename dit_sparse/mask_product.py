@@ -46,6 +46,7 @@ class MaskProduct:
         entry: int32 `[E]`, which of them each full or partial entry reads. In every row of the plan
             both kinds ascend together here, so that neighbouring query blocks walk the same keys.
         starts: int32 `[E]`, first key position of each.
+        place: int64 `[E]`, where it stands in the plan.
     """
 
     queries: Tensor
@@ -53,6 +54,7 @@ class MaskProduct:
     keys: Tensor
     entry: Tensor
     starts: Tensor
+    place: Tensor
 
     @staticmethod
     def of(plan: BlockPlan) -> MaskProduct | None:
@@ -169,8 +171,9 @@ def _query_rows(axes: list[_Axis]) -> tuple[Tensor, Tensor]:
     return (rows * LARGE).to(torch.float8_e5m2), number.view(code.shape[:2])
 
 
-def _key_rows(plan: BlockPlan, axes: list[_Axis]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Different blocks of keys; for each entry the number of the one that it reads, its start."""
+def _key_rows(plan: BlockPlan, axes: list[_Axis]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Different blocks of keys; for each entry the number of the one that it reads, its start, and
+    its place in the plan."""
     count = (plan.full + plan.partial).flatten().long()
     row = torch.arange(len(count), device=plan.device).repeat_interleave(count)
     nth = torch.arange(len(row), device=plan.device) - (count.cumsum(0) - count)[row]
@@ -203,4 +206,6 @@ def _key_rows(plan: BlockPlan, axes: list[_Axis]) -> tuple[Tensor, Tensor, Tenso
         numbers = numbers // len(axis.hidden)
     entry, starts = torch.zeros_like(plan.indices), torch.zeros_like(plan.indices)
     entry[at], starts[at] = found.int(), plan.k_blocks.starts[key]
-    return (0.0 - rows * LARGE).to(torch.float8_e5m2), entry, starts
+    place = torch.zeros_like(entry, dtype=torch.int64)
+    place[at] = at[ascending]
+    return (0.0 - rows * LARGE).to(torch.float8_e5m2), entry, starts, place

@@ -1,4 +1,4 @@
-"""The exact entries of a plan for two kernels: one without biases, and one that adds the rest.
+"""The exact entries of a plan with biases, for a kernel that adds them and for kernels that do not.
 
 A kernel whose loop has no room for biases and words runs the entries without. The others are lists
 of their own, which a kernel for everything adds to its result: a row's softmax over both.
@@ -54,14 +54,54 @@ def any_plain(plan: BlockPlan) -> bool:
     return known["_any_plain"]
 
 
-def _made(plan: BlockPlan, masked: bool) -> Shares:
+def weighing(plan: BlockPlan) -> BlockPlan:
+    """The exact entries of a plan but those with a bias of -inf. Made once for it, waiting for the
+    device; a plan without biases as it is."""
+    if plan.bias is None:
+        return plan
+    known: dict[str, BlockPlan] = vars(plan)
+    if "_weighing" not in known:
+        known["_weighing"] = _weighing(plan)
+    return known["_weighing"]
+
+
+def highest(plan: BlockPlan) -> Tensor:
+    """float32, shape of `plan.offsets`: the highest bias of every row's exact entries, 0 where
+    there are none."""
     assert plan.bias is not None
+    _, entry, row, _ = _exact(plan)
+    rows = torch.zeros(plan.offsets.numel(), device=plan.device)
+    rows.scatter_reduce_(0, row, plan.bias[entry], "amax", include_self=False)
+    return rows.view(plan.offsets.shape)
+
+
+def _exact(plan: BlockPlan) -> tuple[BlockPlan, Tensor, Tensor, Tensor]:
+    """The plan with its exact entries alone, where they stand, row by row; their rows, and which
+    are partial."""
     lists = replace(plan, pools=None, tail="none", hidden=None, coarse=None)
     entry, count = lists.entries, lists.count.flatten().long()
     check_entries(len(entry))
     rows = torch.arange(len(count), device=plan.device)
     row = rows.repeat_interleave(count, output_size=len(entry))
-    partial = entry >= (plan.offsets + plan.full).flatten()[row]
+    return lists, entry, row, entry >= (plan.offsets + plan.full).flatten()[row]
+
+
+def _weighing(plan: BlockPlan) -> BlockPlan:
+    assert plan.bias is not None
+    lists, entry, row, partial = _exact(plan)
+    kept = plan.bias[entry] != -torch.inf
+    entry, part = entry[kept], (2 * row + partial)[kept]
+    counts = torch.bincount(part, minlength=2 * plan.offsets.numel()).int()
+    full, partial = counts.view(*plan.offsets.shape, 2).unbind(-1)
+    count = (full + partial).flatten()
+    first = (count.cumsum(0) - count).int().view(plan.offsets.shape)
+    return _listing(_picked(lists, entry), first, full, partial)
+
+
+def _made(plan: BlockPlan, masked: bool) -> Shares:
+    assert plan.bias is not None
+    lists, entry, row, partial = _exact(plan)
+    count = lists.count.flatten().long()
     bias = plan.bias[entry]
     others = bias != 0
     if not masked:
@@ -70,17 +110,20 @@ def _made(plan: BlockPlan, masked: bool) -> Shares:
     part = torch.where(bias == -torch.inf, 4, 2 * others + partial)
     part, ascending = (5 * row + part).sort(stable=True)
     counts = torch.bincount(part, minlength=5 * len(count)).int().view(*plan.offsets.shape, 5)
-    entry = entry[ascending]
-    lists = replace(lists, indices=plan.indices[entry])
+    lists = _picked(lists, entry[ascending])
     first = (count.cumsum(0) - count).int().view(plan.offsets.shape)
     plain = replace(lists, bias=None, words=None)
     plain = _listing(plain, first, counts[..., 0], counts[..., 1])
     first, (full, partial) = first + counts[..., :2].sum(-1).int(), counts[..., 2:4].unbind(-1)
     if not bool((full + partial).any()):
         return Shares(plain, None)
-    words = None if plan.words is None else plan.words[entry]
-    rest = replace(lists, bias=plan.bias[entry], words=words)
-    return Shares(plain, _listing(rest, first, full, partial))
+    return Shares(plain, _listing(lists, first, full, partial))
+
+
+def _picked(plan: BlockPlan, entry: Tensor) -> BlockPlan:
+    """The plan with these entries, whose rows are to be given."""
+    bias, words = (None if x is None else x[entry] for x in (plan.bias, plan.words))
+    return replace(plan, indices=plan.indices[entry], bias=bias, words=words)
 
 
 def _listing(plan: BlockPlan, offsets: Tensor, full: Tensor, partial: Tensor) -> BlockPlan:

@@ -77,10 +77,10 @@ def _load_both(descs, row, col, rooms, full, slot, mask_row, COLUMNS: gl.constex
 
 
 @gluon.jit
-def _steps(full_ptr, partial_ptr, row, COLUMNS: gl.constexpr):
-    """How many entries of a row are read: with a mask those too that it is for."""
+def _steps(full_ptr, partial_ptr, row, MASKED: gl.constexpr):
+    """How many entries of a row are read: with a mask or words those too that they are for."""
     steps = gl.load(full_ptr + row)
-    if COLUMNS:
+    if MASKED:
         steps += gl.load(partial_ptr + row)
     return steps
 
@@ -94,7 +94,10 @@ def _loaded(pointer, mask, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(rings, descs, lists, strides, sizes, DEALT: gl.constexpr, COLUMNS: gl.constexpr):
+def _produce(
+    rings, descs, lists, strides, sizes,
+    DEALT: gl.constexpr, COLUMNS: gl.constexpr, HAS_WORDS: gl.constexpr,
+):  # fmt: skip
     """Fetches everything, in the order in which it is read: keys, and the values of the block
     before, in an earlier tile too.
 
@@ -123,7 +126,7 @@ def _produce(rings, descs, lists, strides, sizes, DEALT: gl.constexpr, COLUMNS: 
     block, head, batch = _placed(tile, n_q_blocks, n_heads)
     row = batch * list_stride_b + head * list_stride_h + block
     first = gl.load(offsets_ptr + row)
-    steps = _steps(full_ptr, partial_ptr, row, COLUMNS)
+    steps = _steps(full_ptr, partial_ptr, row, COLUMNS or HAS_WORDS)
     q_start = gl.load(q_starts_ptr + block)
     kind = _loaded(class_ptr + head * class_stride_h + block, True, COLUMNS)
     start = gl.load(starts_ptr + first, mask=steps > 0, other=0)
@@ -132,7 +135,7 @@ def _produce(rings, descs, lists, strides, sizes, DEALT: gl.constexpr, COLUMNS: 
     block_1, head_1, batch_1 = _placed(tile_1, n_q_blocks, n_heads)
     row_1 = batch_1 * list_stride_b + head_1 * list_stride_h + block_1
     first_1 = gl.load(offsets_ptr + row_1)
-    steps_1 = _steps(full_ptr, partial_ptr, row_1, COLUMNS)
+    steps_1 = _steps(full_ptr, partial_ptr, row_1, COLUMNS or HAS_WORDS)
     q_slot = 0
     slot, phase = 0, 0  # of the next keys
     v_slot = 0
@@ -194,4 +197,4 @@ def _produce(rings, descs, lists, strides, sizes, DEALT: gl.constexpr, COLUMNS: 
         block_1, head_1, batch_1 = _placed(tile_2, n_q_blocks, n_heads)
         row_1 = batch_1 * list_stride_b + head_1 * list_stride_h + block_1
         first_1 = gl.load(offsets_ptr + row_1)
-        steps_1 = _steps(full_ptr, partial_ptr, row_1, COLUMNS)
+        steps_1 = _steps(full_ptr, partial_ptr, row_1, COLUMNS or HAS_WORDS)

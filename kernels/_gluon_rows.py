@@ -16,13 +16,23 @@ def _tokens(order_ptr, rows, row_inside, HAS_ORDER: gl.constexpr):
 
 @gluon.jit
 def _limits(
-    norm_ptr, longest_ptr, pair, rows, n_queries, scale_log2, floor, BOUND: gl.constexpr
-):  # fmt: skip
-    """What the scores of rows are above to begin with, or never above."""
+    bounds, batch, head, q_start, within, highest, BOUND: gl.constexpr, HAS_BIAS: gl.constexpr
+):
+    """What the scores of rows are above to begin with, or never above.
+
+    Args:
+        highest: bias of their entries.
+    """
+    norm_ptr, longest_ptr, n_heads, n_queries, scale_log2, floor = bounds
     if BOUND:
+        pair = batch.to(gl.int64) * n_heads + head
+        rows = q_start + within
         m_i = gl.load(norm_ptr + pair * n_queries + rows, mask=rows < n_queries, other=0.0)
-        return m_i * (gl.load(longest_ptr + pair) * scale_log2)
-    return gl.full([ROWS], 1.0, gl.float32, rows.type.layout) * floor
+        m_i = m_i * (gl.load(longest_ptr + pair) * scale_log2)
+        if HAS_BIAS:
+            m_i += highest
+        return m_i
+    return gl.full([ROWS], 1.0, gl.float32, within.type.layout) * floor
 
 
 @gluon.jit

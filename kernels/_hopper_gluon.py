@@ -6,7 +6,9 @@ wait for nothing but what was fetched, so that one starts or ends a query block,
 exponentials, while the other multiplies. Products with the values are one key block behind, and run
 under the next block's exponentials.
 
-Masks are a product too, as in `_hopper.py`, of tiles beside those of queries and keys.
+Masks are a product too, as in `_hopper.py`, of tiles beside those of queries and keys. Words that
+mask a partial entry and biases of entries are few numbers, which a warpgroup loads while it
+multiplies; full entries pass the words.
 
 Everything in shared memory is written by the tensor memory accelerator and read by the matrix
 units alone, so there is nothing to fence between them. Every barrier has a place of its own for as
@@ -29,35 +31,7 @@ from dit_sparse.kernels._gluon_fetch import (
     _turns,
 )
 from dit_sparse.kernels._gluon_rows import _limits, _tokens, _write
-
-
-@gluon.jit
-def _shown(scores, length):
-    """Scores with those behind the end of a short key block hidden."""
-    BLOCK_N: gl.constexpr = scores.shape[1]
-    if length < BLOCK_N:
-        layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-        within = gl.arange(0, BLOCK_N, layout)
-        inside = gl.expand_dims(within < length, 0)
-        scores = gl.where(inside, scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def _weighed(
-    scores, m_i, length, scale_log2, dtype: gl.constexpr, of_p: gl.constexpr,
-    RAGGED: gl.constexpr, BOUND: gl.constexpr,
-):  # fmt: skip
-    """Weights of a block as a product takes them, their sums, and what they are relative to: the
-    bound, or the highest score so far."""
-    if RAGGED:
-        scores = _shown(scores, length)
-    if not BOUND:
-        m_i = gl.maximum(m_i, gl.max(scores, 1) * scale_log2)
-        if RAGGED:  # a row that has seen no key yet gets a finite one, so that no NaN arises
-            m_i = gl.maximum(m_i, -1e30)
-    p = gl.exp2(scores * scale_log2 - gl.expand_dims(m_i, 1))
-    return gl.convert_layout(p.to(dtype), of_p), gl.sum(p, 1), m_i
+from dit_sparse.kernels._gluon_weights import _marks, _weighed
 
 
 @gluon.jit
@@ -115,18 +89,24 @@ def _sums(acc, behind, value_ready, v_phase):
 
 
 @gluon.jit
-def _work(tile, lists, strides, sizes, COLUMNS: gl.constexpr):
-    """Head, batch entry, number of entries and the first of them, and queries of a tile."""
-    offsets_ptr, full_ptr, partial_ptr, q_starts_ptr = lists
-    list_stride_b, list_stride_h = strides
+def _work(
+    tile, lists, strides, sizes,
+    COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WORDS: gl.constexpr,
+):  # fmt: skip
+    """Head, batch entry, number of entries and the first of them, and queries of a tile; how many
+    entries no words mask, and the highest bias."""
+    offsets_ptr, full_ptr, partial_ptr, q_starts_ptr, highest_ptr = lists
+    _, _, _, list_stride_b, list_stride_h, _ = strides
     _, n_heads, n_q_blocks, _ = sizes
     block, head, batch = _placed(tile, n_q_blocks, n_heads)
     row = batch * list_stride_b + head * list_stride_h + block
-    steps = _steps(full_ptr, partial_ptr, row, COLUMNS)
+    steps = _steps(full_ptr, partial_ptr, row, COLUMNS or HAS_WORDS)
     first = gl.load(offsets_ptr + row)
     q_start = gl.load(q_starts_ptr + block)
     q_end = gl.load(q_starts_ptr + block + 1)
-    return head, batch, steps, first, q_start, q_end
+    full = gl.load(full_ptr + row) if HAS_WORDS else 0
+    highest = gl.load(highest_ptr + row) if HAS_BIAS else 0.0
+    return head, batch, steps, first, q_start, q_end, full, highest
 
 
 @gluon.jit
@@ -160,17 +140,15 @@ def _consume(
     rings, pointers, strides, sizes, scale_log2, floor,
     HALF: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, DEALT: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WORDS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one half of the rows of every tile."""
     q_room, q_full, k_room, k_full, v_room, v_full, done, _, _ = rings
     (
         out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, partial_ptr, lengths_ptr,
-        pattern_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
+        pattern_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr, highest_ptr, marked,
     ) = pointers  # fmt: skip
-    (
-        out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
-    ) = strides  # fmt: skip
+    out_stride_b, out_stride_h, out_stride_n, _, _, order_stride_h = strides
     n_tiles, n_heads, _, n_queries = sizes
     Q_SLOTS: gl.constexpr = q_room.shape[0] // 2
     SLOTS: gl.constexpr = k_room.shape[0]
@@ -187,42 +165,40 @@ def _consume(
     none = gl.zeros([ROWS, BLOCK_D], gl.float32, of_out)
     alpha = gl.full([ROWS], 1.0, gl.float32, by_row)
 
-    lists = (offsets_ptr, full_ptr, partial_ptr, q_starts_ptr)
-    steps_of = (list_stride_b, list_stride_h)
+    lists = (offsets_ptr, full_ptr, partial_ptr, q_starts_ptr, highest_ptr)
+    bounds = (norm_ptr, longest_ptr, n_heads, n_queries, scale_log2, floor)
     tile = _tile(tiles_ptr, 0, n_tiles, DEALT)
-    head, batch, steps, first, q_start, q_end = _work(tile, lists, steps_of, sizes, COLUMNS)
+    head, batch, steps, first, q_start, q_end, full, highest = _work(
+        tile, lists, strides, sizes, COLUMNS, HAS_BIAS, HAS_WORDS
+    )
     tile = _tile(tiles_ptr, 1, n_tiles, DEALT)
-    head_1, batch_1, steps_1, first_1, q_start_1, q_end_1 = _work(
-        tile, lists, steps_of, sizes, COLUMNS
+    head_1, batch_1, steps_1, first_1, q_start_1, q_end_1, full_1, highest_1 = _work(
+        tile, lists, strides, sizes, COLUMNS, HAS_BIAS, HAS_WORDS
     )
     tile = _tile(tiles_ptr, 2, n_tiles, DEALT)
 
-    q_slot, q_phase = 0, 0
-    k_slot, k_phase = 1, 0
+    q_slot, q_phase, k_slot, k_phase = 0, 0, 1, 0
     v_slot, v_phase = 0, 0
     # The first tile is begun here, all others before the one before them is written.
-    pair = batch.to(gl.int64) * n_heads + head
-    m_i = _limits(
-        norm_ptr, longest_ptr, pair, q_start + within, n_queries, scale_log2, floor, BOUND
-    )
+    m_i = _limits(bounds, batch, head, q_start, within, highest, BOUND, HAS_BIAS)
     pattern = _loaded(pattern_ptr + first, steps > 0, COLUMNS)
     scores = _first_scores(rings, pattern, nothing, HALF, COLUMNS)
     pattern = _loaded(pattern_ptr + first + 1, steps > 1, COLUMNS)
     length = gl.load(lengths_ptr + first, mask=steps > 0, other=0) if RAGGED else 0
-    behind, l_i, m_i = _weighed(scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND)
+    marks = _marks(marked, first, steps > 0, full == 0, HAS_BIAS, HAS_WORDS)
+    behind, l_i, m_i = _weighed(
+        scores, m_i, length, marks, scale_log2, dtype, of_p, RAGGED, BOUND, HAS_BIAS, HAS_WORDS
+    )
 
     for turn in range(_turns(turns_ptr, n_tiles, DEALT)):
         # Loads whose results are needed when this tile is written, or by the next ones.
         row_inside = q_start + within < q_end
         tokens = _tokens(order_ptr + head * order_stride_h, q_start + within, row_inside, HAS_ORDER)
-        pair_1 = batch_1.to(gl.int64) * n_heads + head_1
-        m_1 = _limits(
-            norm_ptr, longest_ptr, pair_1, q_start_1 + within, n_queries, scale_log2, floor, BOUND
-        )
+        m_1 = _limits(bounds, batch_1, head_1, q_start_1, within, highest_1, BOUND, HAS_BIAS)
         pattern_1 = _loaded(pattern_ptr + first_1, steps_1 > 0, COLUMNS)
         length_1 = gl.load(lengths_ptr + first_1, mask=steps_1 > 0, other=0) if RAGGED else 0
-        head_2, batch_2, steps_2, first_2, q_start_2, q_end_2 = _work(
-            tile, lists, steps_of, sizes, COLUMNS
+        head_2, batch_2, steps_2, first_2, q_start_2, q_end_2, full_2, highest_2 = _work(
+            tile, lists, strides, sizes, COLUMNS, HAS_BIAS, HAS_WORDS
         )
         tile = _tile(tiles_ptr, turn + 3, n_tiles, DEALT)
 
@@ -230,6 +206,7 @@ def _consume(
         acc = none
         for it in range(1, steps):
             length = gl.load(lengths_ptr + first + it) if RAGGED else 0
+            marks = _marks(marked, first + it, True, it >= full, HAS_BIAS, HAS_WORDS)
             pattern_2 = _loaded(pattern_ptr + first + it + 1, it + 1 < steps, COLUMNS)
             mbarrier.wait(k_full.index(k_slot), k_phase)
             scores, acc = _products(
@@ -241,8 +218,9 @@ def _consume(
             mbarrier.arrive(done.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
             weights, mass, m_new = _weighed(
-                scores, m_i, length, scale_log2, dtype, of_p, RAGGED, BOUND
-            )
+                scores, m_i, length, marks, scale_log2, dtype, of_p,
+                RAGGED, BOUND, HAS_BIAS, HAS_WORDS,
+            )  # fmt: skip
             if not BOUND:
                 alpha = gl.exp2(m_i - m_new)
                 l_i = l_i * alpha
@@ -253,6 +231,7 @@ def _consume(
             v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
 
         # The last product of this tile runs under the first exponentials of the next one.
+        marks = _marks(marked, first_1, steps_1 > 0, full_1 == 0, HAS_BIAS, HAS_WORDS)
         q_slot, q_phase = _next(q_slot, q_phase, Q_SLOTS)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         mbarrier.wait(q_full.index(q_slot * 2 + HALF), q_phase)
@@ -263,7 +242,10 @@ def _consume(
         )  # fmt: skip
         mbarrier.arrive(done.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
-        weights, l_1, m_1 = _weighed(scores, m_1, length_1, scale_log2, dtype, of_p, RAGGED, BOUND)
+        weights, l_1, m_1 = _weighed(
+            scores, m_1, length_1, marks, scale_log2, dtype, of_p,
+            RAGGED, BOUND, HAS_BIAS, HAS_WORDS,
+        )  # fmt: skip
         result = _sums(acc, behind, v_full.index(v_slot), v_phase)
         behind = weights
         v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
@@ -276,9 +258,9 @@ def _consume(
         m_i, l_i = m_1, l_1
         pattern = _loaded(pattern_ptr + first_1 + 1, steps_1 > 1, COLUMNS)
         head, batch, steps = head_1, batch_1, steps_1
-        first, q_start, q_end = first_1, q_start_1, q_end_1
-        head_1, batch_1, steps_1 = head_2, batch_2, steps_2
-        first_1, q_start_1, q_end_1 = first_2, q_start_2, q_end_2
+        first, q_start, q_end, full = first_1, q_start_1, q_end_1, full_1
+        head_1, batch_1, steps_1, highest_1 = head_2, batch_2, steps_2, highest_2
+        first_1, q_start_1, q_end_1, full_1 = first_2, q_start_2, q_end_2, full_2
 
 
 @gluon.jit
@@ -300,14 +282,15 @@ def _barriers(SLOTS: gl.constexpr, COUNT: gl.constexpr):
 def _block_sparse_fwd_hopper_gluon(
     q_desc, k_desc, v_desc, classes_desc, hidden_desc, out_ptr, lse_ptr, norm_ptr, longest_ptr,
     offsets_ptr, full_ptr, partial_ptr, starts_ptr, lengths_ptr, class_ptr, pattern_ptr,
-    q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
+    q_starts_ptr, order_ptr, tiles_ptr, turns_ptr, bias_ptr, highest_ptr, words_ptr,
     q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
     out_stride_b, out_stride_h, out_stride_n,
     list_stride_b, list_stride_h, order_stride_h, class_stride_h,
     n_tiles, n_heads, group, n_q_blocks, n_queries, scale_log2, floor,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     RAGGED: gl.constexpr, HAS_ORDER: gl.constexpr, BOUND: gl.constexpr, DEALT: gl.constexpr,
-    COLUMNS: gl.constexpr, Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+    COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WORDS: gl.constexpr,
+    Q_SLOTS: gl.constexpr, SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
 ):  # fmt: skip
     q_room, k_room, v_room = (
         _room(q_desc, 2 * Q_SLOTS),
@@ -336,7 +319,8 @@ def _block_sparse_fwd_hopper_gluon(
     )  # fmt: skip
     pointers = (
         out_ptr, lse_ptr, norm_ptr, longest_ptr, offsets_ptr, full_ptr, partial_ptr, lengths_ptr,
-        pattern_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr,
+        pattern_ptr, q_starts_ptr, order_ptr, tiles_ptr, turns_ptr, highest_ptr,
+        (bias_ptr, words_ptr),
     )  # fmt: skip
     strides = (
         out_stride_b, out_stride_h, out_stride_n, list_stride_b, list_stride_h, order_stride_h,
@@ -347,11 +331,13 @@ def _block_sparse_fwd_hopper_gluon(
     gl.warp_specialize(
         [
             (_consume, (rings, pointers, strides, sizes, scale_log2, floor,
-                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT, COLUMNS)),
+                        half_0, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT, COLUMNS,
+                        HAS_BIAS, HAS_WORDS)),
             (_consume, (rings, pointers, strides, sizes, scale_log2, floor,
-                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT, COLUMNS)),
+                        half_1, D, BLOCK_D, BLOCK_N, RAGGED, HAS_ORDER, BOUND, DEALT, COLUMNS,
+                        HAS_BIAS, HAS_WORDS)),
             (_produce, (rings, (q_desc, k_desc, v_desc, of_mask[0], of_mask[1]), lists, moves,
-                        (n_tiles, n_heads, group, n_q_blocks), DEALT, COLUMNS)),
+                        (n_tiles, n_heads, group, n_q_blocks), DEALT, COLUMNS, HAS_WORDS)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -31,7 +31,7 @@ from dit_sparse.kernels.tiles import Tile, choose_tile, shared_memory
 from dit_sparse.kernels.variants import Kernel
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.plan import BlockPlan
-from dit_sparse.shares import Shares
+from dit_sparse.shares import Shares, any_plain, weighing
 
 _BLOCKS = (16, 32, 64, 128, 256)
 
@@ -190,6 +190,7 @@ class TritonBackend:
         summaries: BlockSummaries | None,
     ) -> _Made:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
+        on_hopper = on_hopper and (self._marks(q, plan, scale) or any_plain(plan))
         bounded = on_hopper and scale > 0 and self._bounded(q, plan)
         means = on_hopper and tail.runs(q, k, v, plan)
         known = summaries if on_hopper else None
@@ -221,13 +222,13 @@ class TritonBackend:
     def _specialised(self, room: Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (_, k, v), result = room.q, room.ordered, room.result
-        work = _work(q, plan, scale)
-        main = self._main(room, work.plain, scale, work.mask)
-        if main is None:
+        made = self._in_gluon(room, plan, scale) or self._in_triton(room, plan, scale)
+        if made is None:
             return []
+        main, work = made
         parts: list[tuple[BlockPlan, portable.Part]] = []
         if room.lengths is not None:
-            parts.append((work.plain, "repair full" if work.part == "partial" else "repair"))
+            parts.append((work.main, "repair full" if work.part == "partial" else "repair"))
         if work.rest is not None:
             parts.append((work.rest, work.part))
         tile = self._tile(q, v, plan)
@@ -236,18 +237,37 @@ class TritonBackend:
             *(portable.launch(q, k, v, x, scale, tile, result, part=part) for x, part in parts),
         ]
 
+    def _kernel(self, q: Tensor, plan: BlockPlan) -> Kernel:
+        return self.kernel or (hopper.chosen(q, plan.k_blocks) if q.is_cuda else "hopper")
+
+    def _marks(self, q: Tensor, plan: BlockPlan, scale: float) -> bool:
+        """Whether the Hopper kernel is that in Gluon, which adds biases and reads words itself."""
+        if self._kernel(q, plan) != "hopper_gluon" or self.each is not None:
+            return False
+        return hopper_gluon.refuses(weighing(plan), scale) is None
+
+    def _in_gluon(self, room: Room, plan: BlockPlan, scale: float) -> tuple[Launch, _Work] | None:
+        """Runs the kernel in Gluon, if it is chosen and can."""
+        if not self._marks(room.q, plan, scale):
+            return None
+        work = _work(room.q, plan, scale, marks=True)
+        given = (*room.ordered, work.main, scale, room.result)
+        done = hopper_gluon.launch(*given, mask=work.mask, lengths=room.lengths)
+        return None if done is None else (done, work)
+
+    def _in_triton(self, room: Room, plan: BlockPlan, scale: float) -> tuple[Launch, _Work] | None:
+        """Runs one of the other Hopper kernels."""
+        work = _work(room.q, plan, scale, marks=False)
+        done = self._main(room, work.main, scale, work.mask)
+        return None if done is None else (done, work)
+
     def _main(
         self, room: Room, plan: BlockPlan, scale: float, mask: MaskProduct | None
     ) -> Launch | None:
-        """Runs the Hopper kernel, on masked entries too if there is a mask."""
+        """One that knows no biases, on masked entries too if there is a mask."""
         q, lengths = room.ordered[0], room.lengths
         given = (*room.ordered, plan, scale, room.result)
-        each = self.each
-        kernel = self.kernel or (hopper.chosen(q, plan.k_blocks) if q.is_cuda else "hopper")
-        if kernel == "hopper_gluon" and each is None:
-            done = hopper_gluon.launch(*given, mask=mask, lengths=lengths)
-            if done is not None:
-                return done
+        each, kernel = self.each, self._kernel(q, plan)
         if each is None and q.is_cuda and kernel in ("hopper_persistent", "hopper_gluon"):
             each = hopper_persistent.blocks_each(q, plan, masked=mask is not None)
         # Masks and running maxima in one loop leave no exponentials under its products.
@@ -280,23 +300,29 @@ class _Work(NamedTuple):
     """What the specialised kernel and the portable one do of a plan's exact entries.
 
     Args:
-        plain: a plan without biases whose full entries the specialised kernel runs.
-        mask: with which it runs the partial ones too.
+        main: a plan whose full entries the specialised kernel runs, and the partial ones that
+            words mask if it knows them.
+        mask: with which it runs the partial ones of a box too.
         rest: the plan that has what is left; `None`: nothing is.
         part: of it.
     """
 
-    plain: BlockPlan
+    main: BlockPlan
     mask: MaskProduct | None
     rest: BlockPlan | None = None
     part: portable.Part = "added"
 
 
-def _work(q: Tensor, plan: BlockPlan, scale: float) -> _Work:
+def _work(q: Tensor, plan: BlockPlan, scale: float, *, marks: bool) -> _Work:
+    """Args:
+    marks: whether the specialised kernel adds biases and reads words.
+    """
     masks = hopper.masks(q)
-    if plan.bias is None:
+    if plan.bias is None or marks:
+        plan = weighing(plan)
         mask = hopper.mask_of(plan, scale) if masks else None
-        left = plan.masked and mask is None and len(plan.masked_rows) > 0
+        masked = plan.predicate is not None if marks else plan.masked
+        left = masked and mask is None and len(plan.masked_rows) > 0
         return _Work(plan, mask, plan, "partial") if left else _Work(plan, mask)
     if masks and plan.box is not None:
         shares = Shares.of(plan, masked=True)

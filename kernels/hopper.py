@@ -25,7 +25,6 @@ from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.kernels.variants import Kernel, masked_kernel, whole_kernel
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan, Blocks
-from dit_sparse.shares import any_plain
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,8 @@ class Matrix:
 
 
 def runs(q: Tensor, v: Tensor, plan: BlockPlan) -> bool:
-    """Whether the kernel was built for this problem (Hopper, 16 bit, blocks of 128) and has a part
-    in it: entries that need neither words nor a bias."""
-    return plan.q_blocks.size == 128 and suits(q, v, plan.k_blocks) and any_plain(plan)
+    """Whether the kernel was built for this problem: Hopper, 16 bit, blocks of 128."""
+    return plan.q_blocks.size == 128 and suits(q, v, plan.k_blocks)
 
 
 def suits(q: Tensor, v: Tensor, k_blocks: Blocks) -> bool:

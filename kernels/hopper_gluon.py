@@ -17,6 +17,7 @@ from dit_sparse.kernels.launch import GluonDescriptor, Launch, launch_specialise
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
 from dit_sparse.mask_product import COLUMNS, FLOOR, MaskProduct
 from dit_sparse.plan import BlockPlan
+from dit_sparse.shares import highest
 
 try:
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -28,6 +29,9 @@ except ImportError:  # a Triton without Gluon, or without what this needs of it
 
 #: Gluon changes with every version of Triton; this is the one that the machine code was read of.
 TRITON = "3.6"
+
+#: Biases further from 0 would come near to hidden scores (`FLOOR`) at the smallest scale for masks.
+_MOST_BIAS = 4096.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def refuses(plan: BlockPlan, scale: float) -> str | None:
         return f"expected blocks of 128, got {plan.q_blocks.size} and {plan.k_blocks.size}."
     if not scale > 0:  # scores behind the end of a block are hidden before they are scaled
         return f"expected a positive scale, got {scale}."
+    if plan.bias is not None and not (most := _most_bias(plan)) <= _MOST_BIAS:
+        return f"expected biases from {-_MOST_BIAS:g} to {_MOST_BIAS:g}, got one of {most:g} or so."
     return None
 
 
@@ -86,11 +92,12 @@ def launch(
     lengths: tuple[Tensor, Tensor] | None = None,
     rings: Rings | None = None,
 ) -> Launch | None:
-    """`hopper.launch` in Gluon; `None` too for what it `refuses`.
+    """`hopper.launch` in Gluon, with biases and words; `None` too for what it `refuses`.
 
     Args:
+        plan: of entries that are `weighing`.
         rings: `None` for those of `rings_for`.
-        q, k, v, plan, scale, result, mask, lengths: as there.
+        q, k, v, scale, result, mask, lengths: as there.
     """
     if refuses(plan, scale) is not None:
         return None
@@ -121,12 +128,13 @@ def _launch(
     programs = min(tiles, _multiprocessors(q.device))
     deal = dealt(plan, batch, heads, programs)
     classes, hidden, patterns = _tiles(mask, q.dtype) if mask else (None, None, starts)
+    biases = (starts, starts) if plan.bias is None else _biases(plan, mask)
     arguments = (
         _describe(qm, [ROWS.value, dim]), _describe(km, [keys, dim]), _describe(vm, [keys, dim]),
         classes, hidden, out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
         mask.query if mask else starts, patterns, plan.q_blocks.starts, order,
-        *(deal or (starts, starts)),
+        *(deal or (starts, starts)), *biases, starts if plan.words is None else plan.words,
         *qm.origin, *km.origin, *vm.origin, *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         mask.query.stride(0) if mask and len(mask.query) > 1 else 0,
@@ -142,6 +150,8 @@ def _launch(
         "BOUND": lengths is not None,
         "DEALT": deal is not None,
         "COLUMNS": COLUMNS if mask else 0,
+        "HAS_BIAS": plan.bias is not None,
+        "HAS_WORDS": plan.words is not None,
         "Q_SLOTS": rings.queries,
         "SLOTS": rings.keys,
         "V_SLOTS": rings.values,
@@ -176,6 +186,28 @@ def _tiles(mask: MaskProduct, dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
             torch.where(hides[mask.entry.long()], mask.entry, -1).int(),
         )  # fmt: skip
     return known[dtype]
+
+
+def _biases(plan: BlockPlan, mask: MaskProduct | None) -> tuple[Tensor, Tensor]:
+    """Biases as powers of 2: of each entry where the kernel reads it, and the highest of each row.
+
+    Kept with the plan.
+    """
+    known: dict[bool, tuple[Tensor, Tensor]] = vars(plan).setdefault("_as_powers", {})
+    if (masked := mask is not None) not in known:
+        assert plan.bias is not None
+        bias = plan.bias if mask is None else plan.bias[mask.place]
+        known[masked] = bias * LOG2_E, highest(plan) * LOG2_E
+    return known[masked]
+
+
+def _most_bias(plan: BlockPlan) -> float:
+    """How far the biases are from 0 at most; asks the device once for a plan."""
+    known: dict[str, float] = vars(plan)
+    if "_most_bias" not in known:
+        assert plan.bias is not None
+        known["_most_bias"] = float(plan.bias.abs().max()) if len(plan.bias) else 0.0
+    return known["_most_bias"]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import triton
 
 from dit_sparse.kernels import hopper_gluon
+from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
 from scripts.machine_code import K_BLOCK, Report, Variant, report_of, source_of
 
@@ -26,6 +27,19 @@ def in_gluon(every: bool) -> Iterator[Variant]:
             yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=bound)
             yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=bound, queued=True)
         yield Variant("hopper_gluon", 90, head_dim, ragged=True, dtype="fp16")
+        for masks in ({"biased": True}, {"words": True}, {"biased": True, "words": True}):
+            for bound in (False, True):
+                for ragged in (False, True):
+                    yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound, **masks)
+            yield Variant("hopper_gluon", 90, head_dim, ragged=True, queued=True, **masks)
+        yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=True, biased=True)
+
+
+def several_blocks(head_dim: int, ragged: bool) -> bool:
+    """Whether launches in bf16 ask for the kernel for several query blocks, if only where that in
+    Gluon cannot run."""
+    chosen = whole_kernel("sm_90", triton.__version__, "bfloat16", head_dim, ragged)
+    return chosen in ("hopper_persistent", "hopper_gluon")
 
 
 def gluon(variant: Variant) -> Report:
@@ -51,7 +65,9 @@ def gluon(variant: Variant) -> Report:
     for name, n in rows.items():
         described[name] = f"tensordesc<{dtype}[{n}, {COLUMNS}],{layout!r}>"
     constants |= {"COLUMNS": COLUMNS} if variant.box else {"COLUMNS": 0, **dict.fromkeys(rows)}
+    constants |= {"HAS_BIAS": variant.biased, "HAS_WORDS": variant.words}
     pointers = {"out_ptr": f"*{dtype}"}
+    pointers |= dict.fromkeys(("bias_ptr", "highest_ptr"), "*fp32" if variant.biased else "*i32")
     function = _block_sparse_fwd_hopper_gluon
     source = source_of(function, constants, described, pointers, GluonASTSource)
     return report_of(variant, source, 4, 2)

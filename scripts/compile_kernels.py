@@ -57,7 +57,6 @@ from dit_sparse.kernels.dealt import START
 from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
-from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
 from scripts import amd_variants, compile_gluon
 from scripts.machine_code import K_BLOCK, Q_BLOCK, Report, Variant, report_of, source_of
@@ -76,12 +75,12 @@ def variants(every: bool) -> Iterator[Variant]:
         for ragged in (False, True):
             for bound in (False, True):
                 yield Variant("hopper", 90, head_dim, ragged, bound=bound)
-            chosen = whole_kernel("sm_90", triton.__version__, "bfloat16", head_dim, ragged)
-            if chosen == "hopper_persistent" or every:
+            several = compile_gluon.several_blocks(head_dim, ragged)
+            if several or every:
                 yield Variant("hopper_persistent", 90, head_dim, ragged, bound=True)
-            if chosen == "hopper_persistent" and not ragged:
-                yield Variant(chosen, 90, head_dim, ragged, box=True, bound=True)
-            if chosen == "hopper_persistent" or every or not ragged:
+            if several and not ragged:
+                yield Variant("hopper_persistent", 90, head_dim, ragged, box=True, bound=True)
+            if several or every or not ragged:
                 yield Variant("hopper_persistent", 90, head_dim, ragged)
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
@@ -93,8 +92,8 @@ def variants(every: bool) -> Iterator[Variant]:
 
 def queued_variants(head_dim: int) -> Iterator[Variant]:
     """The kernels that begin with the longest rows."""
-    several = whole_kernel("sm_90", triton.__version__, "bfloat16", head_dim, True)
-    for kernel in sorted({"hopper", several}):
+    several = compile_gluon.several_blocks(head_dim, ragged=True)
+    for kernel in ("hopper", "hopper_persistent") if several else ("hopper",):
         for bound in (False, True):
             yield Variant(kernel, 90, head_dim, ragged=True, bound=bound, queued=True)
         yield Variant(kernel, 90, head_dim, ragged=False, bound=True, queued=True)

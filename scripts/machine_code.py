@@ -166,6 +166,7 @@ def _read(variant: Variant, kernel: Any) -> Report:
         raise RuntimeError(f"Expected cuobjdump to read the code of {variant}, got {usage!r}.")
     counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
     counts["overlapped"] = _overlapped(code)
+    counts["inner_spills"] = _inner_spills(code)
     counts["stale"] = _stale(kernel.asm["ptx"])
     counts["hasty"] = _hasty(kernel.asm["ptx"])
     # The driver counts local memory in words of four bytes for Triton's `n_spills`.
@@ -186,6 +187,25 @@ def _overlapped(code: str) -> int:
         else:
             since = int(not found.rstrip().endswith("0x0"))
     return count
+
+
+def _inner_spills(code: str) -> int:
+    """Accesses to local memory in the innermost of the loops that multiply matrices."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@\S+)?\s*([A-Z][\w.]*)([^;]*);", code)
+    lines = [(int(at, 16), bool(guard), name, rest) for at, guard, name, rest in found]
+    loops = []
+    for end, guarded, name, rest in lines:
+        to = re.search(r"0x[0-9a-f]+", rest)
+        if guarded and name == "BRA" and to is not None and (begin := int(to[0], 16)) <= end:
+            inside = [other for at, _, other, _ in lines if begin <= at <= end]
+            if any("GMMA" in other for other in inside):
+                spills = sum(other.startswith(("LDL", "STL")) for other in inside)
+                loops.append((begin, end, spills))
+    return sum(
+        spills
+        for begin, end, spills in loops
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e, _ in loops)
+    )
 
 
 def _hasty(ptx: str) -> int:

@@ -62,7 +62,7 @@ def _operator(name: str, swapped: bool) -> Callable[[Value, Any], Any]:
     return apply
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "xor", "and", "or"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "xor", "and", "or", "rshift"):
     setattr(Value, f"__{_name}__", _operator(f"__{_name}__", False))
     setattr(Value, f"__r{_name}__", _operator(f"__{_name}__", True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):

@@ -14,7 +14,7 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.coarse import one_softmax
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check
-from dit_sparse.shares import Shares, any_plain
+from dit_sparse.shares import Shares, any_plain, highest, weighing
 from tests.block_cases import Case, plan_of
 from tests.problems import pooled_plans
 
@@ -65,6 +65,28 @@ def test_the_shares_are_the_plan(plan: BlockPlan, masked: bool, words: bool, sha
         zeros = int((plan.bias[replace(plan, pools=None).entries] == 0).sum())
         kept = int((plain.full + plain.partial).sum())
         assert kept == zeros if masked else kept <= zeros <= entries
+
+
+@given(pooled_plans(), st.booleans(), st.sampled_from([0.1, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_what_weighs_is_the_plan(plan: BlockPlan, words: bool, share: float):
+    assert weighing(plan) is plan
+    if words and plan.box is not None:
+        shape = (plan.indices.numel(), -(-plan.k_blocks.size // 32))
+        plan = replace(plan, box=None, words=torch.randint(-(2**31), 2**31, shape).int())
+    plan = biased(plan, plan.indices.numel(), share)
+    lists = check(weighing(plan))
+    assert weighing(plan) is lists
+    assert lists.bias is not None
+    assert bool((lists.bias > -torch.inf).all())
+    got, expected = read(lists), read(exact_entries(plan))
+    torch.testing.assert_close(got.out, expected.out, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.lse, expected.lse)
+    rows = torch.cartesian_prod(*map(torch.arange, lists.offsets.shape)).tolist()
+    for row in map(tuple, rows):
+        first, n = int(lists.offsets[row]), int((lists.full + lists.partial)[row])
+        most = max(lists.bias[first : first + n].tolist(), default=0.0)
+        assert float(highest(lists)[row]) == most
 
 
 def test_rows_may_share_entries_in_any_place():

@@ -70,7 +70,7 @@ def test_the_kernel_for_several_query_blocks_is_so_too_or_refused(reports):
     for report in found:
         variant = report["variant"]
         problem = ("bfloat16", variant["head_dim"], variant["ragged"])
-        if whole_kernel("sm_90", triton.__version__, *problem) == "hopper_persistent":
+        if whole_kernel("sm_90", triton.__version__, *problem) != "hopper":
             check_persistent(report)
         else:
             assert report["flaw"] == "its warps are not specialised", report
@@ -79,7 +79,7 @@ def test_the_kernel_for_several_query_blocks_is_so_too_or_refused(reports):
 @pytest.mark.skipif(ANOTHER is None, reason="DIT_SPARSE_ANOTHER_TRITON names no folder")
 def test_the_kernel_for_several_query_blocks_where_another_triton_compiles_it():
     found = compiled("--only", "hopper_persistent", triton=ANOTHER)
-    assert len(found) == 10
+    assert len(found) == 17
     for report in found:
         check_persistent(report)
 
@@ -116,13 +116,17 @@ def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_b
     here = triton.__version__.startswith(TRITON + ".")
     found = compiled("--only", "hopper_gluon", triton=None if here else ANOTHER)
     assert {r["variant"]["head_dim"] for r in found} == {64, 128}
-    assert {r["variant"]["box"] for r in found} == {False, True}
+    for name in ("box", "biased", "words"):
+        assert {r["variant"][name] for r in found} == {False, True}
     for report in found:
         counts, variant = report["counts"], report["variant"]
         assert report["flaw"] is None, report
         # Some numbers of a query block, once for each, where ends of short blocks are hidden too;
-        # with a mask of the warp that loads, which has time.
-        assert counts["spills"] <= (12 if variant["ragged"] or variant["box"] else 0), report
+        # with a mask of the warp that loads, which has time. None in the loops over key blocks.
+        assert counts["inner_spills"] == 0, report
+        words = variant["ragged"] and variant["words"]
+        few = 36 if words else 12 if variant["ragged"] or variant["box"] else 0
+        assert counts["spills"] <= few, report
         assert counts["tma"] > 0, report
         assert counts["setmaxreg"] > 0, report
         assert counts["stale"] == 0, report

@@ -16,6 +16,8 @@ from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.grid import Permutation
 from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.plan_check import check as check_plan
+from dit_sparse.shares import highest, weighing
 from tests.gluon_model import Descriptor, Model, Pointer
 from tests.oracle import masked_attention
 from tests.problems import Boxes
@@ -27,7 +29,8 @@ if hopper_gluon._block_sparse_fwd_hopper_gluon is None:
     pytest.skip("needs a Triton with Gluon", allow_module_level=True)
 
 HERE = Path(hopper_gluon.__file__)
-SOURCES = [HERE.with_name(f"_{name}.py") for name in ("gluon_fetch", "gluon_rows", "hopper_gluon")]
+FILES = ("gluon_fetch", "gluon_rows", "gluon_weights", "hopper_gluon")
+SOURCES = [HERE.with_name(f"_{name}.py") for name in FILES]
 HEADS = 3
 
 
@@ -84,7 +87,7 @@ def modelled(
     monkeypatch.setattr(dealt, "longest_first", lambda *_: queue)
     shape = (*q.shape[:2], q.shape[2])
     result = AttentionOutput(torch.full_like(q, torch.nan), torch.full(shape, torch.nan))
-    scale = q.shape[-1] ** -0.5
+    scale, plan = q.shape[-1] ** -0.5, weighing(plan)
     mask = plan.mask_product
     hopper_gluon.launch(q, k, v, plan, scale, result, mask=mask, lengths=lengths, rings=rings)
     ((kernel, (grid, *_), arguments, constants),) = asked
@@ -232,6 +235,138 @@ def test_what_masks_need_is_seen_to_be_missing(monkeypatch, before: str, after: 
         check(got, q, k, v, plan)
 
 
+def marked(plan: BlockPlan, *, bias: bool, words: bool) -> BlockPlan:
+    """The plan with random words in place of its box, none of which show a key to one row, and with
+    biases: a fourth has none, a row only low ones, and one only -inf; some are so high that they
+    leave little of the other entries.
+    """
+    generator = torch.Generator().manual_seed(plan.indices.numel())
+    entries = plan.indices.numel()
+    offsets, count = plan.offsets.flatten(), (plan.full + plan.partial).flatten()
+    if words:
+        given = torch.randint(-(2**31), 2**31, (entries, 4), generator=generator).int()
+        given[::5], given[1::5] = 0, -1
+        row = int(torch.where(plan.full.flatten() == 0, count, 0).argmax())
+        given[offsets[row] : offsets[row] + count[row]] = 0
+        plan = replace(plan, box=None, words=given)
+    if bias:
+        biases = 3 * torch.randn(entries, generator=generator)
+        kind = torch.rand(entries, generator=generator)
+        for least, value in ((0.75, 0.0), (0.9, -math.inf), (0.95, 40.0), (0.98, -100.0)):
+            biases[kind > least] = value
+        rows = count.argsort()[-4:].tolist()
+        for row, value in ((rows[0], -math.inf), (rows[2], -80.0)):
+            biases[offsets[row] : offsets[row] + count[row]] = value
+        plan = replace(plan, bias=biases)
+    return check_plan(plan)
+
+
+def check_marked(
+    got: AttentionOutput, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, bound: bool
+) -> None:
+    """Against float64, and under a bound which rows are to be computed again: those that read
+    something, and have less than 2^-85 of the weight that it allows."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    exact, lse = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+    lse = lse.double()
+    seen = lse > -math.inf
+    assert bool((~seen).any())
+    if bound:
+        norms, longest = lengths_of(q, k)
+        top = (norms * longest[..., None]).double() * q.shape[-1] ** -0.5
+        lists = weighing(plan)
+        read = ((lists.full + lists.partial) > 0)[..., plan.q_blocks.of_token].expand_as(seen)
+        if plan.bias is not None:
+            above = highest(lists)[..., plan.q_blocks.of_token].expand_as(top)
+            read, above = (in_the_order_of_the_caller(x, plan) for x in (read, above))
+            top = top + above
+        else:
+            read = in_the_order_of_the_caller(read, plan)
+        below = (top - lse) / math.log(2)
+        assert not bool(((below - 85).abs() < 0.5).any())
+        again = read & (below > 85)
+        assert bool(again.any()) or plan.words is None
+        assert torch.equal(got.lse == math.inf, again)
+        lse, seen = lse.masked_fill(again, math.inf), seen & ~again
+    torch.testing.assert_close(got.lse.double(), lse, rtol=1e-4, atol=1e-3)
+    assert not got.out[lse == -math.inf].any()
+    error = (got.out.double() - exact)[seen].norm() / exact[seen].norm()
+    assert float(error) <= (6e-3 if q.dtype == torch.bfloat16 else 2e-3)
+
+
+def in_the_order_of_the_caller(rows: Tensor, plan: BlockPlan) -> Tensor:
+    if plan.order is None:
+        return rows
+    index = plan.order.index.expand(rows.shape[1], -1)[None].expand_as(rows)
+    return torch.empty_like(rows).scatter(-1, index, rows)
+
+
+def in_plan_order(plan: BlockPlan, *given: Tensor) -> tuple[Tensor, ...]:
+    if plan.order is None:
+        return given
+    index = plan.order.index.expand(HEADS, -1)[None, :, :, None]
+    return tuple(x.gather(2, index[:, : x.shape[1]].expand_as(x)) for x in given)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("kinds", ["bias", "words", "bias words", "bias box"])
+@pytest.mark.parametrize(
+    ("ragged", "order", "uneven", "kv_heads", "dim"),
+    [
+        (False, "none", False, HEADS, 64),
+        (True, "head", False, HEADS, 128),
+        (True, "shared", True, 1, 64),
+        (False, "none", True, 1, 128),
+    ],
+)
+def test_biases_and_words(
+    monkeypatch, bound: bool, kinds: str, ragged, order, uneven, kv_heads, dim
+):
+    boxes = None if kinds == "bias" else HEADS
+    plan = plan_of(3, ragged=ragged, order=order, uneven=uneven, boxes=boxes)
+    plan = marked(plan, bias="bias" in kinds, words="words" in kinds)
+    dtype = torch.bfloat16 if bound else torch.float16
+    q, k, v = tensors(plan.q_blocks.total, dim, kv_heads, seed=4, dtype=dtype)
+    moved = in_plan_order(plan, q, k, v)
+    lengths = lengths_of(*moved[:2]) if bound else None
+    for seed, rings in enumerate(("as shipped", "one of queries", "four")):
+        made = RINGS[rings](dim)
+        got = modelled(monkeypatch, *moved, plan, lengths, made, seed, programs=4)
+        check_marked(got, q, k, v, plan, bound)
+
+
+@pytest.mark.parametrize(
+    ("bound", "before", "after"),
+    [
+        (True, "if (a & b & c & d) != -1", "if False"),
+        (True, "gl.where(key < 32, a, b)", "gl.where(key < 32, b, a)"),
+        (True, "gl.where(key < 96, c, d)", "c"),
+        (True, "True, it >= full,", "True, it > full,"),
+        (True, "first_1, steps_1 > 0, full_1 == 0", "first_1, steps_1 > 0, steps_1 < 0"),
+        (True, "first_1, q_start_1, q_end_1, full_1\n", "first_1, q_start_1, q_end_1, full\n"),
+        (True, "q_end_1, full_1 = first_2", "q_end_1, _ = first_2"),
+        (True, "steps_1, highest_1 = head_2", "steps_1, _ = head_2"),
+        (True, "COLUMNS or HAS_WORDS", "COLUMNS"),
+        (True, "top -= bias", "pass"),
+        (True, "m_i += highest", "pass"),
+        (False, "highest += bias", "pass"),
+        (False, "if RAGGED or HAS_WORDS:", "if RAGGED:"),
+    ],
+)
+def test_what_biases_and_words_need_is_seen_to_be_missing(
+    monkeypatch, bound: bool, before: str, after: str
+):
+    plan = plan_of(3, ragged=False, order="none", uneven=False, boxes=HEADS)
+    plan = marked(plan, bias=True, words=True)
+    dtype = torch.bfloat16 if bound else torch.float16
+    q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4, dtype=dtype)
+    break_once(monkeypatch, before, after)
+    lengths = lengths_of(q, k) if bound else None
+    got = modelled(monkeypatch, q, k, v, plan, lengths, hopper_gluon.rings_for(64), 0, 3)
+    with pytest.raises(AssertionError):
+        check_marked(got, q, k, v, plan, bound)
+
+
 def test_a_bound_far_above_all_scores_is_said(monkeypatch):
     plan = plan_of(3, ragged=False, order="none", uneven=False)
     q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4, dtype=torch.bfloat16)
@@ -300,6 +435,11 @@ def test_what_it_refuses(monkeypatch):
     monkeypatch.setattr(hopper_gluon.triton.knobs.runtime, "interpret", False)
     plan = plan_of(0, ragged=False, order="none", uneven=False)
     assert hopper_gluon.refuses(plan, 0.125) is None
+    for bias, sentence in ((4096.0, None), (-4097.0, "got one of 4097"), (-math.inf, "of inf")):
+        biases = torch.zeros(plan.indices.numel())
+        biases[3] = bias
+        reason = hopper_gluon.refuses(replace(plan, bias=biases), 0.125)
+        assert reason is None if sentence is None else sentence in reason
     assert "positive scale, got 0.0" in hopper_gluon.refuses(plan, 0.0)
     small = Blocks.uniform(640, 64, "cpu")
     visited = torch.ones(1, 1, small.n, small.n, dtype=torch.bool)
@@ -444,6 +584,47 @@ def test_masks_and_text_on_a_gpu(monkeypatch, bound, boxes, picture, kv_heads, d
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2299, dim, kv_heads, seed=dim))
     monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: 11)  # several turns of each
     backend, launches = on_gpu(monkeypatch, plan, bound)
+    first = attend(q, k, v, plan, backend=backend)
+    assert launches
+    assert None not in launches
+    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+    seen = exact.lse > -math.inf
+    assert float((first.out - exact.out)[seen].norm() / exact.out[seen].norm()) <= 1e-2
+    torch.testing.assert_close(first.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-3)
+    assert not first.out[~seen].any()
+    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@GPU
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("kinds", ["bias", "words", "bias words", "bias box"])
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "dim", "uneven"),
+    [
+        (2299, HEADS, 128, False),
+        (2304, 1, 64, True),
+        (2304, HEADS, 128, True),
+        (2299, 1, 64, False),
+    ],
+)
+def test_biases_and_words_on_a_gpu(monkeypatch, bound, kinds, tokens, kv_heads, dim, uneven):
+    generator = torch.Generator().manual_seed(dim)
+    blocks = Blocks.uniform(tokens, 128)
+    visited = torch.rand(1, HEADS, blocks.n, blocks.n, generator=generator) < 0.3
+    visited[0, 0, 7] = False
+    full = box = None
+    if kinds != "bias":
+        full = torch.rand(visited.shape, generator=generator) < 0.5
+        full[:, :, 5] = False
+        box = Boxes.random((2, 0, 2), HEADS, tokens, tokens, dim).packed()
+    plan = BlockPlan.from_mask(visited, blocks, blocks, full=full, box=box)
+    plan = marked(plan, bias="bias" in kinds, words="words" in kinds)
+    plan = replace(plan, uneven=uneven).to("cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(tokens, dim, kv_heads, seed=dim))
+    monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: 11)  # several turns of each
+    backend, launches = on_gpu(monkeypatch, weighing(plan), bound)
     first = attend(q, k, v, plan, backend=backend)
     assert launches
     assert None not in launches

@@ -15,11 +15,13 @@ from dit_sparse.backend import AttentionOutput
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_check import check
 from dit_sparse.predicate import DiskPredicate
+from dit_sparse.shares import any_plain
 from tests.block_cases import HEADS, Case, plan_of, tensors_of
 from tests.problems import pooled
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
+hopper_gluon = pytest.importorskip("dit_sparse.kernels.hopper_gluon")
 hopper_persistent = pytest.importorskip("dit_sparse.kernels.hopper_persistent")
 launching = pytest.importorskip("dit_sparse.kernels.launch")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
@@ -86,7 +88,8 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
             runs.append((name if part is None else part, plan))
         return done
 
-    for module, name in ((hopper, "hopper"), (hopper_persistent, "hopper"), (portable, "all")):
+    named = {hopper: "hopper", hopper_persistent: "hopper", hopper_gluon: "gluon", portable: "all"}
+    for module, name in named.items():
         monkeypatch.setattr(module, "launch", partial(note, module.launch, name))
     return runs
 
@@ -108,8 +111,22 @@ def check_runs(runs: list[Run], plan: BlockPlan, mask: str, bounded: bool) -> No
     runs = [(name, x.to("cpu")) for name, x in runs]
     plan, by_product = plan.to("cpu"), mask == "box"
     names = [name for name, _ in runs]
-    assert names[0] == "hopper"
     main = runs[0][1]
+    if names[0] == "gluon":
+        left = mask in ("boxes of many classes", "disk")
+        repair = "repair full" if left else "repair"
+        assert names[1:] == [repair] * bounded + ["partial"] * left
+        weighing = (
+            plan if plan.bias is None else replace(plan, bias=(plan.bias == -torch.inf) * 1.0)
+        )
+        for part in ("full", "partial"):
+            assert torch.equal(main.listed(part), entries_of(weighing, part, plain=True))
+        for _, run in runs[1:]:  # with all biases and words, as far as they are not copies
+            assert torch.equal(run.indices, main.indices)
+            assert (run.bias is None) == (plan.bias is None)
+            assert (run.words is None) == (plan.words is None)
+        return
+    assert names[0] == "hopper"
     assert main.bias is None
     assert torch.equal(main.listed("full"), entries_of(plan, "full", plain=True))
     left = plan.bias is not None or mask not in ("none", "box")
@@ -145,9 +162,79 @@ def check_result(
     assert bool((got.lse[~seen] == -torch.inf).all())
 
 
+def as_in_gluon(
+    rows: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float,
+    result: AttentionOutput, *, mask: Any, lengths: Any,
+) -> object:  # fmt: skip
+    """What the kernel in Gluon does, by the reference.
+
+    Args:
+        rows: bool `[B, H, N]`, which it marks under a bound, in the order of the results.
+    """
+    lists = replace(plan, pools=None, tail="none", hidden=None, order=None)
+    if mask is None and plan.words is None:
+        none = torch.zeros_like(plan.partial)
+        lists = replace(lists, partial=none, box=None, disk=None)
+    found = reference.BACKEND.run(q.double(), k.double(), v.double(), lists, scale)
+    out, lse = found if plan.order is None else map(plan.order.undo, found)
+    if lengths is not None:
+        marked = rows & (lse > -torch.inf)
+        out, lse = out.masked_fill(marked[..., None], 7.0), lse.masked_fill(marked, torch.inf)
+    result.out.copy_(out)
+    result.lse.copy_(lse)
+    return object()
+
+
 @interpreter
 @pytest.mark.usefixtures("poisoned")
 class TestInterpreted:
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("bounded", [False, True])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(64, 128, 128, torch.float16, order="head", lists="head"),
+            Case(72, 128, 128, torch.float16, False, order="none", tokens=640),
+        ],
+        ids=str,
+    )
+    def test_one_kernel_for_all_entries(
+        self, mask: str, bias: bool, bounded: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+    ):
+        plan = mixed(case, mask, bias=bias)
+        q, k, v = tensors_of(case, plan)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
+        rows = torch.zeros(q.shape[:3], dtype=torch.bool)
+        rows[:, 0, ::50] = True
+        monkeypatch.setattr(hopper_gluon, "refuses", lambda *_: None)
+        monkeypatch.setattr(hopper_gluon, "launch", partial(as_in_gluon, rows))
+        runs = noted(monkeypatch)
+        backend = block_sparse.TritonBackend(kernel="hopper_gluon", interpreted=True)
+        launches = backend._specialised(room, plan, case.head_dim**-0.5)
+        assert len(launches) == len(runs)
+        assert runs[0][0] == "gluon"
+        check_runs(runs, plan, mask, bounded)
+        check_result(room.result, q, k, v, plan, 3e-3)
+
+    @pytest.mark.parametrize("refused", [False, True])
+    @pytest.mark.parametrize("mask", ["box", "words"])
+    def test_two_kernels_where_that_in_gluon_cannot_run(
+        self, refused: bool, mask: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        """By what it refuses, or as its launch finds."""
+        case = Case(64, 128, 128, torch.float16, order="head", lists="head")
+        plan = mixed(case, mask, bias=True)
+        q, k, v = tensors_of(case, plan)
+        room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=False)
+        monkeypatch.setattr(hopper_gluon, "refuses", lambda *_: "so" if refused else None)
+        monkeypatch.setattr(hopper_gluon, "launch", lambda *_, **__: None)
+        runs = noted(monkeypatch)
+        backend = block_sparse.TritonBackend(kernel="hopper_gluon", interpreted=True)
+        backend._specialised(room, plan, case.head_dim**-0.5)
+        check_runs(runs, plan, mask, False)
+        check_result(room.result, q, k, v, plan, 3e-3)
+
     @pytest.mark.parametrize("mask", MASKS)
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize(
@@ -169,7 +256,7 @@ class TestInterpreted:
         room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
         runs = noted(monkeypatch)
         backend = block_sparse.TritonBackend(interpreted=True)
-        assert hopper.any_plain(plan)
+        assert any_plain(plan)
         launches = backend._specialised(room, plan, case.head_dim**-0.5)
         assert len(launches) == len(runs)
         check_runs(runs, plan, mask, bounded)
@@ -242,12 +329,15 @@ class TestOnAGPU:
         check_runs(runs, plan, mask, True)
         check_result(got, q, k, v, plan, 1e-2)
 
-    def test_no_plain_entries(self, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize("kernel", ["hopper", "hopper_gluon"])
+    def test_no_plain_entries(self, kernel: str, monkeypatch: pytest.MonkeyPatch):
         case = Case(128, 128, 128, torch.bfloat16, tokens=900, box=False)
         plan = plan_of(case)
         plan = check(replace(plan, bias=torch.full(plan.indices.shape, 0.5))).to("cuda")
         q, k, v = tensors_of(case, plan, "cuda")
         runs = noted(monkeypatch)
-        got = attend(q, k, v, plan, backend=block_sparse.BACKEND)
-        assert [name for name, _ in runs] == ["all"]
+        backend = block_sparse.TritonBackend(kernel=kernel)
+        got = attend(q, k, v, plan, backend=backend)
+        whole = hopper.runs(q, v, plan) and backend._marks(q, plan, 1.0)
+        assert [name for name, _ in runs] == ["gluon" if whole else "all"]
         check_result(got, q, k, v, plan, 1e-2)
