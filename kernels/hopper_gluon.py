@@ -76,7 +76,7 @@ def refuses(plan: BlockPlan, scale: float) -> str | None:
     if not scale > 0:  # scores behind the end of a block are hidden before they are scaled
         return f"expected a positive scale, got {scale}."
     if plan.bias is not None and not (most := _most_bias(plan)) <= _MOST_BIAS:
-        return f"expected biases from {-_MOST_BIAS:g} to {_MOST_BIAS:g}, got one of {most:g} or so."
+        return f"expected biases from {-_MOST_BIAS:g} to {_MOST_BIAS:g}, got one {most:g} from 0."
     return None
 
 

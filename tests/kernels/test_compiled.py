@@ -14,6 +14,7 @@ import pytest
 from dit_sparse.kernels.hopper_gluon import TRITON
 from dit_sparse.kernels.tiles import choose_tile, shared_memory
 from dit_sparse.kernels.variants import whole_kernel
+from scripts.machine_code import _inner_spills
 
 triton = pytest.importorskip("triton")
 VERSION = triton.__version__.split(".")[:2]
@@ -56,6 +57,24 @@ def chosen(reports: list[dict[str, Any]], kernel: str, capability: int) -> list[
     ]
     assert found
     return found
+
+
+LOOPS = """
+/*0000*/ NOP ;
+/*0010*/ NOP ;
+/*0020*/ NOP ;
+/*0030*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+/*0040*/ @P0 BRA 0x20 ;
+/*0050*/ @!P1 BRA 0x50 ;
+/*0060*/ @P2 BRA 0x10 ;
+"""
+
+
+@pytest.mark.parametrize(("place", "spills"), [("0000", 0), ("0010", 0), ("0020", 1)])
+def test_accesses_to_local_memory_are_counted_in_inner_loops(place: str, spills: int):
+    code = LOOPS.replace(f"/*{place}*/ NOP ;", f"/*{place}*/ LDL R0, [R1] ;")
+    assert code != LOOPS
+    assert _inner_spills(code) == spills
 
 
 def test_the_hopper_kernel_is_specialised_asynchronous_and_free_of_spills(reports):

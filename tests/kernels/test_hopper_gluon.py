@@ -435,7 +435,11 @@ def test_what_it_refuses(monkeypatch):
     monkeypatch.setattr(hopper_gluon.triton.knobs.runtime, "interpret", False)
     plan = plan_of(0, ragged=False, order="none", uneven=False)
     assert hopper_gluon.refuses(plan, 0.125) is None
-    for bias, sentence in ((4096.0, None), (-4097.0, "got one of 4097"), (-math.inf, "of inf")):
+    for bias, sentence in (
+        (4096.0, None),
+        (-4097.0, "got one 4097 from 0"),
+        (-math.inf, "got one inf from 0"),
+    ):
         biases = torch.zeros(plan.indices.numel())
         biases[3] = bias
         reason = hopper_gluon.refuses(replace(plan, bias=biases), 0.125)
