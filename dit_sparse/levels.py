@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
+from dit_sparse.list_lengths import check_entries
 from dit_sparse.plan import BlockPlan, Blocks, Pools, Tail
 
 _SORTED = 1 << 22  # block pairs sorted at a time, which bounds the memory that it takes
@@ -58,11 +59,7 @@ def plan_of_levels(
         indices = _entries(level, classes, room)
     else:
         indices = _known_entries(level, classes, count, offsets, total)
-    if indices.numel() > torch.iinfo(torch.int32).max:
-        raise ValueError(
-            f"Expected at most 2**31 - 1 entries in a plan, got {indices.numel()}. Use larger "
-            "blocks or share lists between heads."
-        )
+    check_entries(indices.numel())
     plan = BlockPlan(
         q_blocks=q_blocks,
         k_blocks=k_blocks,

@@ -18,11 +18,11 @@ from torch import Tensor
 from dit_sparse import words
 from dit_sparse.density import keys_read
 from dit_sparse.grid import Permutation
+from dit_sparse.list_lengths import check_entries, uneven
 from dit_sparse.mask_product import MaskProduct
 from dit_sparse.pools import Pools as Pools
 from dit_sparse.pools import Tail as Tail
 from dit_sparse.predicate import BoxPredicate, DiskPredicate, Predicate, make_contiguous
-from dit_sparse.unevenness import uneven
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,11 +214,7 @@ class BlockPlan:
         indices = (rank[rank < 2 * n_k] % n_k).to(torch.int32)
         count = visited.sum(-1, dtype=torch.int32)
         ends = count.flatten().cumsum(0, dtype=torch.int64)
-        if indices.numel() > torch.iinfo(torch.int32).max:
-            raise ValueError(
-                f"Expected at most 2**31 - 1 entries in a plan, got {indices.numel()}. Use larger "
-                "blocks or share lists between heads."
-            )
+        check_entries(indices.numel())
         offsets = (ends.view(count.shape) - count).to(torch.int32)
         n_full = whole.sum(-1, dtype=torch.int32)
         return cls(

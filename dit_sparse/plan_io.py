@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation
+from dit_sparse.list_lengths import uneven
 from dit_sparse.plan import BlockPlan, Blocks, Pools
 from dit_sparse.plan_check import check, tensors
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
-from dit_sparse.unevenness import uneven
 
 _KEY = "dit_sparse.plan"
 _VERSION = 2

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import TextSpan, TokenLayout
+from dit_sparse.list_lengths import check_entries
 from dit_sparse.plan import Blocks
-from dit_sparse.tile_lists import Visits, check_entries
+from dit_sparse.tile_lists import Visits
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dit_sparse.list_lengths import check_entries
 from dit_sparse.plan import BlockPlan
-from dit_sparse.tile_lists import check_entries
 
 
 @dataclass(frozen=True, eq=False)

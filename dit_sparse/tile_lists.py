@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import Permutation, TokenGrid
+from dit_sparse.list_lengths import check_entries
 from dit_sparse.neighbourhood import Intervals
 
 
@@ -190,15 +191,6 @@ class Visits:
         full_rank = full - (self.n_full.cumsum(0) - self.n_full)[self.row]
         rank = entry - (self.count.cumsum(0) - self.count)[self.row]
         return torch.where(self.full, full_rank, self.n_full[self.row] + rank - full_rank)
-
-
-def check_entries(entries: int) -> None:
-    """Raises `ValueError` for more entries than 32 bits number."""
-    if entries > torch.iinfo(torch.int32).max:
-        raise ValueError(
-            f"Expected at most 2**31 - 1 entries in a plan, got {entries}. Use a smaller window, "
-            "or larger blocks."
-        )
 
 
 def of_place(cut: Tensor) -> Tensor:

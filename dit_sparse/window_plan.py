@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dit_sparse import orders
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.list_lengths import much_longer
 from dit_sparse.neighbourhood import Axis, Intervals
 from dit_sparse.plan import BlockPlan
 from dit_sparse.plan_lists import Surroundings, write_lists
 from dit_sparse.predicate import BoxPredicate, DiskPredicate
 from dit_sparse.tile_lists import Reach, Tiling, Visits, cuts
-from dit_sparse.unevenness import much_longer
 
 #: One rule for each of (frames, height, width).
 Axes: TypeAlias = tuple[Axis, Axis, Axis]

@@ -9,6 +9,7 @@ from torch import Tensor
 from dit_sparse.frame import Frame
 from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels.launch import device_of
+from dit_sparse.list_lengths import check_entries
 from dit_sparse.plan import BlockPlan, Pools, Tail
 
 #: Key blocks of a row that a program holds in registers.
@@ -44,11 +45,7 @@ def choose(
     scores = scores.contiguous()
     room = n if frame.has_context or mass is not None else max(1, ends[-1])
     entries, rows = (batch * heads * n * room,), (batch, heads, n)
-    if entries[0] > torch.iinfo(torch.int32).max:  # offsets would be those of other rows
-        raise ValueError(
-            f"Expected at most 2**31 - 1 entries in a plan, got {entries[0]}. Use larger blocks or "
-            "split the batch."
-        )
+    check_entries(entries[0])  # offsets would be those of other rows
     # One by one: Triton compiles anew for addresses that are no multiples of 16.
     indices, first_keys, n_keys = (scores.new_empty(entries, dtype=torch.int32) for _ in range(3))
     offsets, full, partial = (scores.new_empty(rows, dtype=torch.int32) for _ in range(3))

@@ -80,7 +80,7 @@ def _by_length(plan: BlockPlan, queue: Tensor, batch: int, heads: int, programs:
     turns = queue.new_empty(programs)
     _deal_fwd[(1,)](
         queue, entries, tiles, turns, len(queue), programs, most,
-        START=START, WIDTH=max(triton.next_power_of_2(programs), 2), num_warps=4,
+        START=START, WIDTH=max(triton.next_power_of_2(programs), 2), num_warps=8,
     )  # fmt: skip
     return Deal(tiles, turns)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from its own row and from those above it.
 LAYERS = (
-    ("grid", "models", "model_identity", "step_segments", "unevenness"),
+    ("grid", "models", "model_identity", "step_segments", "list_lengths"),
     (
         "predicate",
         "pools",

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dit_sparse import orders
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.list_lengths import check_entries
 from dit_sparse.neighbourhood import Neighbourhood, Rolled, whole
-from dit_sparse.tile_lists import Reach, Visits, check_entries, cuts
+from dit_sparse.tile_lists import Reach, Visits, cuts
 from dit_sparse.window_plan import pieces, plan_windows, tile_grid
 
 CPU = torch.device("cpu")

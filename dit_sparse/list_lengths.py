@@ -1,7 +1,8 @@
-"""Whether the rows of a plan differ so much in length that the order in which they run matters."""
+"""How long the lists of a plan may be, and whether they differ so much that their order matters."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _MUCH_LONGER = 1.5  # windows that move inwards at the borders are below it
@@ -18,3 +19,16 @@ def uneven(count: Tensor) -> bool:
 
 def much_longer(longest: float, mean: float) -> bool:
     return longest > _MUCH_LONGER * mean
+
+
+def check_entries(entries: int) -> None:
+    """Refuses a plan of more entries than 32 bits number.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if entries > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"Expected at most 2**31 - 1 entries in a plan, got {entries}. Use larger blocks or a "
+            "smaller window, share lists between heads, or split the batch."
+        )

@@ -10,10 +10,10 @@ import torch
 
 from dit_sparse import methods
 from dit_sparse.grid import TokenGrid, TokenLayout
+from dit_sparse.list_lengths import much_longer, uneven
 from dit_sparse.method import CallContext
 from dit_sparse.plan import BlockPlan, Blocks
 from dit_sparse.plan_io import load_plan, save_plan
-from dit_sparse.unevenness import much_longer, uneven
 from tests.paro_cases import GRID, blocks_of, calibration, context, method, random_masks
 
 VIDEO = TokenLayout.of(TokenGrid(4, 24, 32), text_first=40)
