@@ -10,24 +10,18 @@ A folder of docs/quality/ is an evaluation that was kept: `report.html`, `report
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
+
+from scripts.report_lines import environment_of, rows_of
+from scripts.report_steps import steps_summary, steps_table
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def environment_of(rows: list[dict[str, Any]]) -> str:
-    environment = rows[0]["environment"]
-    names = [f"{n} {environment.get(n)}" for n in ("torch", "triton", "diffusers", "cudnn")]
-    return f"One {environment['device']}, {', '.join(n for n in names if 'None' not in n)}, bf16"
 
 
 def kernel_table(rows: list[dict[str, Any]]) -> str:
@@ -124,60 +118,6 @@ def published_table(rows: list[dict[str, Any]]) -> str:
 
 def _over(dense: float, time: float | None) -> str:
     return "" if time is None else f"{time:.1f} ms, {dense / time:.2f}x"
-
-
-def steps_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of whole denoising steps, dense and with every method."""
-    lines = [
-        f"{environment_of(rows)}, random weights of the full size, one forward without guidance, "
-        f"variants in turn, {_rounds(rows)}. The baseline is the faster of diffusers' default and "
-        "this package's dense attention; *ideal* is a sparse kernel with the rate of dense cuDNN "
-        "and free planning at the measured density. Times with a ~ are estimates for all layers, "
-        "on the line through the times of two depths.",
-        "",
-        "| model, tokens | mode | diffusers | dense | attention | method | density | sparse "
-        "| speedup | ideal | of ideal |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    by_mode: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_mode.setdefault((row["model"], row["compiled"]), {})[row["variant"]] = row
-    for (model, compiled), group in by_mode.items():
-        dense = [_milliseconds(group.get(name, {})) for name in ("stock", "dense")]
-        lines += [
-            f"| {model}, {row['tokens']:,} | {'compiled' if compiled else 'eager'} | "
-            f"{' | '.join(dense)} | {row['attention_share']:.0%} | {row['variant'].split()[0]} | "
-            f"{row['measured_density']:.3f} | {_milliseconds(row)} | {row['speedup']:.2f}x | "
-            f"{row['ideal']:.2f}x | {row['speedup'] / row['ideal']:.2f} |"
-            for name, row in group.items()
-            if name not in ("stock", "dense") and "ms" in row
-        ]
-    return "\n".join([*lines, *_failures(rows)])
-
-
-def _rounds(rows: list[dict[str, Any]]) -> str:
-    counts = {row["rounds"] for row in rows if "rounds" in row} or {1}
-    least, most = min(counts), max(counts)
-    if most == 1:
-        return "one round each behind one that compiles"
-    return f"medians of {least} to {most} rounds" if least < most else f"medians of {most} rounds"
-
-
-def _milliseconds(row: dict[str, Any]) -> str:
-    if "ms" not in row:
-        return "failed" if "failed" in row else ""
-    return f"{'~' * bool(row.get('estimated'))}{row['ms']:.0f} ms"
-
-
-def _failures(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each row that says why there is no time."""
-    found = [row for row in rows if "failed" in row]
-    modes = ["compiled" if row["compiled"] else "eager" for row in found]
-    lines = [
-        f"* {row['model']}, {mode}, {row['variant']} failed: {row['failed'][:200]}"
-        for row, mode in zip(found, modes, strict=True)
-    ]
-    return ["", *lines] if lines else []
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -291,7 +231,8 @@ def _mean_and_worst(row: dict[str, Any], name: str, form: str) -> str:
 
 #: Tables by the file that they stand in and the name of their lines in benchmarks/.
 TABLES = {
-    "README.md": {"steps": steps_table},
+    "README.md": {"steps": steps_summary},
+    "docs/evaluation.md": {"steps": steps_table},
     "docs/piecewise.md": {"methods": methods_table, "h100-methods": methods_table},
     "docs/kernels.md": {
         "kernels": kernel_table,

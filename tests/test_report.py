@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from dit_sparse.evaluation.variants import BASELINES
-from scripts.report import DENSE, steps_table, with_tables
+from scripts.report import DENSE, with_tables
+from scripts.report_steps import steps_summary, steps_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +53,24 @@ def test_steps_say_what_is_estimated_and_what_failed() -> None:
     assert "| pisa |" not in table
     rows[0] = step("stock", failed="no")
     assert "| failed | ~20 ms |" in steps_table(rows)
+
+
+def test_the_summary_has_a_line_for_each_model_and_a_column_for_each_method() -> None:
+    rows = [
+        timed("stock", 30.0, estimated=True, speedup=0.7),
+        timed("dense", 20.0, estimated=True, speedup=1.0),
+        timed("window 0.2", 10.0, estimated=True, speedup=1.8),
+        step("pisa 0.2", failed="RuntimeError: no memory"),
+        {**timed("stock", 9.0, speedup=1.0), "model": "flux", "compiled": False},
+        {**timed("pisa 0.2", 4.5, speedup=2.0), "model": "flux", "compiled": False},
+    ]
+    table = steps_summary(rows)
+    assert (
+        "| mode | dense | attention | window 0.2 | pisa 0.2 |\n|---|---|---|---|---|---|" in table
+    )
+    assert "| wan, 1,000 | compiled | ~20 ms | 50% | 1.80x (2.00) | failed |" in table
+    assert "| flux, 1,000 | eager | 9 ms | 50% |  | 2.00x (2.00) |" in table
+    assert "* wan, compiled, pisa 0.2 failed: RuntimeError: no memory" in table
 
 
 @pytest.fixture
