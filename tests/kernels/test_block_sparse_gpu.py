@@ -45,6 +45,8 @@ COMPILED = [
     )
 ]
 
+WHOLE = [case for case in COMPILED if case.q_block == case.k_block == 128 and case.head_dim <= 128]
+
 
 def test_the_cases_cover_every_block_with_every_head_dim():
     dims = [32, 64, 72, 88, 96, 128, 256]
@@ -87,14 +89,22 @@ class TestCompiled:
         assert (backend.name, refusals) == ("triton", ())
         check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
 
+    @pytest.mark.parametrize("case", WHOLE, ids=str)
+    def test_the_hopper_kernel_behind_the_tables_choice(self, case: Case):
+        """Which runs where the kernel in Gluon refuses, and with other versions of Triton."""
+        plan, (q, k, v) = on_gpu(case)
+        backend = block_sparse.TritonBackend(kernel="hopper")
+        check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
+
+    @pytest.mark.parametrize("kernel", [None, "hopper"])
     @pytest.mark.parametrize("block", [64, 128])
     @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("order", ["none", "head"])
     @pytest.mark.parametrize("bound", [False, True])
     def test_repeated_launches(
-        self, block: int, box: bool, order: str, bound: bool, monkeypatch: pytest.MonkeyPatch
+        self, kernel, block: int, box: bool, order: str, bound: bool, monkeypatch
     ):
-        backend = block_sparse.TritonBackend(bound=bound)
+        backend = block_sparse.TritonBackend(kernel=kernel, bound=bound)
         monkeypatch.setattr("dit_sparse.attention.backends", lambda precision="bf16": (backend,))
         case = Case(64, block, block, torch.bfloat16, box=box, order=order, tokens=2304)
         plan, (q, k, v) = on_gpu(case)

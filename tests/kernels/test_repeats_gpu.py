@@ -76,6 +76,20 @@ def test_the_portable_kernel(name: str, options: dict[str, Any], tma: bool):
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("name", "options"), WINDOWS)
+@pytest.mark.parametrize("kernel", ["hopper", "hopper_gluon"])
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_hopper_kernels(name: str, options: dict[str, Any], kernel: Any, bound: bool, dim: int):
+    method, backend = methods.create(name, options), TritonBackend(kernel=kernel, bound=bound)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> AttentionOutput:
+        return attend(q, k, v, method.plan(q, k, CallContext(LAYOUT)), backend=backend)
+
+    check(dim, call)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("name", "options"), WINDOWS)
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_eight_bits(name: str, options: dict[str, Any], precision: Any):
     method = methods.create(name, options)
