@@ -58,19 +58,14 @@ def _forget_stale_barriers(STAGES: tl.constexpr = 2):
 
 @triton.jit
 def _place(n_q_blocks, n_outer, first_inner, n_heads):
-    """Query block, head and batch entry of a program."""
-    return _placed(tl.program_id(0), tl.num_programs(0), n_q_blocks, n_outer, first_inner, n_heads)
-
-
-@triton.jit
-def _placed(tile, n_tiles, n_q_blocks, n_outer, first_inner, n_heads):
-    """Query block, head and batch entry of one of the tiles that are begun one after the other.
+    """Query block, head and batch entry of a program.
 
     The blocks around the picture read everything: were they not begun first, in all heads, the last
     of them would run on alone. Query blocks of one head are neighbours in the launch order and walk
     the same keys in L2.
     """
-    outer = n_tiles // n_q_blocks * n_outer
+    tile = tl.program_id(0)
+    outer = tl.num_programs(0) // n_q_blocks * n_outer
     n_inner = n_q_blocks - n_outer
     width = tl.where(tile < outer, n_outer, n_inner)
     number = tl.where(tile < outer, tile, tile - outer)

@@ -16,7 +16,6 @@ from dit_sparse.kernels import (
     approximate,
     hopper,
     hopper_gluon,
-    hopper_persistent,
     known_answers,
     pool,
     pooled,
@@ -61,7 +60,6 @@ class TritonBackend:
         tile: run the portable kernel with this tile, for measurements and tests.
         bound: whether the Hopper kernel subtracts a bound of the scores instead of their maximum,
             where it may; `None` for where it pays.
-        each: query blocks that a program of the Hopper kernel takes; `None` for as many as pay.
         kernel: the Hopper kernel for whole entries, where it may run; `None` for the table's.
         interpreted: run in Triton's interpreter on a CPU; `TRITON_INTERPRET=1` must have been set
             before Triton was imported. For tests: it is slow, and wrong in bfloat16.
@@ -69,7 +67,6 @@ class TritonBackend:
 
     tile: Tile | None = None
     bound: bool | None = None
-    each: int | None = None
     kernel: Kernel | None = None
     interpreted: bool = False
 
@@ -222,7 +219,7 @@ class TritonBackend:
     def _specialised(self, room: Room, plan: BlockPlan, scale: float) -> list[Launch]:
         """Runs the Hopper kernel, and the portable one for what it leaves; empty if it cannot."""
         q, (_, k, v), result = room.q, room.ordered, room.result
-        made = self._in_gluon(room, plan, scale) or self._in_triton(room, plan, scale)
+        made = self._in_gluon(room, plan, scale) or _in_triton(room, plan, scale)
         if made is None:
             return []
         main, work = made
@@ -242,9 +239,8 @@ class TritonBackend:
 
     def _marks(self, q: Tensor, plan: BlockPlan, scale: float) -> bool:
         """Whether the Hopper kernel is that in Gluon, which adds biases and reads words itself."""
-        if self._kernel(q, plan) != "hopper_gluon" or self.each is not None:
-            return False
-        return hopper_gluon.refuses(weighing(plan), scale) is None
+        chosen = self._kernel(q, plan) == "hopper_gluon"
+        return chosen and hopper_gluon.refuses(weighing(plan), scale) is None
 
     def _in_gluon(self, room: Room, plan: BlockPlan, scale: float) -> tuple[Launch, _Work] | None:
         """Runs the kernel in Gluon, if it is chosen and can."""
@@ -254,28 +250,6 @@ class TritonBackend:
         given = (*room.ordered, work.main, scale, room.result)
         done = hopper_gluon.launch(*given, mask=work.mask, lengths=room.lengths)
         return None if done is None else (done, work)
-
-    def _in_triton(self, room: Room, plan: BlockPlan, scale: float) -> tuple[Launch, _Work] | None:
-        """Runs one of the other Hopper kernels."""
-        work = _work(room.q, plan, scale, marks=False)
-        done = self._main(room, work.main, scale, work.mask)
-        return None if done is None else (done, work)
-
-    def _main(
-        self, room: Room, plan: BlockPlan, scale: float, mask: MaskProduct | None
-    ) -> Launch | None:
-        """One that knows no biases, on masked entries too if there is a mask."""
-        q, lengths = room.ordered[0], room.lengths
-        given = (*room.ordered, plan, scale, room.result)
-        each, kernel = self.each, self._kernel(q, plan)
-        if each is None and q.is_cuda and kernel in ("hopper_persistent", "hopper_gluon"):
-            each = hopper_persistent.blocks_each(q, plan, masked=mask is not None)
-        # Masks and running maxima in one loop leave no exponentials under its products.
-        if each is not None and each > 1 and (mask is None or lengths is not None):
-            done = hopper_persistent.launch(*given, each=each, mask=mask, lengths=lengths)
-            if done is not None:
-                return done
-        return hopper.launch(*given, mask=mask, lengths=lengths)
 
     def _tile(self, q: Tensor, v: Tensor, plan: BlockPlan) -> Tile:
         tile = self._tile_or_none(q, v, plan)
@@ -330,6 +304,14 @@ def _work(q: Tensor, plan: BlockPlan, scale: float, *, marks: bool) -> _Work:
             return _Work(shares.plain, mask, shares.rest)
     shares = Shares.of(plan, masked=False)
     return _Work(shares.plain, None, shares.rest)
+
+
+def _in_triton(room: Room, plan: BlockPlan, scale: float) -> tuple[Launch, _Work] | None:
+    """Runs the Hopper kernel that knows no biases and no words, if it can."""
+    work = _work(room.q, plan, scale, marks=False)
+    given = (*room.ordered, work.main, scale, room.result)
+    done = hopper.launch(*given, mask=work.mask, lengths=room.lengths)
+    return None if done is None else (done, work)
 
 
 def _approximate(

@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 from dit_sparse.kernels.architecture import generation
 
-#: What computes whole entries: `hopper` has a program for every query block, `hopper_persistent`
-#: programs for several, `hopper_gluon` one for every multiprocessor, `portable` runs anywhere.
-Kernel = Literal["hopper", "hopper_persistent", "hopper_gluon", "portable"]
+#: What computes whole entries: `hopper` has a program for every query block, `hopper_gluon` one for
+#: every multiprocessor, `portable` runs anywhere.
+Kernel = Literal["hopper", "hopper_gluon", "portable"]
 #: What masks entries by coordinates, see `Masked`.
 Masking = Literal["hopper", "portable"]
 

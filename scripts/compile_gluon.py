@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import triton
 
 from dit_sparse.kernels import hopper_gluon
-from dit_sparse.kernels.variants import whole_kernel
 from dit_sparse.mask_product import COLUMNS
 from scripts.machine_code import K_BLOCK, Report, Variant, report_of, source_of
 
@@ -33,13 +32,6 @@ def in_gluon(every: bool) -> Iterator[Variant]:
                     yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound, **masks)
             yield Variant("hopper_gluon", 90, head_dim, ragged=True, queued=True, **masks)
         yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=True, biased=True)
-
-
-def several_blocks(head_dim: int, ragged: bool) -> bool:
-    """Whether launches in bf16 ask for the kernel for several query blocks, if only where that in
-    Gluon cannot run."""
-    chosen = whole_kernel("sm_90", triton.__version__, "bfloat16", head_dim, ragged)
-    return chosen in ("hopper_persistent", "hopper_gluon")
 
 
 def gluon(variant: Variant) -> Report:

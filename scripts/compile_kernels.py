@@ -1,7 +1,7 @@
 """Compiles every kernel variant for a GPU that need not be there, and reads the machine code.
 
     python scripts/compile_kernels.py --format json
-    PYTHONPATH=folder/with/another/triton python scripts/compile_kernels.py --only hopper_persistent
+    PYTHONPATH=folder/with/another/triton python scripts/compile_kernels.py --only hopper_gluon
 
 Small changes of a kernel's source make Triton drop warp specialisation, serialise the matrix
 instructions or spill registers without a word. Registers, spills and the counts of the
@@ -34,7 +34,6 @@ from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
 from dit_sparse.kernels._deal import _deal_fwd
 from dit_sparse.kernels._hopper import _block_sparse_fwd_hopper
-from dit_sparse.kernels._hopper_persistent import _block_sparse_fwd_hopper_persistent
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._hopper_quantised import _quantised_fwd_hopper
 from dit_sparse.kernels._importance import _importance_fwd, _take_fwd
@@ -65,9 +64,6 @@ from scripts.machine_code import K_BLOCK, Q_BLOCK, Report, Variant, report_of, s
 def variants(every: bool) -> Iterator[Variant]:
     """The kernels for exact entries, as launches ask for them.
 
-    The kernel for several query blocks is compiled where the table does not choose it for this
-    version of Triton too: it must be refused there.
-
     Args:
         every: all combinations; otherwise each of their kinds.
     """
@@ -75,13 +71,6 @@ def variants(every: bool) -> Iterator[Variant]:
         for ragged in (False, True):
             for bound in (False, True):
                 yield Variant("hopper", 90, head_dim, ragged, bound=bound)
-            several = compile_gluon.several_blocks(head_dim, ragged)
-            if several or every:
-                yield Variant("hopper_persistent", 90, head_dim, ragged, bound=True)
-            if several and not ragged:
-                yield Variant("hopper_persistent", 90, head_dim, ragged, box=True, bound=True)
-            if several or every or not ragged:
-                yield Variant("hopper_persistent", 90, head_dim, ragged)
         for bound in (False, True):  # blocks of any length: their ends are masked too
             yield Variant("hopper", 90, head_dim, ragged=False, box=True, bound=bound)
         yield Variant("hopper", 90, head_dim, ragged=True, dtype="fp16")
@@ -92,13 +81,10 @@ def variants(every: bool) -> Iterator[Variant]:
 
 def queued_variants(head_dim: int) -> Iterator[Variant]:
     """The kernels that begin with the longest rows."""
-    several = compile_gluon.several_blocks(head_dim, ragged=True)
-    for kernel in ("hopper", "hopper_persistent") if several else ("hopper",):
-        for bound in (False, True):
-            yield Variant(kernel, 90, head_dim, ragged=True, bound=bound, queued=True)
-        yield Variant(kernel, 90, head_dim, ragged=False, bound=True, queued=True)
-        if kernel == "hopper" or head_dim <= 64:
-            yield Variant(kernel, 90, head_dim, ragged=False, box=True, bound=True, queued=True)
+    for bound in (False, True):
+        yield Variant("hopper", 90, head_dim, ragged=True, bound=bound, queued=True)
+    for box in (False, True):
+        yield Variant("hopper", 90, head_dim, ragged=False, box=box, bound=True, queued=True)
     yield Variant("portable", 80, head_dim, ragged=True, queued=True)
 
 
@@ -302,8 +288,8 @@ def compiled(variant: Variant) -> Report:
     """Compiles a variant as its launcher would."""
     masked = variant.box or variant.disk or variant.words
     queries = Q_BLOCK
-    if variant.kernel in _HOPPER:
-        function, warps, stages, tma, keys = _HOPPER[variant.kernel], 4, 2, True, K_BLOCK
+    if variant.kernel == "hopper":
+        function, warps, stages, tma, keys = _block_sparse_fwd_hopper, 4, 2, True, K_BLOCK
         tile = [keys, variant.head_dim]
     else:
         function = _portable_fwd
@@ -340,12 +326,6 @@ def compiled(variant: Variant) -> Report:
     others = halves | ({"bias_ptr": "*fp32"} if variant.biased else {})
     source = source_of(function, constants, described if tma else {}, others)
     return report_of(variant, source, warps, stages)
-
-
-_HOPPER = {
-    "hopper": _block_sparse_fwd_hopper,
-    "hopper_persistent": _block_sparse_fwd_hopper_persistent,
-}
 
 
 def chosen(

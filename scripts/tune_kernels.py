@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.bench import environment, time_interleaved
-from dit_sparse.kernels import hopper, hopper_gluon, hopper_persistent, norms, portable
+from dit_sparse.kernels import hopper, hopper_gluon, norms, portable
 from dit_sparse.kernels.variants import Kernel, Masked, Masking, Table, Whole, table
 from dit_sparse.plan import BlockPlan, Blocks
 from scripts import tune_masked
@@ -98,14 +98,8 @@ def runner(
     if trial.kernel == "portable":
         tile = tile_for(q, boxed=False)
         return lambda: portable.launch(q, k, v, plan, scale, tile, result)
-    if trial.kernel == "hopper":
-        return lambda: hopper.launch(q, k, v, plan, scale, result, lengths=lengths)
-    if trial.kernel == "hopper_gluon":
-        return lambda: hopper_gluon.launch(q, k, v, plan, scale, result, lengths=lengths)
-    each = max(2, hopper_persistent.blocks_each(q, plan, masked=False))
-    return lambda: hopper_persistent.launch(
-        q, k, v, plan, scale, result, each=each, lengths=lengths
-    )
+    launch = hopper.launch if trial.kernel == "hopper" else hopper_gluon.launch
+    return lambda: launch(q, k, v, plan, scale, result, lengths=lengths)
 
 
 def measured(trial: Trial) -> float | str:

@@ -8,7 +8,7 @@ memory full of NaN, and every result has to be the same to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,10 +17,11 @@ from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.bench import time_interleaved
 from dit_sparse.grid import TokenGrid, TokenLayout
-from dit_sparse.kernels import hopper, hopper_persistent, norms, portable
+from dit_sparse.kernels import hopper, hopper_gluon, norms, portable
 from dit_sparse.kernels.architecture import architecture
 from dit_sparse.kernels.permute import permute
 from dit_sparse.kernels.tiles import Tile, choose_tile
+from dit_sparse.kernels.variants import Kernel
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
 from dit_sparse.plan import BlockPlan
@@ -87,33 +88,31 @@ def problem(
 
 @dataclass(frozen=True)
 class Way:
-    """How the kernel for whole entries is run.
+    """How whole entries are run.
 
     Args:
+        kernel: `hopper_gluon` stands for `hopper` where it refuses.
         bound: subtract a bound of the scores instead of running maxima.
-        each: query blocks to a program; 0 where the portable kernel does everything.
     """
 
+    kernel: Kernel
     bound: bool
-    each: int
 
     def __str__(self) -> str:
-        return f"{'bounds' if self.bound else 'running maxima'}, {self.each} to a program"
+        return f"{self.kernel}, {'bounds' if self.bound else 'running maxima'}"
 
 
 def ways(q: torch.Tensor, plan: BlockPlan, *, product: bool) -> tuple[list[Way], Way]:
     """All that production may take for such problems, and the one that it takes for large ones."""
     chosen = hopper.chosen(q, plan.k_blocks)
     if chosen == "portable" and not product:
-        return [Way(False, 0)], Way(False, 0)
-    found, several = [], chosen == "hopper_persistent"
-    for bound in (False, True) if q.dtype == torch.bfloat16 else (False,):
-        usual = Way(bound, 1)
-        found.append(usual)
-        if several and (bound or not product):
-            usual = Way(bound, hopper_persistent.blocks_each(q, plan, masked=product))
-            found.append(replace(usual, each=max(2, usual.each)))  # small problems count too
-    return found, usual
+        return [Way("portable", False)], Way("portable", False)
+    kernels: list[Kernel] = ["hopper"]
+    if chosen == "hopper_gluon":
+        kernels.append(chosen)
+    bounds = (False, True) if q.dtype == torch.bfloat16 else (False,)
+    found = [Way(kernel, bound) for kernel in kernels for bound in bounds]
+    return found, found[-1]
 
 
 def run(
@@ -129,13 +128,11 @@ def run(
     mask = hopper.mask_of(plan, scale) if product else None
     if product and mask is None:
         raise RuntimeError("Expected masks that are a product, got others. Try other windows.")
-    done = None
-    if way.each > 1:
-        done = hopper_persistent.launch(
-            *ordered, plan, scale, result, each=way.each, mask=mask, lengths=lengths
-        )
-    if done is None and way.each > 0:
-        done = hopper.launch(*ordered, plan, scale, result, mask=mask, lengths=lengths)
+    done, given = None, (*ordered, plan, scale, result)
+    if way.kernel == "hopper_gluon":
+        done = hopper_gluon.launch(*given, mask=mask, lengths=lengths)
+    if done is None and way.kernel != "portable":
+        done = hopper.launch(*given, mask=mask, lengths=lengths)
     if done is None and mask is not None:
         return None
     tile = tile_for(q, boxed=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,6 @@ from tests.problems import Boxes
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 rooms = pytest.importorskip("dit_sparse.kernels.rooms")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
-hopper_persistent = pytest.importorskip("dit_sparse.kernels.hopper_persistent")
 launching = pytest.importorskip("dit_sparse.kernels.launch")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 tiles = pytest.importorskip("dit_sparse.kernels.tiles")
@@ -34,12 +31,6 @@ tiles = pytest.importorskip("dit_sparse.kernels.tiles")
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 specialised = pytest.mark.skipif(
     launching.TensorDescriptor is None, reason="needs tensor descriptors, of Triton 3.4 and later"
-)
-# A program for every query block, or one for three of them.
-mains = pytest.mark.parametrize(
-    "main",
-    [hopper.launch, partial(hopper_persistent.launch, each=3)],
-    ids=["one each", "three each"],
 )
 
 # Every choice of values for any three of these factors occurs in some case.
@@ -216,10 +207,9 @@ class TestInterpreted:
         torch.testing.assert_close(room.result.lse.double(), lse, rtol=1e-5, atol=1e-5)
 
     @specialised
-    @mains
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("text", [(0, 0), (150, 0), (0, 3), (3, 150)])
-    def test_blocks_around_a_picture(self, main: Any, text: tuple[int, int]):
+    def test_blocks_around_a_picture(self, text: tuple[int, int]):
         """Their query blocks come first."""
         layout = TokenLayout.of(TokenGrid(1, 21, 32), *text)
         method = WindowMethod(window=(12, 32), stride=(4, 32), tile=(4, 32))
@@ -230,18 +220,15 @@ class TestInterpreted:
         result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
         ordered = tuple(plan.order(x) for x in (q, k, v))
         assert plan.mask_product is not None
-        assert main(*ordered, plan, 64**-0.5, result, mask=plan.mask_product)
+        assert hopper.launch(*ordered, plan, 64**-0.5, result, mask=plan.mask_product)
         check(result, q, k, v, plan)
 
     @specialised
-    @mains
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("box", [False, True])
     @pytest.mark.parametrize("ragged", [False, True])
     @pytest.mark.parametrize("order", ["none", "head"])
-    def test_a_bound_instead_of_the_running_maximum(
-        self, main: Any, box: bool, ragged: bool, order: str
-    ):
+    def test_a_bound_instead_of_the_running_maximum(self, box: bool, ragged: bool, order: str):
         """Rows that the bound overtakes are marked, and computed again."""
         case = Case(64, 128, 128, torch.float16, ragged=ragged, box=box, order=order)
         plan = plan_of(case)
@@ -255,7 +242,7 @@ class TestInterpreted:
         (qo, ko, vo), result = room.ordered, room.result
         mask = plan.mask_product
         assert (mask is not None) == box
-        assert main(qo, ko, vo, plan, 64**-0.5, result, mask=mask, lengths=room.lengths)
+        assert hopper.launch(qo, ko, vo, plan, 64**-0.5, result, mask=mask, lengths=room.lengths)
         marked = result.lse == torch.inf
         seen = plan.to_mask().any(-1).expand_as(marked)
         assert 0 < (marked & seen).sum() <= 2 * len(out_of_reach)
@@ -264,22 +251,20 @@ class TestInterpreted:
         check(result, q, k, v, plan)
 
     @specialised
-    @mains
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("bounded", [False, True])
-    def test_short_blocks_of_wide_heads(self, main: Any, bounded: bool):
+    def test_short_blocks_of_wide_heads(self, bounded: bool):
         case = Case(72, 128, 128, torch.float16, ragged=True, box=False)
         plan = plan_of(case)
         assert plan.k_blocks.ragged
         q, k, v = (x.contiguous() for x in tensors_of(case, plan))
         q = q / 8  # within reach of a bound in half precision
         room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
-        assert main(q, k, v, plan, 72**-0.5, room.result, lengths=room.lengths)
+        assert hopper.launch(q, k, v, plan, 72**-0.5, room.result, lengths=room.lengths)
         check(room.result, q, k, v, plan)
 
     @specialised
-    @mains
-    def test_which_rows_a_bound_marks(self, main: Any):
+    def test_which_rows_a_bound_marks(self):
         """Those with less than 2^-85 of the weight that it allows; no others are repaired."""
         blocks = Blocks.uniform(4 * 128, 128)
         plan = BlockPlan.from_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), blocks, blocks)
@@ -289,7 +274,7 @@ class TestInterpreted:
         q[:, 1, 256:] /= 3
         room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=True)
         result = room.result
-        assert main(q, k, v, plan, 64**-0.5, result, lengths=room.lengths)
+        assert hopper.launch(q, k, v, plan, 64**-0.5, result, lengths=room.lengths)
         exact = masked_attention(q, k, v)[1]
         lengths, longest = q.double().norm(dim=-1), k.double().norm(dim=-1).amax(-1)
         below = (lengths * longest[..., None] * 64**-0.5 - exact) / math.log(2)
@@ -308,8 +293,7 @@ class TestInterpreted:
         torch.testing.assert_close(result.lse.double(), exact, rtol=0, atol=1e-3)
 
     @specialised
-    @mains
-    def test_rows_without_a_number_are_marked(self, main: Any):
+    def test_rows_without_a_number_are_marked(self):
         """Under a bound they are computed again with their block, whose other rows are right."""
         blocks = Blocks.uniform(2 * 128, 128)
         plan = BlockPlan.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), blocks, blocks)
@@ -318,7 +302,7 @@ class TestInterpreted:
         broken = q.clone()
         broken[0, 0, 5] = torch.nan
         room, _ = rooms.in_order(broken, k, v, plan, queries=True, bounded=True)
-        assert main(broken, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
+        assert hopper.launch(broken, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
         marked = (room.result.lse == torch.inf).nonzero().tolist()
         assert marked == [[0, 0, 5]]
         tile = tiles.Tile(32, warps=4, stages=1, tma=False)
@@ -341,15 +325,14 @@ class TestInterpreted:
         check_beside_nan(attend(q, k, v, plan, backend=run), q, k, v, plan, read)
 
     @specialised
-    @mains
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("box", [False, True])
-    def test_rows_that_read_nothing_in_the_specialised_kernel(self, main: Any, box: bool):
+    def test_rows_that_read_nothing_in_the_specialised_kernel(self, box: bool):
         plan, q, k, v, read = nan_behind_empty_rows(box)
         result = AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
         mask = plan.mask_product
         assert (mask is not None) == box
-        assert main(q, k, v, plan, 64**-0.5, result, mask=mask)
+        assert hopper.launch(q, k, v, plan, 64**-0.5, result, mask=mask)
         check_beside_nan(result, q, k, v, plan, read)
 
     def test_another_scale(self):
@@ -455,17 +438,16 @@ def test_heads_that_share_keys(order: str, box: bool):
 
 @interpreter
 @specialised
-@mains
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("bounded", [False, True])
-def test_heads_that_share_keys_in_specialised_kernels(main: Any, bounded: bool):
+def test_heads_that_share_keys_in_the_specialised_kernel(bounded: bool):
     case = Case(64, 128, 128, torch.float16, box=False, lists="head")
     plan = plan_of(case)
     q, k, v = (x.contiguous() for x in tensors_of(case, plan))
     q, k, v = q / 8, k[:, 1:].contiguous(), v[:, 1:].contiguous()
     room, _ = rooms.in_order(q, k, v, plan, queries=True, bounded=bounded)
     assert room.ordered[1].shape[1] == 1
-    assert main(q, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
+    assert hopper.launch(q, k, v, plan, 64**-0.5, room.result, lengths=room.lengths)
     check(room.result, q, k.expand_as(q), v.expand_as(q), plan)
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from dit_sparse.kernels.hopper_gluon import TRITON
 from dit_sparse.kernels.tiles import choose_tile, shared_memory
-from dit_sparse.kernels.variants import whole_kernel
 from scripts.machine_code import _inner_spills
 
 triton = pytest.importorskip("triton")
@@ -80,34 +79,6 @@ def test_accesses_to_local_memory_are_counted_in_inner_loops(place: str, spills:
 def test_the_hopper_kernel_is_specialised_asynchronous_and_free_of_spills(reports):
     for report in chosen(reports, "hopper", 90):
         check_hopper(report)
-
-
-def test_the_kernel_for_several_query_blocks_is_so_too_or_refused(reports):
-    """As the table says for this version of Triton."""
-    found = [r for r in reports if r["variant"]["kernel"] == "hopper_persistent"]
-    assert {r["variant"]["head_dim"] for r in found} == {64, 128}
-    for report in found:
-        variant = report["variant"]
-        problem = ("bfloat16", variant["head_dim"], variant["ragged"])
-        if whole_kernel("sm_90", triton.__version__, *problem) != "hopper":
-            check_persistent(report)
-        else:
-            assert report["flaw"] == "its warps are not specialised", report
-
-
-@pytest.mark.skipif(ANOTHER is None, reason="DIT_SPARSE_ANOTHER_TRITON names no folder")
-def test_the_kernel_for_several_query_blocks_where_another_triton_compiles_it():
-    found = compiled("--only", "hopper_persistent", triton=ANOTHER)
-    assert len(found) == 17
-    for report in found:
-        check_persistent(report)
-
-
-def check_persistent(report: dict[str, Any]) -> None:
-    check_hopper(report)
-    if report["variant"]["head_dim"] == 64 and not report["variant"]["box"]:
-        # Two share a multiprocessor's 228 KiB, of which each takes another for the system.
-        assert report["shared"] <= 115_712, report
 
 
 def check_hopper(report: dict[str, Any]) -> None:

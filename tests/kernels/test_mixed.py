@@ -22,7 +22,6 @@ from tests.problems import pooled
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
 hopper = pytest.importorskip("dit_sparse.kernels.hopper")
 hopper_gluon = pytest.importorskip("dit_sparse.kernels.hopper_gluon")
-hopper_persistent = pytest.importorskip("dit_sparse.kernels.hopper_persistent")
 launching = pytest.importorskip("dit_sparse.kernels.launch")
 portable = pytest.importorskip("dit_sparse.kernels.portable")
 reference = pytest.importorskip("dit_sparse.kernels.reference")
@@ -88,7 +87,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
             runs.append((name if part is None else part, plan))
         return done
 
-    named = {hopper: "hopper", hopper_persistent: "hopper", hopper_gluon: "gluon", portable: "all"}
+    named = {hopper: "hopper", hopper_gluon: "gluon", portable: "all"}
     for module, name in named.items():
         monkeypatch.setattr(module, "launch", partial(note, module.launch, name))
     return runs

@@ -48,7 +48,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A table with rows for two Triton versions."""
     made = [
         Whole("sm_90", version, *BF16, kernel, "compiled", {})
-        for version, kernel in (("3.6", "hopper_persistent"), ("3.10", "hopper"))
+        for version, kernel in (("3.6", "hopper_gluon"), ("3.10", "hopper"))
     ]
     table = replace(variants.table(), whole=tuple(made))
     monkeypatch.setattr(variants, "table", lambda: table)
@@ -62,8 +62,8 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("version", "kernel"),
     [
         ("3.5.1", "portable"),
-        ("3.6.0", "hopper_persistent"),
-        ("3.9.1+cu130", "hopper_persistent"),  # nobody has tried: the version before
+        ("3.6.0", "hopper_gluon"),
+        ("3.9.1+cu130", "hopper_gluon"),  # nobody has tried: the version before
         ("3.10.0", "hopper"),
         ("4.0", "hopper"),
     ],
@@ -103,8 +103,8 @@ def test_rows_of_other_fields_are_refused():
 def test_unknown_kernels_are_refused():
     with pytest.raises(ValueError, match=r"Expected a kernel among hopper, .*, got 'fast'"):
         Whole("sm_90", "3.6", *BF16, "fast", "compiled", {})
-    with pytest.raises(ValueError, match=r"among hopper, portable, got 'hopper_persistent'"):
-        Masked("sm_90", "3.6", "hopper_persistent", "compiled", {})
+    with pytest.raises(ValueError, match=r"among hopper, portable, got 'hopper_gluon'"):
+        Masked("sm_90", "3.6", "hopper_gluon", "compiled", {})
 
 
 def test_masked_rows_never_choose_what_was_refused():

@@ -49,12 +49,10 @@ def test_a_variant_that_fails_is_refused():
 
 
 def test_the_fastest_is_chosen_among_those_that_ran():
-    seen = {"hopper": 2.0, "hopper_persistent": "did not end within 90 s", "portable": 3.0}
+    seen = {"hopper": 2.0, "hopper_gluon": "did not end within 90 s", "portable": 3.0}
     row = row_of(KEY, seen, "sm_90", "3.6")
     assert (row.kernel, row.source, row.trials) == ("hopper", "measured", seen)
-    assert row_of(KEY, seen | {"hopper_persistent": 1.9}, "sm_90", "3.6").kernel == (
-        "hopper_persistent"
-    )
+    assert row_of(KEY, seen | {"hopper_gluon": 1.9}, "sm_90", "3.6").kernel == "hopper_gluon"
 
 
 def test_nothing_is_chosen_when_nothing_ran():
@@ -87,10 +85,10 @@ def test_a_choice_stays_where_no_other_is_clearly_faster():
         assert (found.source, found.trials) == ("measured", trials)
         return found.kernel
 
-    assert chosen(hopper=1.04, hopper_persistent=1.0) == "hopper"
-    assert chosen(hopper=1.06, hopper_persistent=1.0) == "hopper_persistent"
-    assert chosen(hopper="no", hopper_persistent=1.0) == "hopper_persistent"
-    assert chosen(hopper_persistent=1.0) == "hopper_persistent"
+    assert chosen(hopper=1.04, hopper_gluon=1.0) == "hopper"
+    assert chosen(hopper=1.06, hopper_gluon=1.0) == "hopper_gluon"
+    assert chosen(hopper="no", hopper_gluon=1.0) == "hopper_gluon"
+    assert chosen(hopper_gluon=1.0) == "hopper_gluon"
 
 
 def test_the_text_is_the_table():
@@ -99,7 +97,7 @@ def test_the_text_is_the_table():
     assert max(map(len, text.splitlines())) < 400
 
 
-@pytest.mark.parametrize("hopper", [1.5, "bounds, 1 to a program: NaN in 3 of 50 runs"])
+@pytest.mark.parametrize("hopper", [1.5, "hopper, bounds: NaN in 3 of 50 runs"])
 def test_masked_rows_replace_those_of_the_same_gpu_and_version(hopper: float | str):
     before = table()
     found = dict.fromkeys(MASKED, 2.0) | {MASKED[0]: hopper}
@@ -121,7 +119,7 @@ def test_both_kinds_of_rows_are_made_of_one_run():
     rows = rows_of(found, "sm_90", "3.6")
     assert len(rows) == len(DTYPES) * 2 * 2 + 1
     assert [row for row in rows if isinstance(row, Masked)] == rows[-1:]
-    assert {len(row.trials) for row in rows[:-1]} == {4}
+    assert {len(row.trials) for row in rows[:-1]} == {3}
 
 
 def test_the_product_masks_where_it_is_faster_in_all():
@@ -136,11 +134,11 @@ def test_the_product_masks_where_it_is_faster_in_all():
 def test_one_refusal_of_the_product_leaves_the_portable_kernel():
     times: dict[Trial, float | str] = {t: 1.0 if t.kernel == "hopper" else 2.0 for t in MASKED}
     last = max(n for n, trial in enumerate(MASKED) if trial.kernel == "hopper")
-    times[MASKED[last]] = "bounds, 2 to a program: NaN in 3 of 50 runs"
+    times[MASKED[last]] = "hopper, bounds: NaN in 3 of 50 runs"
     (row,) = rows_of(times, "sm_90", "3.6")
     assert row.kernel == "portable"
     assert row.trials["hopper"] == (
-        "float16, head dim 128, short blocks: bounds, 2 to a program: NaN in 3 of 50 runs"
+        "float16, head dim 128, short blocks: hopper, bounds: NaN in 3 of 50 runs"
     )
     refused = dict.fromkeys(MASKED, "did not end within 90 s")
     with pytest.raises(RuntimeError, match="Expected some kernel to run masked entries, got"):
@@ -167,7 +165,7 @@ def test_after_a_refusal_no_more_masks_are_tried(monkeypatch: pytest.MonkeyPatch
 
 def test_every_variant_is_tried_on_every_kind_of_problem():
     found = list(trials(["bfloat16"]))
-    assert len(found) == len(set(found)) == 4 * 2 * 2
+    assert len(found) == len(set(found)) == 3 * 2 * 2
     assert len(MASKED) == len(set(MASKED)) == 2 * 2 * 2 * 2
     with_rows = {(row.dtype, row.head_dim, row.ragged) for row in table().whole}
     assert {(t.dtype, t.head_dim, t.ragged) for t in trials(["bfloat16", "float16"])} == with_rows

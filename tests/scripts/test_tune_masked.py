@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.bench import Timing
-from dit_sparse.kernels import hopper, hopper_persistent, launch, portable
+from dit_sparse.kernels import hopper, hopper_gluon, launch, portable
 from dit_sparse.kernels.variants import Kernel
 from dit_sparse.plan import BlockPlan
 from scripts import tune_masked
@@ -43,14 +43,14 @@ def test_the_problems_have_masks_that_are_a_product(ragged: bool):
 @specialised
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize(
-    ("product", "each"), [(False, 0), (False, 1), (False, 3), (True, 1), (True, 3)]
+    ("product", "kernel"), [(False, "portable"), (False, "hopper"), (True, "hopper")]
 )
-def test_every_way_gives_the_reference(product: bool, bound: bool, each: int):
+def test_every_way_gives_the_reference(product: bool, bound: bool, kernel: Kernel):
     qkv, plan = problem(SMALL, "float16", 16, "cpu")
     qkv[0][:] /= 8  # float16 has few exponents for bounds, which are for bfloat16
     qkv[0][:, :, ::300] *= 80
     exact = attend(*(x.double() for x in qkv), plan, backend="reference")
-    got = tune_masked.run(qkv, plan, Way(bound, each), product=product)
+    got = tune_masked.run(qkv, plan, Way(kernel, bound), product=product)
     assert got is not None
     for x, y in zip(got, exact, strict=True):
         assert float((x.double() - y).norm() / y.norm()) < ERROR
@@ -59,41 +59,59 @@ def test_every_way_gives_the_reference(product: bool, bound: bool, each: int):
 @specialised
 def test_a_product_that_is_refused_is_none(monkeypatch: pytest.MonkeyPatch):
     """Without it the portable kernel does what is left, which is everything."""
-    for module in (hopper, hopper_persistent):
-        monkeypatch.setattr(module, "launch_specialised", lambda *_, **__: None)
+    monkeypatch.setattr(hopper, "launch_specialised", lambda *_, **__: None)
     qkv, plan = problem(SMALL, "float16", 16, "cpu")
-    assert tune_masked.run(qkv, plan, Way(True, 3), product=True) is None
-    got = tune_masked.run(qkv, plan, Way(True, 3), product=False)
+    assert tune_masked.run(qkv, plan, Way("hopper", True), product=True) is None
+    got = tune_masked.run(qkv, plan, Way("hopper", True), product=False)
     assert got is not None
     assert bool(got.out.isfinite().all())
+
+
+@specialised
+@pytest.mark.parametrize("product", [False, True])
+def test_the_kernel_in_gluon_runs_where_it_does_not_refuse(
+    product: bool, monkeypatch: pytest.MonkeyPatch
+):
+    qkv, plan = problem(SMALL, "float16", 16, "cpu")
+    seen: list[dict[str, Any]] = []
+
+    def gluon(*given: Any, **options: Any) -> Any:
+        seen.append(options)
+        return hopper.launch(*given, **options) if runs else None
+
+    monkeypatch.setattr(hopper_gluon, "launch", gluon)
+    runs, way = True, Way("hopper_gluon", False)
+    first = tune_masked.run(qkv, plan, way, product=product)
+    runs = False
+    again = tune_masked.run(qkv, plan, way, product=product)
+    assert [(options["mask"] is not None, options["lengths"]) for options in seen] == (
+        [(product, None)] * 2
+    )
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first.out, again.out)
 
 
 def test_windows_that_are_no_product_are_an_error():
     qkv, plan = problem(replace(SMALL, window=(1, 3, 9)), "float16", 16, "cpu")
     plain = replace(plan, box=None, partial=torch.zeros_like(plan.partial))
     with pytest.raises(RuntimeError, match="Expected masks that are a product"):
-        tune_masked.run(qkv, plain, Way(False, 1), product=True)
+        tune_masked.run(qkv, plain, Way("hopper", False), product=True)
 
 
-@pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("kernel", get_args(Kernel))
-def test_the_ways_are_those_of_production(
-    kernel: Kernel, blocks: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_ways_are_those_of_production(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hopper, "chosen", lambda *_: kernel)
-    monkeypatch.setattr(hopper_persistent, "blocks_each", lambda *_, masked: blocks)
     plan = SMALL.plan("cpu")
     q = torch.empty(1, 2, plan.q_blocks.total, 16, dtype=torch.bfloat16)
-    several = [max(2, blocks)] if kernel == "hopper_persistent" else []
-    found, usual = ways(q, plan, product=True)
-    assert found == [Way(False, 1), Way(True, 1), *(Way(True, n) for n in several)]
-    assert usual == Way(True, blocks if several else 1)
-    found, usual = ways(q, plan, product=False)
-    if kernel == "portable":
-        assert found == [usual] == [Way(False, 0)]
-    else:
-        assert found == [Way(b, n) for b in (False, True) for n in (1, *several)]
-        assert usual == Way(True, blocks if several else 1)
+    kernels = ["hopper", "hopper_gluon"] if kernel == "hopper_gluon" else ["hopper"]
+    for product in (False, True):
+        found, usual = ways(q, plan, product=product)
+        if kernel == "portable" and not product:
+            assert found == [usual] == [Way("portable", False)]
+        else:
+            assert found == [Way(name, bound) for name in kernels for bound in (False, True)]
+            assert usual == Way(kernels[-1], True)
     assert not any(way.bound for way in ways(q.half(), plan, product=True)[0])
 
 
@@ -184,7 +202,7 @@ def test_all_windows_are_tried_in_all_ways(product: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(hopper, "chosen", lambda *_: "hopper")
     given = {"dtype": "float16", "head_dim": 16, "product": product, "ragged": True}
     assert tune_masked.measured(**given) == 1.25
-    assert tries == [Way(False, 1)] * 5
-    wrong.append(Way(False, 1))
-    sentence = "running maxima, 1 to a program: NaN in 2 and a different result in 0 of 2 runs"
+    assert tries == [Way("hopper", False)] * 5
+    wrong.append(Way("hopper", False))
+    sentence = "hopper, running maxima: NaN in 2 and a different result in 0 of 2 runs"
     assert tune_masked.measured(**given) == sentence
