@@ -1,13 +1,13 @@
-"""What the order of query blocks is worth: launches simulated for plans made on the CPU.
+"""What it is worth who takes which query blocks: launches simulated for plans made on the CPU.
 
     python scripts/launch_orders.py
 
-Loss is how much longer a launch takes than its work spread evenly over all multiprocessors: with
-query blocks begun head after head (those that read everything first), with the longest lists first
-(marked where the library does so), dealt by length among programs that stay (the kernel in Gluon;
-marked where the library does so), and the first two with text rows in chunks. The time of a program
-is fitted to rows of `bench_kernels` on an H200; `scripts/launches/schedule.py` says what is left
-out.
+Loss is how much longer a launch of the kernel in Gluon takes than its work spread evenly over all
+multiprocessors, on each of which a program takes query blocks: one after the other in turns; dealt
+by their place among those around the picture, or among the longest lists, which are first then; and
+dealt by length. The library's way is marked; the last column is of that with text rows in chunks.
+The time of a query block is fitted to rows of `bench_kernels` on an H200;
+`scripts/launches/schedule.py` says what is left out.
 """
 
 from __future__ import annotations
@@ -20,32 +20,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 
 from scripts.launches.cases import Case, cases
 from scripts.launches.fit import Fit, fit
-from scripts.launches.schedule import Cost, Losses, Work
+from scripts.launches.schedule import WAYS, Cost, Losses, Work
 
 HEADER = """
-| plan | programs | evenly | head after head | longest first | dealt | chunks | both |
-|---|---|---|---|---|---|---|---|
+| plan | query blocks | evenly | in turns | by place | by length | text in chunks |
+|---|---|---|---|---|---|---|
 """.strip()
 
 
 def line_of(case: Case, cost: Cost) -> str:
     """A row of the table."""
-    work = Work.of(case.plan, case.heads, case.head_dim)
+    work = Work.of(case.plan, case.heads)
     found = Losses.of(work, cost)
-    chosen = " *" if work.queued else ""
-    by_length = " *" if work.queued and case.plan.lasting else ""
-    losses = (found.plain, found.longest, found.dealt, found.chunks, found.both)
-    plain, longest, dealt, chunks, both = (f"{100 * loss:.1f} %" for loss in losses)
+    losses = (f"{100 * found.ways[way]:.1f} %{' *' * (way == work.way)}" for way in WAYS)
     return (
-        f"| {case.name} | {found.programs:,} | {found.ideal:.3f} ms | {plain} | {longest}{chosen} "
-        f"| {dealt}{by_length} | {chunks} | {both} |"
+        f"| {case.name} | {found.blocks:,} | {found.ideal:.3f} ms | {' | '.join(losses)} "
+        f"| {100 * found.chunks:.1f} % |"
     )
 
 
 def sentence_of(head_dim: int, found: Fit) -> str:
     return (
-        f"Head dim {head_dim}: {found.cost.program:.1f} us a program and {found.cost.entry:.2f} us "
-        f"an entry, fitted to {found.rows} rows, all within {100 * found.worst:.0f} %."
+        f"Head dim {head_dim}: {found.cost.block:.1f} us a query block and {found.cost.entry:.2f} "
+        f"us an entry, fitted to {found.rows} rows, all within {100 * found.worst:.0f} %."
     )
 
 

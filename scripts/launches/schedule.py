@@ -1,46 +1,52 @@
-"""Query blocks on the multiprocessors of a GPU: who runs when, and what an order is worth.
+"""Query blocks on the multiprocessors of a GPU: who takes which, and what that is worth.
 
-A GPU begins programs in the order of their numbers, each where a place is free first. A program
-takes `Cost.program` and `Cost.entry` for every entry of its query blocks. Two programs that share
-a multiprocessor are taken for two places of half the speed, to the end: what one gains when the
-other is done is left out, and so are caches and clocks.
+The kernel in Gluon has a program on every multiprocessor, which takes one query block after the
+other; who takes which is settled before (`dit_sparse.kernels.dealt`). A query block takes
+`Cost.block` and `Cost.entry` for every entry. Caches and clocks are left out.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dit_sparse.kernels import hopper_persistent
-from dit_sparse.kernels.dealt import START
+from dit_sparse.kernels import dealt
 from dit_sparse.kernels.longest_first import BUCKETS
-from dit_sparse.kernels.portable import padded
 from dit_sparse.plan import BlockPlan
 
 MULTIPROCESSORS = 132  # of an H200, and of an H100 SXM
+
+#: Block after block; those around the picture or the longest first, by worths; the longest first,
+#: by entries.
+Way: TypeAlias = Literal["in turns", "by place", "by length"]
+WAYS: tuple[Way, ...] = ("in turns", "by place", "by length")
 
 Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds of a place.
+    """Microseconds of a program.
 
     Args:
-        program: to begin and end a program.
+        block: to begin and end a query block.
         entry: of every entry.
     """
 
-    program: float
+    block: float
     entry: float
 
-    def of(self, entries: int) -> float:
-        return self.program + self.entry * entries
+    def of(self, rows: Counts) -> float:
+        return self.block * rows.size + self.entry * int(rows.sum())
+
+
+#: What the library takes query blocks for.
+LIBRARY = Cost(block=dealt.START, entry=1.0)
 
 
 @dataclass(frozen=True)
@@ -48,78 +54,90 @@ class Work:
     """The query blocks of a launch.
 
     Args:
-        outer: entries of the blocks around the picture, int64 `[pairs, outer]`.
-        inner: of the picture's, `[pairs, inner]`.
+        rows: entries of each query block, int64 `[pairs, blocks]`.
+        inside: which of them are the picture's, bool `[blocks]`; the others read everything.
         key_blocks: the most entries that a row may have.
-        each: picture blocks to a program, where they begin head after head.
-        each_queued: the same where the longest begin.
-        places: programs that run at the same time.
+        worth: query blocks of the picture that take as long as one around it.
         queued: whether the library begins with the longest.
+        lasting: whether the plan is of many calls.
     """
 
-    outer: Counts
-    inner: Counts
+    rows: Counts
+    inside: NDArray[np.bool_]
     key_blocks: int
-    each: int
-    each_queued: int
-    places: int
+    worth: int
     queued: bool
+    lasting: bool
 
     @staticmethod
-    def of(plan: BlockPlan, heads: int, head_dim: int = 128) -> Work:
-        """What the Hopper kernel gets of a plan with heads of 16 bits."""
-        masked = plan.predicate is not None
-        places = MULTIPROCESSORS * (2 if padded(head_dim) <= 64 and not masked else 1)
-        n = plan.q_blocks.n
-        batch = plan.offsets.shape[0]
-        q = torch.empty(batch, heads, 1, head_dim, dtype=torch.bfloat16, device="meta")
-        each, queued = (
-            hopper_persistent.blocks_each(
-                q, replace(plan, uneven=uneven), masked=masked, places=places
-            )
-            for uneven in (False, plan.uneven)
-        )
-        count = (plan.full + plan.partial).expand(batch, heads, n).reshape(-1, n).cpu().numpy()
+    def of(plan: BlockPlan, heads: int) -> Work:
+        """What the kernel gets of a plan."""
+        n, batch = plan.q_blocks.n, plan.offsets.shape[0]
+        rows = plan.count.expand(batch, heads, n).reshape(-1, n).cpu().numpy().astype(np.int64)
         inside = np.zeros(n, dtype=bool)
         inside[list(plan.q_blocks.picture or range(n))] = True
-        count = count.astype(np.int64)
-        rows = count[:, ~inside], count[:, inside]
-        return Work(*rows, plan.k_blocks.n, each, queued, places, plan.uneven)
+        worth = dealt._worth(plan, int(inside.sum()))
+        return Work(rows, inside, plan.k_blocks.n, worth, plan.uneven, plan.lasting)
 
     @property
-    def programs(self) -> list[int]:
-        """Entries of each program, head after head, what reads everything first."""
-        return [*self.outer.flatten().tolist(), *packed(self.inner.flatten().tolist(), self.each)]
+    def way(self) -> Way:
+        """How the library shares them out."""
+        if self.queued:
+            return "by length" if self.lasting else "by place"
+        return "in turns" if self.inside.all() else "by place"
 
     @property
-    def queue(self) -> list[int]:
-        """Entries of each row, the longest first, in buckets."""
-        rows = np.concatenate([self.outer.flatten(), self.inner.flatten()])
-        return rows[np.argsort(buckets(rows, self.key_blocks), kind="stable")].tolist()
+    def queue(self) -> Counts:
+        """Entries of each row as they are dealt: the longest first, in buckets, where the library
+        does so; otherwise those around the picture."""
+        parts = self.rows[:, ~self.inside].flatten(), self.rows[:, self.inside].flatten()
+        rows = np.concatenate(parts)
+        return self._sorted(rows) if self.queued else rows
 
-    @property
-    def longest_first(self) -> list[int]:
-        """Entries of each program, the longest rows first."""
-        rows, alone = self.queue, self.outer.size
-        return [*rows[:alone], *packed(rows[alone:], self.each_queued)]
+    def _sorted(self, rows: Counts) -> Counts:
+        return rows[np.argsort(buckets(rows, self.key_blocks), kind="stable")]
 
-    def chunked(self, programs: Iterable[int], chunks: int) -> list[int]:
-        """Programs of which those that are as long as text rows are cut in so many."""
-        everything = set(np.unique(self.outer).tolist())
-        found: list[int] = []
-        for entries in programs:
-            parts = chunks if entries in everything else 1
-            found += [entries // parts + (n < entries % parts) for n in range(parts)]
-        return found
+    def shares(self, way: Way) -> list[Counts]:
+        """Entries of the rows that each program takes."""
+        programs = min(self.rows.size, MULTIPROCESSORS)
+        if way == "in turns":
+            return [self.rows.flatten()[program::programs] for program in range(programs)]
+        if way == "by length":
+            queue = self._sorted(self.queue)
+            return [queue[places] for places in _by_length(queue.tolist(), programs)]
+        around = len(self.rows) * int((~self.inside).sum())
+        worths = [self.worth] * around + [1] * (self.rows.size - around)
+        return [self.queue[places] for places in dealt._places(worths, programs)]
+
+    def longest(self, way: Way, cost: Cost) -> Counts:
+        """Of the program that ends last."""
+        return max(self.shares(way), key=cost.of)
+
+    def chunked(self, chunks: int) -> Work:
+        """With each row around the picture cut in so many."""
+        outer = self.rows[:, ~self.inside]
+        parts = [outer // chunks + (number < outer % chunks) for number in range(chunks)]
+        rows = np.concatenate([*parts, self.rows[:, self.inside]], axis=1)
+        inside = np.arange(rows.shape[1]) >= chunks * outer.shape[1]
+        return replace(self, rows=rows, inside=inside, worth=max(round(self.worth / chunks), 1))
 
 
-def packed(rows: Sequence[int], each: int) -> list[int]:
-    """Entries of programs that take so many neighbours each."""
-    return [sum(rows[at : at + each]) for at in range(0, len(rows), each)]
+def _by_length(worths: Sequence[int], programs: int) -> Iterator[list[int]]:
+    """Places of each program: every next one to who has least, as `dealt._by_length` deals."""
+    found: list[list[int]] = [[] for _ in range(programs)]
+    most, waiting = dealt._most_turns(len(worths), programs), [(0, n) for n in range(programs)]
+    for place, entries in enumerate(worths):
+        load, program = waiting[0]
+        found[program].append(place)
+        if len(found[program]) < most:
+            heapq.heapreplace(waiting, (load + entries + dealt.START, program))
+        else:
+            heapq.heappop(waiting)
+    return iter(found)
 
 
 def buckets(entries: Counts, key_blocks: int) -> Counts:
-    """The bucket of each row, as `dit_sparse.kernels.order` finds it: 0 reads everything."""
+    """The bucket of each row, as `kernels.longest_first` finds it: 0 reads everything."""
 
     def size(number: Counts | int) -> Counts:
         return np.asarray(number, np.float32).view(np.int32).astype(np.int64) >> 21
@@ -127,57 +145,30 @@ def buckets(entries: Counts, key_blocks: int) -> Counts:
     return np.clip(size(key_blocks) - size(entries), 0, BUCKETS - 1)
 
 
-def makespan(programs: Iterable[int], places: int, cost: Cost) -> float:
-    """Microseconds until the last program ends."""
-    free = [0.0] * places
-    for entries in programs:
-        heapq.heapreplace(free, free[0] + cost.of(entries))
-    return max(free)
-
-
-def ideal(programs: Sequence[int], places: int, cost: Cost) -> float:
-    """Microseconds that they take spread evenly over all places."""
-    return sum(map(cost.of, programs)) / places
-
-
 @dataclass(frozen=True)
 class Losses:
     """How much longer a launch takes than its work spread evenly, as shares of that.
 
     Args:
-        programs: how many there are.
-        ideal: milliseconds of the work of these programs spread evenly.
-        plain, longest: head after head; with the longest rows first.
-        dealt: of the kernel in Gluon, whose programs, one on each multiprocessor, are dealt rows by
-            length; counted in entries.
-        chunks, both: `plain` and `longest` with text rows in 2, 4 or 8 chunks, what is best, whose
-            results merge for nothing.
+        blocks: how many query blocks there are.
+        ideal: milliseconds of the work spread evenly over all multiprocessors.
+        ways: of each way to share it out.
+        chunks: of the library's way, with text rows in 2, 4 or 8 chunks, what is best, whose
+            results merge for nothing; in comparison with the work of whole rows.
     """
 
-    programs: int
+    blocks: int
     ideal: float
-    plain: float
-    longest: float
-    dealt: float
+    ways: dict[Way, float]
     chunks: float
-    both: float
 
     @staticmethod
     def of(work: Work, cost: Cost) -> Losses:
-        programs, longest = work.programs, work.longest_first
-        evenly = ideal(programs, work.places, cost)
+        evenly = cost.of(work.rows) / MULTIPROCESSORS
 
-        def loss(order: Iterable[int]) -> float:
-            return makespan(order, work.places, cost) / evenly - 1.0
+        def loss(work: Work, way: Way) -> float:
+            return cost.of(work.longest(way, cost)) / evenly - 1.0
 
-        chunks, both = (
-            min(loss(work.chunked(order, parts)) for parts in (2, 4, 8))
-            for order in (programs, longest)
-        )
-        entries, rows = Cost(program=START, entry=1.0), work.queue
-        # Who has least so far is who would be done first.
-        dealt = (
-            makespan(rows, MULTIPROCESSORS, entries) / ideal(rows, MULTIPROCESSORS, entries) - 1.0
-        )
-        plain, first = loss(programs), loss(longest)
-        return Losses(len(programs), evenly / 1000, plain, first, dealt, chunks, both)
+        chunks = min(loss(work.chunked(parts), work.way) for parts in (2, 4, 8))
+        ways = {way: loss(work, way) for way in WAYS}
+        return Losses(work.rows.size, evenly / 1000, ways, chunks)
