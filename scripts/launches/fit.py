@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from dit_sparse.plan import BlockPlan, Blocks
-from scripts.bench_kernels import Case, planner
 from scripts.launches.schedule import LIBRARY, Cost, Work
 
 # Shorter calls are as long as the host takes to launch them.
@@ -43,8 +42,8 @@ def fit(path: Path, head_dim: int) -> Fit:
     and k.
 
     Args:
-        path: rows of `bench_kernels`, on a GPU of 132 multiprocessors: those in the order of the
-            plan (`triton` of random lists, `ordered` of windows without masked entries) count.
+        path: rows of `bench_kernels`, on a GPU of 132 multiprocessors, of which those of lists of
+            one length count.
     """
     known, times = [], []
     for row in _rows(path, head_dim):
@@ -61,20 +60,16 @@ def fit(path: Path, head_dim: int) -> Fit:
 def _rows(path: Path, head_dim: int) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row["head_dim"] != head_dim or row["tokens"] < _LEAST_TOKENS or row["density"] is None:
-            continue
-        if row["variant"] == ("triton" if row["grid"] is None else "ordered"):
+        kind = (row["head_dim"], row["variant"], row["grid"])
+        if kind == (head_dim, "triton", None) and row["tokens"] >= _LEAST_TOKENS:
             yield row
 
 
 def _plan(row: dict[str, Any]) -> BlockPlan:
-    grid, density = row["grid"], row["density"]
-    if grid is None:  # lists of one length, wherever they point
-        blocks = Blocks.uniform(row["tokens"], 128)
-        entries = max(1, round(density * blocks.n))
-        count = torch.full((1, 1, blocks.n), entries, dtype=torch.int32)
-        zero = torch.zeros_like(count)
-        indices = torch.zeros(entries * blocks.n, dtype=torch.int32)
-        return BlockPlan(blocks, blocks, indices, zero, count, zero)
-    case = Case("window", row["tokens"], row["heads"], row["head_dim"], density, grid)
-    return planner(case, "cpu", torch.empty(1, row["heads"], 1, row["head_dim"]))()
+    """Lists of one length, wherever they point."""
+    blocks = Blocks.uniform(row["tokens"], 128)
+    entries = max(1, round(row["density"] * blocks.n))
+    count = torch.full((1, 1, blocks.n), entries, dtype=torch.int32)
+    zero = torch.zeros_like(count)
+    indices = torch.zeros(entries * blocks.n, dtype=torch.int32)
+    return BlockPlan(blocks, blocks, indices, zero, count, zero)
