@@ -128,6 +128,14 @@ def approximations(every: bool) -> Iterator[Variant]:
     yield Variant("deal", 90, 128, ragged=True)
 
 
+#: Of a tile of those that have not 64.
+_ROWS = {
+    **dict.fromkeys(("importance", "longest_first"), 128),
+    **dict.fromkeys(("permute_blocks", "summaries"), 32),
+    "pooled_tiles": pooled.ROWS,
+}
+
+
 def approximation(variant: Variant) -> Report:
     """Compiles one of `approximations` as its launcher would."""
     dim = variant.head_dim
@@ -152,13 +160,7 @@ def approximation(variant: Variant) -> Report:
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS, "BOTH": True}
     constants |= {"START": START} | ({"WIDTH": 256} if variant.kernel == "deal" else {})
-    rows = {
-        **dict.fromkeys(("importance", "longest_first"), 128),
-        "permute_blocks": 32,
-        "pooled_tiles": pooled.ROWS,
-        "summaries": 32,
-    }
-    constants |= {"ROWS": rows.get(variant.kernel, 64), "SUB": K_BLOCK // 64}
+    constants |= {"ROWS": _ROWS.get(variant.kernel, 64), "SUB": K_BLOCK // 64}
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
