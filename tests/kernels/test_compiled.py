@@ -22,7 +22,7 @@ if tuple(int(part) for part in VERSION) < (3, 6):
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_kernels.py"
 
 
-# A folder with another version of Triton, whose choices of kernels are then checked too.
+# A folder with another version of Triton, whose kernel in Gluon is then checked too.
 ANOTHER = os.environ.get("DIT_SPARSE_ANOTHER_TRITON")
 
 
