@@ -70,7 +70,7 @@ def highest(plan: BlockPlan) -> Tensor:
     there are none."""
     assert plan.bias is not None
     _, entry, row, _ = _exact(plan)
-    rows = torch.zeros(plan.offsets.numel(), device=plan.device)
+    rows = plan.bias.new_zeros(plan.offsets.numel())
     rows.scatter_reduce_(0, row, plan.bias[entry], "amax", include_self=False)
     return rows.view(plan.offsets.shape)
 

@@ -105,6 +105,21 @@ def test_rows_may_share_entries_in_any_place():
             assert b is not None
             for part in ("full", "partial"):
                 assert torch.equal(a.listed(part), b.listed(part))
+    one, two = weighing(plan), weighing(double)
+    for a, b in ((one.indices, two.indices), (one.bias, two.bias), (highest(plan), highest(double))):
+        assert torch.equal(a, b)
+
+
+def test_the_default_dtype_does_not_matter():
+    plan = biased(plan_of(Case(4, 16, 16, box=True)), 0)
+    expected = highest(plan)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = highest(plan)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
 
 
 def test_nothing_is_left_where_no_entry_has_a_bias():
