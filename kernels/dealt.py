@@ -26,6 +26,8 @@ from dit_sparse.plan import BlockPlan
 AHEAD = 3
 #: Entries that take as long as starting and ending a query block.
 START = 2
+#: Of the launch that deals.
+WARPS = 8
 _PROGRAMS = 256  # that the launch tells apart
 _SHORT = 32  # turns that a program may have beyond twice the mean
 
@@ -80,7 +82,7 @@ def _by_length(plan: BlockPlan, queue: Tensor, batch: int, heads: int, programs:
     turns = queue.new_empty(programs)
     _deal_fwd[(1,)](
         queue, entries, tiles, turns, len(queue), programs, most,
-        START=START, WIDTH=max(triton.next_power_of_2(programs), 2), num_warps=8,
+        START=START, WIDTH=max(triton.next_power_of_2(programs), 2), num_warps=WARPS,
     )  # fmt: skip
     return Deal(tiles, turns)
 

@@ -53,6 +53,7 @@ from dit_sparse.kernels._summaries import _summaries_fwd
 from dit_sparse.kernels._tail import _tail_bias_fwd, _tail_fwd
 from dit_sparse.kernels.attention_map import tile as map_tile
 from dit_sparse.kernels.dealt import START
+from dit_sparse.kernels.dealt import WARPS as DEAL_WARPS
 from dit_sparse.kernels.longest_first import BUCKETS
 from dit_sparse.kernels.tail import choose_tile as tail_tile
 from dit_sparse.kernels.tiles import choose_tile
@@ -144,7 +145,7 @@ def approximation(variant: Variant) -> Report:
         "importance": (_importance_fwd, 8),
         "take": (_take_fwd, 4),
         "choose": (_choose_fwd, 4),
-        "deal": (_deal_fwd, 4),
+        "deal": (_deal_fwd, DEAL_WARPS),
         "longest_first": (_longest_first_fwd, 8),
         "covariance": (_covariance_fwd, 8 if dim > 64 else 4),
         "pooled_tiles": (_pooled_tiles_fwd, 1),
