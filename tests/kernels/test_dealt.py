@@ -110,9 +110,9 @@ def by_length(
 ) -> tuple[dealing.Deal, OneByOne]:
     """What the launch deals, and what one by one would be; asserts that they are the same."""
     plan = BlockPlan(
-        q_blocks=Blocks.uniform(full.shape[2] * 16, 16),
-        k_blocks=Blocks.uniform(64, 16),
-        indices=torch.zeros(1, dtype=torch.int32),
+        q_blocks=Blocks.uniform(full.shape[2] * 16, 16, full.device),
+        k_blocks=Blocks.uniform(64, 16, full.device),
+        indices=full.new_zeros(1),
         offsets=torch.zeros_like(full),
         full=full,
         partial=partial,
@@ -195,6 +195,17 @@ def test_as_many_programs_as_a_gpu_has():
     again, _ = by_length(full, full // 4, queue, 1, 4, 132)
     assert torch.equal(first.tiles, again.tiles)
     assert torch.equal(first.turns, again.turns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [1, 2, 7, 33, 64, 132, 256])
+def test_a_gpu_deals_as_one_by_one(programs: int):
+    source = torch.Generator().manual_seed(programs)
+    for share in (0.02, 1.0):
+        some = torch.rand(1, 4, 300, generator=source) < share
+        full = ((torch.rand(1, 4, 300, generator=source) ** 4 * 900).int() * some).cuda()
+        queue = (full + full // 4).flatten().argsort(descending=True, stable=True).int()
+        by_length(full, full // 4, queue, 1, 4, programs)
 
 
 def test_more_programs_than_the_launch_tells_apart_take_turns(monkeypatch):
