@@ -201,7 +201,8 @@ class Model:
     def language(self) -> Any:
         def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
             at, shown = pointer.where(mask)
-            found = pointer.memory[torch.where(shown, at, 0)]
+            memory = pointer.memory if len(pointer.memory) else pointer.memory.new_zeros(1)
+            found = memory[torch.where(shown, at, 0)]
             return Value(torch.where(shown, found, torch.as_tensor(other, dtype=found.dtype)))
 
         def store(pointer: Pointer, value: Value, mask: Any = None) -> None:

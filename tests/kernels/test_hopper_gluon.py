@@ -335,6 +335,19 @@ def test_biases_and_words(
         check_marked(got, q, k, v, plan, bound)
 
 
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_where_no_entry_weighs_anything(monkeypatch, bound: bool, ragged: bool):
+    plan = plan_of(3, ragged=ragged, order="none", uneven=False, boxes=HEADS)
+    plan = replace(plan, bias=torch.full(plan.indices.shape, -math.inf))
+    assert weighing(plan).indices.numel() == 0
+    q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4)
+    lengths = lengths_of(q, k) if bound else None
+    got = modelled(monkeypatch, q, k, v, plan, lengths, hopper_gluon.rings_for(64), 1, programs=4)
+    assert not got.out.any()
+    assert bool((got.lse == -math.inf).all())
+
+
 @pytest.mark.parametrize(
     ("bound", "before", "after"),
     [
