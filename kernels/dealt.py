@@ -3,8 +3,8 @@
 As many for each would leave those with the long ones running alone. Blocks of text read everything:
 a program that takes one misses as many others as it is worth. Where lists differ much in length,
 each next one, the longest first, goes to the program that has least so far. A launch deals them so,
-once for a plan of many calls; a plan of one call is not worth it, and its programs take from the
-longest on in turns whose direction changes.
+once for a plan of many calls, with text or masks too; a plan of one call is not worth it, and its
+programs take from the longest on in turns whose direction changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from dit_sparse.kernels._deal import _deal_fwd
-from dit_sparse.kernels.longest_first import longest_first
+from dit_sparse.kernels.longest_first import queue_of
 from dit_sparse.plan import BlockPlan
 
 #: Turns of which programs read the tile before the last one is over.
@@ -59,24 +59,27 @@ def dealt(plan: BlockPlan, batch: int, heads: int, programs: int) -> Deal | None
     """
     blocks = plan.q_blocks.n
     picture = plan.q_blocks.picture or range(blocks)
-    queue = longest_first(plan, batch, heads)
-    if queue is None and len(picture) == blocks:
+    text = len(picture) < blocks
+    if not (plan.uneven or text or (plan.lasting and plan.masked)):
         return None
-    if queue is None:
+    by_length = plan.lasting and programs <= _PROGRAMS
+    if not (plan.uneven or by_length):
         worth = _worth(plan, len(picture))
         return _deal(batch * heads, blocks, picture, worth, programs, plan.device, of_queue=False)
     known: dict[tuple[int, int, int], Deal] = vars(plan).setdefault("_dealt", {})
     key = (batch, heads, programs)
     if key not in known:
-        deal = _by_length if plan.lasting and programs <= _PROGRAMS else _by_place
-        known[key] = deal(plan, queue, batch, heads, programs)
+        known[key] = (_by_length if by_length else _by_place)(plan, batch, heads, programs)
     return known[key]
 
 
-def _by_length(plan: BlockPlan, queue: Tensor, batch: int, heads: int, programs: int) -> Deal:
+def _by_length(plan: BlockPlan, batch: int, heads: int, programs: int) -> Deal:
     """Tiles of a queue by their entries: each to the program that has least, among equals to the
     first of them."""
-    entries = (plan.full + plan.partial).expand(batch, heads, -1).flatten().index_select(0, queue)
+    queue = queue_of(plan, batch, heads)
+    # Entries masked by disks are left to another launch.
+    read = plan.full if plan.disk is not None else plan.full + plan.partial
+    entries = read.expand(batch, heads, -1).flatten().index_select(0, queue)
     most = _most_turns(len(queue), programs)
     tiles = queue.new_zeros(most + AHEAD, programs)
     turns = queue.new_empty(programs)
@@ -96,8 +99,9 @@ def _most_turns(tiles: int, programs: int) -> int:
     return min(2 * -(-tiles // programs) + _SHORT, tiles)
 
 
-def _by_place(plan: BlockPlan, queue: Tensor, batch: int, heads: int, programs: int) -> Deal:
+def _by_place(plan: BlockPlan, batch: int, heads: int, programs: int) -> Deal:
     """Tiles of a queue by where they stand in it: first those around the picture."""
+    queue = queue_of(plan, batch, heads)
     blocks = plan.q_blocks.n
     picture = plan.q_blocks.picture or range(blocks)
     worth = _worth(plan, len(picture))

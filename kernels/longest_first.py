@@ -26,7 +26,12 @@ _ROWS, _CHUNK = 128, 2048  # tiles that a program puts in place, and that it cou
 
 def longest_first(plan: BlockPlan, batch: int, heads: int, part: Part = "all") -> Tensor | None:
     """int32 `[batch * heads * n]`: tiles `(batch, head, row)`, counted with the row last, in the
-    order to begin them; `None` where one order is as good as the other.
+    order to begin them; `None` where one order is as good as the other. See `queue_of`."""
+    return queue_of(plan, batch, heads, part) if plan.uneven else None
+
+
+def queue_of(plan: BlockPlan, batch: int, heads: int, part: Part = "all") -> Tensor:
+    """`longest_first` of any plan.
 
     Made in one launch, which waits for nothing, and kept with the plan.
 
@@ -34,8 +39,6 @@ def longest_first(plan: BlockPlan, batch: int, heads: int, part: Part = "all") -
         part: what counts as the length of a row. Rows are query blocks, or for `"partial"` those of
             `plan.masked_rows`, which waits for the device.
     """
-    if not plan.uneven:
-        return None
     known: dict[tuple[int, int, Part], Tensor] = vars(plan).setdefault("_longest_first", {})
     key = (batch, heads, part)
     if key not in known:

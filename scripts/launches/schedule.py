@@ -58,8 +58,9 @@ class Work:
         inside: which of them are the picture's, bool `[blocks]`; the others read everything.
         key_blocks: the most entries that a row may have.
         worth: query blocks of the picture that take as long as one around it.
-        queued: whether the library begins with the longest.
+        queued: whether lists differ much in length.
         lasting: whether the plan is of many calls.
+        masked: whether it masks entries.
     """
 
     rows: Counts
@@ -68,6 +69,7 @@ class Work:
     worth: int
     queued: bool
     lasting: bool
+    masked: bool
 
     @staticmethod
     def of(plan: BlockPlan, heads: int) -> Work:
@@ -77,14 +79,14 @@ class Work:
         inside = np.zeros(n, dtype=bool)
         inside[list(plan.q_blocks.picture or range(n))] = True
         worth = dealt._worth(plan, int(inside.sum()))
-        return Work(rows, inside, plan.k_blocks.n, worth, plan.uneven, plan.lasting)
+        return Work(rows, inside, plan.k_blocks.n, worth, plan.uneven, plan.lasting, plan.masked)
 
     @property
     def way(self) -> Way:
         """How the library shares them out."""
-        if self.queued:
-            return "by length" if self.lasting else "by place"
-        return "in turns" if self.inside.all() else "by place"
+        if not (self.queued or (self.lasting and self.masked) or not self.inside.all()):
+            return "in turns"
+        return "by length" if self.lasting else "by place"
 
     @property
     def queue(self) -> Counts:

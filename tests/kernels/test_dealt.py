@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse.plan import BlockPlan, Blocks
+from dit_sparse.predicate import DiskPredicate
 from scripts.launches import cases
 
 dealing = pytest.importorskip("dit_sparse.kernels.dealt")
@@ -24,7 +25,7 @@ def plan_of(blocks: int, heads: int, picture: range, read: int, keys: int = 12) 
     visited[:, :, picture.start : picture.stop, read:] = False
     q_blocks = replace(Blocks.uniform(blocks * 16, 16), picture=picture)
     plan = BlockPlan.from_mask(visited, q_blocks, Blocks.uniform(keys * 16, 16))
-    return replace(plan, uneven=False)
+    return replace(plan, uneven=False, lasting=False)
 
 
 def taken(deal: dealing.Deal) -> list[list[int]]:
@@ -76,11 +77,41 @@ def test_a_plan_without_text_and_with_even_lists_needs_no_deal():
     assert dealing.dealt(replace(plan, q_blocks=Blocks.uniform(96, 16)), 1, 2, 4) is None
 
 
+@INTERPRETED
+@pytest.mark.parametrize(
+    "kind", ["even", "uneven", "text", "masked", "disk", "masked, of one call", "many programs"]
+)
+def test_plans_of_many_calls_are_dealt_by_length_where_lists_may_differ(monkeypatch, kind: str):
+    one_call, many = "one call" in kind, kind == "many programs"
+    plan = replace(plan_of(6, 60, range(kind == "text", 6), 3), lasting=not one_call)
+    partial = torch.ones_like(plan.partial).cumsum(-1, dtype=torch.int32) % 3
+    if kind not in ("even", "uneven", "text"):
+        zero = torch.zeros(1, 192, dtype=torch.int32)
+        disk = DiskPredicate(zero, zero, zero[0])
+        plan = replace(
+            plan, words=None if kind == "disk" else plan.indices[:, None], partial=partial
+        )
+        plan = replace(plan, disk=disk if kind == "disk" else None, full=plan.full - partial)
+    plan = replace(plan, uneven=kind == "uneven")
+    asked = []
+    monkeypatch.setattr(dealing, "_by_length", lambda *given: asked.append(given) or "a deal")
+    deal = dealing.dealt(plan, 1, 60, 300 if many else 5)
+    assert len(asked) == (kind in ("uneven", "text", "masked", "disk"))
+    assert (deal is None) == (kind in ("even", "masked, of one call"))
+    if kind == "disk":
+        monkeypatch.undo()
+        monkeypatch.setattr(dealing, "queue_of", lambda *_: torch.arange(360, dtype=torch.int32))
+        without = replace(plan, disk=None, partial=0 * partial)
+        found = taken(dealing._by_length(plan, 1, 60, 5))
+        assert found == taken(dealing._by_length(without, 1, 60, 5)), "another launch has the rest"
+        assert found != taken(dealing._by_length(replace(plan, disk=None), 1, 60, 5))
+
+
 @pytest.mark.parametrize("text", [0, 1])
 def test_a_queue_is_dealt_in_turns_that_change_direction(monkeypatch, text: int):
     plan = replace(plan_of(6, 2, range(text, 6), 6), uneven=True, lasting=False)
     queue = torch.arange(12, dtype=torch.int32).flip(0)
-    monkeypatch.setattr(dealing, "longest_first", lambda *_: queue)
+    monkeypatch.setattr(dealing, "queue_of", lambda *_: queue)
     deal = dealing.dealt(plan, 1, 2, 4)
     if text:  # the queue begins with two of text, each of which is worth two
         assert taken(deal) == [[11, 5], [10, 4], [9, 6, 3, 0], [8, 7, 2, 1]]
@@ -120,7 +151,7 @@ def by_length(
         lasting=True,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dealing, "longest_first", lambda *_: queue)
+        patch.setattr(dealing, "queue_of", lambda *_: queue)
         deal = dealing.dealt(plan, batch, heads, programs)
         assert dealing.dealt(plan, batch, heads, programs) is deal
     count = plan.count.expand(batch, heads, -1).flatten()[queue.long()]
@@ -209,10 +240,9 @@ def test_a_gpu_deals_as_one_by_one(programs: int):
 
 
 def test_more_programs_than_the_launch_tells_apart_take_turns(monkeypatch):
-    plan = plan_of(100, 3, range(100), 6)
-    assert plan.lasting
-    plan, queue = replace(plan, uneven=True), torch.arange(300, dtype=torch.int32)
-    monkeypatch.setattr(dealing, "longest_first", lambda *_: queue)
+    plan, queue = plan_of(100, 3, range(100), 6), torch.arange(300, dtype=torch.int32)
+    plan = replace(plan, uneven=True, lasting=True)
+    monkeypatch.setattr(dealing, "queue_of", lambda *_: queue)
     deal = dealing.dealt(plan, 1, 3, 257)
     assert sorted([tile for one in taken(deal) for tile in one]) == list(range(300))
 

@@ -83,8 +83,8 @@ def modelled(
     monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: programs)
     monkeypatch.setattr(hopper_gluon, "launch_specialised", lambda *given, **_: asked.append(given))
     tiles = q.shape[1] * plan.q_blocks.n
-    queue = torch.randperm(tiles, dtype=torch.int32) if plan.uneven else None
-    monkeypatch.setattr(dealt, "longest_first", lambda *_: queue)
+    queue = torch.randperm(tiles, dtype=torch.int32)
+    monkeypatch.setattr(dealt, "queue_of", lambda *_: queue)
     shape = (*q.shape[:2], q.shape[2])
     result = AttentionOutput(torch.full_like(q, torch.nan), torch.full(shape, torch.nan))
     scale, plan = q.shape[-1] ** -0.5, weighing(plan)
@@ -370,7 +370,7 @@ def test_what_biases_and_words_need_is_seen_to_be_missing(
     monkeypatch, bound: bool, before: str, after: str
 ):
     plan = plan_of(3, ragged=False, order="none", uneven=False, boxes=HEADS)
-    plan = marked(plan, bias=True, words=True)
+    plan = replace(marked(plan, bias=True, words=True), lasting=False)  # dealt in turns
     dtype = torch.bfloat16 if bound else torch.float16
     q, k, v = tensors(plan.q_blocks.total, 64, HEADS, seed=4, dtype=dtype)
     break_once(monkeypatch, before, after)

@@ -29,6 +29,7 @@ WORK = Work(
     worth=3,
     queued=True,
     lasting=True,
+    masked=False,
 )
 
 
@@ -45,8 +46,12 @@ def test_the_way_is_that_of_the_library() -> None:
     assert WORK.way == "by length"
     assert replace(WORK, lasting=False).way == "by place"
     even = replace(WORK, queued=False)
-    assert even.way == "by place"
-    assert replace(even, inside=np.ones(4, dtype=bool)).way == "in turns"
+    assert even.way == "by length"
+    assert replace(even, lasting=False).way == "by place"
+    alone = replace(even, inside=np.ones(4, dtype=bool))
+    assert alone.way == "in turns"
+    assert replace(alone, masked=True).way == "by length"
+    assert replace(alone, masked=True, lasting=False).way == "in turns"
 
 
 def test_queues() -> None:
@@ -83,7 +88,7 @@ def test_ways_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         work = Work.of(replace(plan, uneven=uneven, lasting=False), 2)
         order = np.argsort(schedule.buckets(count.numpy(), 6), kind="stable")
         queue = torch.from_numpy(order).int() if uneven else None
-        monkeypatch.setattr(dealt, "longest_first", lambda *_, queue=queue: queue)
+        monkeypatch.setattr(dealt, "queue_of", lambda *_, queue=queue: queue)
         deal = dealt.dealt(replace(plan, uneven=uneven, lasting=False), 1, 2, 3)
         assert work.way == "by place"
         found = [deal.tiles[: int(deal.turns[n]), n].long() for n in range(3)]
