@@ -58,9 +58,10 @@ def steps_summary(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         by_mode.setdefault((row["model"], row["compiled"]), {})[row["variant"]] = row
     for (model, compiled), group in by_mode.items():
-        dense = min(
-            (group[name] for name in _DENSE_STEPS if "ms" in group.get(name, {})), key=_time
-        )
+        times = [group[name] for name in _DENSE_STEPS if "ms" in group.get(name, {})]
+        if not times:
+            continue  # why not is said below the table
+        dense = min(times, key=_time)
         cells = [_against_ideal(group.get(name, {})) for name in methods]
         lines.append(
             f"| {model}, {dense['tokens']:,} | {'compiled' if compiled else 'eager'} | "

@@ -73,6 +73,14 @@ def test_the_summary_has_a_line_for_each_model_and_a_column_for_each_method() ->
     assert "* wan, compiled, pisa 0.2 failed: RuntimeError: no memory" in table
 
 
+def test_a_model_without_a_dense_step_has_no_line_in_the_summary() -> None:
+    failed = [step(name, failed="no memory") for name in ("stock", "dense", "pisa 0.2")]
+    table = steps_summary([{**row, "model": "hunyuan"} for row in failed] + [timed("dense", 20.0)])
+    assert "| hunyuan" not in table
+    assert "* hunyuan, compiled, stock failed: no memory" in table
+    assert "| wan, 1,000 | compiled | 20 ms |" in table
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
