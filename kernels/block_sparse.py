@@ -288,8 +288,10 @@ class _Work(NamedTuple):
 
 
 def _work(q: Tensor, plan: BlockPlan, scale: float, *, marks: bool) -> _Work:
-    """Args:
-    marks: whether the specialised kernel adds biases and reads words.
+    """Who does what of a plan.
+
+    Args:
+        marks: whether the specialised kernel adds biases and reads words.
     """
     masks = hopper.masks(q)
     if plan.bias is None or marks:
