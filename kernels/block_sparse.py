@@ -187,7 +187,8 @@ class TritonBackend:
         summaries: BlockSummaries | None,
     ) -> _Made:
         on_hopper = self.tile is None and q.is_cuda and hopper.runs(q, v, plan)
-        on_hopper = on_hopper and (self._marks(q, plan, scale) or any_plain(plan))
+        if on_hopper and (plan.bias is not None or plan.words is not None):
+            on_hopper = self._marks(q, plan, scale) or any_plain(plan)
         bounded = on_hopper and scale > 0 and self._bounded(q, plan)
         means = on_hopper and tail.runs(q, k, v, plan)
         known = summaries if on_hopper else None

@@ -23,13 +23,10 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
         "| speedup | ideal | of ideal |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    by_mode: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_mode.setdefault((row["model"], row["compiled"]), {})[row["variant"]] = row
-    for (model, compiled), group in by_mode.items():
+    for (model, mode), group in _groups(rows).items():
         dense = [_milliseconds(group.get(name, {})) for name in _DENSE_STEPS]
         lines += [
-            f"| {model}, {row['tokens']:,} | {'compiled' if compiled else 'eager'} | "
+            f"| {model}, {row['tokens']:,} | {mode} | "
             f"{' | '.join(dense)} | {row['attention_share']:.0%} | {row['variant'].split()[0]} | "
             f"{row['measured_density']:.3f} | {_milliseconds(row)} | {row['speedup']:.2f}x | "
             f"{row['ideal']:.2f}x | {row['speedup'] / row['ideal']:.2f} |"
@@ -54,20 +51,29 @@ def steps_summary(rows: list[dict[str, Any]]) -> str:
         f"| model, tokens | mode | dense | attention | {' | '.join(methods)} |",
         f"|---|---|---|---|{'---|' * len(methods)}",
     ]
-    by_mode: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_mode.setdefault((row["model"], row["compiled"]), {})[row["variant"]] = row
-    for (model, compiled), group in by_mode.items():
+    for (model, mode), group in _groups(rows).items():
         times = [group[name] for name in _DENSE_STEPS if "ms" in group.get(name, {})]
         if not times:
             continue  # why not is said below the table
         dense = min(times, key=_time)
         cells = [_against_ideal(group.get(name, {})) for name in methods]
         lines.append(
-            f"| {model}, {dense['tokens']:,} | {'compiled' if compiled else 'eager'} | "
+            f"| {model}, {dense['tokens']:,} | {mode} | "
             f"{_milliseconds(dense)} | {dense['attention_share']:.0%} | {' | '.join(cells)} |"
         )
     return "\n".join([*lines, *_failures(rows)])
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """Rows by variant, of each model and mode."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["model"], _mode(row)), {})[row["variant"]] = row
+    return found
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return "compiled" if row["compiled"] else "eager"
 
 
 def _time(row: dict[str, Any]) -> float:
@@ -97,9 +103,8 @@ def _milliseconds(row: dict[str, Any]) -> str:
 def _failures(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each row that says why there is no time."""
     found = [row for row in rows if "failed" in row]
-    modes = ["compiled" if row["compiled"] else "eager" for row in found]
     lines = [
-        f"* {row['model']}, {mode}, {row['variant']} failed: {row['failed'][:200]}"
-        for row, mode in zip(found, modes, strict=True)
+        f"* {row['model']}, {_mode(row)}, {row['variant']} failed: {row['failed'][:200]}"
+        for row in found
     ]
     return ["", *lines] if lines else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ from dit_sparse import doctor
 from dit_sparse.attention import backends
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.cli import app
+from tests.noted_launches import noted
 
 
 def fake(refusal: str | None = None, change: Any = None) -> SimpleNamespace:
@@ -131,15 +131,7 @@ def test_triton_runs_on_a_gpu() -> None:
     reason="needs a Hopper GPU",
 )
 def test_a_hopper_kernel_runs_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    def watch(launch: Any, *args: Any, **options: Any) -> Any:
-        done = launch(*args, **options)
-        launched.extend([] if done is None else [done])
-        return done
-
-    for name in ("hopper", "hopper_gluon"):
-        module = pytest.importorskip(f"dit_sparse.kernels.{name}")
-        monkeypatch.setattr(module, "launch", partial(watch, module.launch))
+    runs = noted(monkeypatch)
     doctor.examine("cuda")
-    assert len(launched) == 1, "for the probe without a tile: full and partial entries"
+    found = [name for name, _ in runs if name in ("hopper", "gluon")]
+    assert len(found) == 1, "for the probe without a tile: full and partial entries"

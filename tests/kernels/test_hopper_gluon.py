@@ -513,6 +513,33 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, plan: BlockPlan, bound: bool) -> tup
     return TritonBackend(kernel="hopper_gluon", bound=bound), made
 
 
+def check_on_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    launched: BlockPlan,
+    bound: bool,
+) -> None:
+    """Against the reference in float64, and equal from call to call.
+
+    Args:
+        launched: what the kernel gets of the plan.
+    """
+    monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: 11)  # several turns of each
+    backend, launches = on_gpu(monkeypatch, launched, bound)
+    first = attend(q, k, v, plan, backend=backend)
+    assert launches
+    assert None not in launches
+    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+    seen = exact.lse > -math.inf
+    assert float((first.out - exact.out)[seen].norm() / exact.out[seen].norm()) <= 1e-2
+    torch.testing.assert_close(first.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-3)
+    assert not first.out[~seen].any()
+    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)
+
+
 def check_repeats(run: Callable[[], AttentionOutput], first: AttentionOutput) -> None:
     """A hundred more calls are equal bit for bit."""
     for _ in range(100):
@@ -599,17 +626,7 @@ def test_masks_and_text_on_a_gpu(monkeypatch, bound, boxes, picture, kv_heads, d
     plan = BlockPlan.from_mask(visited, beside_text, blocks, full=full, box=box)
     plan = replace(plan, uneven=uneven).to("cuda")
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2299, dim, kv_heads, seed=dim))
-    monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: 11)  # several turns of each
-    backend, launches = on_gpu(monkeypatch, plan, bound)
-    first = attend(q, k, v, plan, backend=backend)
-    assert launches
-    assert None not in launches
-    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
-    seen = exact.lse > -math.inf
-    assert float((first.out - exact.out)[seen].norm() / exact.out[seen].norm()) <= 1e-2
-    torch.testing.assert_close(first.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-3)
-    assert not first.out[~seen].any()
-    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)
+    check_on_gpu(monkeypatch, q, k, v, plan, plan, bound)
 
 
 @pytest.mark.gpu
@@ -640,17 +657,7 @@ def test_biases_and_words_on_a_gpu(monkeypatch, bound, kinds, tokens, kv_heads, 
     plan = marked(plan, bias="bias" in kinds, words="words" in kinds)
     plan = replace(plan, uneven=uneven).to("cuda")
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(tokens, dim, kv_heads, seed=dim))
-    monkeypatch.setattr(hopper_gluon, "_multiprocessors", lambda _: 11)  # several turns of each
-    backend, launches = on_gpu(monkeypatch, weighing(plan), bound)
-    first = attend(q, k, v, plan, backend=backend)
-    assert launches
-    assert None not in launches
-    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
-    seen = exact.lse > -math.inf
-    assert float((first.out - exact.out)[seen].norm() / exact.out[seen].norm()) <= 1e-2
-    torch.testing.assert_close(first.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-3)
-    assert not first.out[~seen].any()
-    check_repeats(lambda: attend(q, k, v, plan, backend=backend), first)
+    check_on_gpu(monkeypatch, q, k, v, plan, weighing(plan), bound)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from dit_sparse.plan_check import check
 from dit_sparse.predicate import DiskPredicate
 from dit_sparse.shares import any_plain
 from tests.block_cases import HEADS, Case, plan_of, tensors_of
+from tests.noted_launches import Run, noted
 from tests.problems import pooled
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
@@ -32,7 +33,6 @@ interpreter = pytest.mark.skipif(
     reason="needs Triton's interpreter, and tensor descriptors, of Triton 3.4 and later",
 )
 
-Run = tuple[str, BlockPlan]
 
 # Full entries alone; boxes that the specialised kernel masks, and boxes that it does not; disks;
 # words.
@@ -73,24 +73,6 @@ def mixed(
             biases[offsets[row] : offsets[row] + count[row]] = value
         plan = replace(plan, bias=biases)
     return check(replace(plan, tail=tail))
-
-
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """What is launched from now on: the kernel or the part of it, and its plan."""
-    runs: list[Run] = []
-
-    def note(real: Any, name: str, *given: Any, part: str | None = None, **options: Any) -> Any:
-        plan = next(x for x in given if isinstance(x, BlockPlan))
-        parts = {} if part is None else {"part": part}
-        done = real(*given, **parts, **options)
-        if done is not None:
-            runs.append((name if part is None else part, plan))
-        return done
-
-    named = {hopper: "hopper", hopper_gluon: "gluon", portable: "all"}
-    for module, name in named.items():
-        monkeypatch.setattr(module, "launch", partial(note, module.launch, name))
-    return runs
 
 
 def entries_of(plan: BlockPlan, part: str, *, plain: bool) -> Tensor:

@@ -16,6 +16,7 @@ from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.kernels import tiles
 from dit_sparse.kernels.block_sparse import TritonBackend
 from dit_sparse.method import CallContext
+from tests.noted_launches import noted
 
 LAYOUT = TokenLayout.of(TokenGrid(9, 36, 40), 100, 77)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -79,13 +80,15 @@ def test_the_portable_kernel(name: str, options: dict[str, Any], tma: bool):
 @pytest.mark.parametrize("kernel", ["hopper", "hopper_gluon"])
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_the_hopper_kernels(name: str, options: dict[str, Any], kernel: Any, bound: bool, dim: int):
+def test_the_hopper_kernels(monkeypatch, name, options, kernel: Any, bound: bool, dim: int):
     method, backend = methods.create(name, options), TritonBackend(kernel=kernel, bound=bound)
+    runs = noted(monkeypatch)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> AttentionOutput:
         return attend(q, k, v, method.plan(q, k, CallContext(LAYOUT)), backend=backend)
 
     check(dim, call)
+    assert runs[0][0] == kernel.removeprefix("hopper_")
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
