@@ -8,35 +8,34 @@ WORDS = gl.constexpr(4)
 
 
 @gluon.jit
-def _marks(pointers, entry, read, masked, HAS_BIAS: gl.constexpr, HAS_WORDS: gl.constexpr):
-    """Bias of an entry, as a power of 2, and its words, of which all bits are set where nothing
-    masks it.
+def _marks(pointers, entry, read, partial, HAS_BIAS: gl.constexpr, HAS_WORDS: gl.constexpr):
+    """Bias of an entry, as a power of 2, whether words mask it, and these.
 
     Args:
         read: whether there is such an entry.
-        masked: whether it is a partial one.
+        partial: whether it is among those that words are for.
     """
     bias_ptr, words_ptr = pointers
     bias = gl.load(bias_ptr + entry, mask=read, other=0.0) if HAS_BIAS else 0.0
+    masked = partial & read if HAS_WORDS else False
     if HAS_WORDS:
         words_ptr += entry.to(gl.int64) * WORDS
-        masked = masked & read
         words = (
-            gl.load(words_ptr, mask=masked, other=-1),
-            gl.load(words_ptr + 1, mask=masked, other=-1),
-            gl.load(words_ptr + 2, mask=masked, other=-1),
-            gl.load(words_ptr + 3, mask=masked, other=-1),
+            gl.load(words_ptr, mask=masked, other=0),
+            gl.load(words_ptr + 1, mask=masked, other=0),
+            gl.load(words_ptr + 2, mask=masked, other=0),
+            gl.load(words_ptr + 3, mask=masked, other=0),
         )
     else:
         words = (0, 0, 0, 0)
-    return bias, words
+    return bias, masked, words
 
 
 @gluon.jit
-def _read(scores, words):
+def _read(scores, masked, words):
     """Scores with those of keys hidden that the words leave out."""
-    a, b, c, d = words
-    if (a & b & c & d) != -1:
+    if masked:
+        a, b, c, d = words
         layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
         key = gl.arange(0, scores.shape[1], layout)
         word = gl.where(key < 64, gl.where(key < 32, a, b), gl.where(key < 96, c, d))
@@ -68,11 +67,11 @@ def _weighed(
     Args:
         marks: of `_marks`.
     """
-    bias, words = marks
+    bias, masked, words = marks
     if RAGGED:
         scores = _shown(scores, length)
     if HAS_WORDS:
-        scores = _read(scores, words)
+        scores = _read(scores, masked, words)
     if not BOUND:
         highest = gl.max(scores, 1) * scale_log2
         if HAS_BIAS:

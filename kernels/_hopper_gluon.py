@@ -59,7 +59,7 @@ def _products(
     BOUND: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Scores of a block, and behind them the product of the weights of the block before with its
-    values, which still runs.
+    values. Both still run.
 
     Args:
         pattern: negative where all keys are seen.
@@ -70,8 +70,7 @@ def _products(
     if not BOUND:
         acc = acc * gl.expand_dims(alpha, 1)
     mbarrier.wait(value_ready, v_phase)
-    acc = hopper.warpgroup_mma(behind, values, acc, use_acc=more, is_async=True)
-    return hopper.warpgroup_mma_wait(1, [scores]), acc
+    return scores, hopper.warpgroup_mma(behind, values, acc, use_acc=more, is_async=True)
 
 
 @gluon.jit
@@ -206,7 +205,6 @@ def _consume(
         acc = none
         for it in range(1, steps):
             length = gl.load(lengths_ptr + first + it) if RAGGED else 0
-            marks = _marks(marked, first + it, True, it >= full, HAS_BIAS, HAS_WORDS)
             pattern_2 = _loaded(pattern_ptr + first + it + 1, it + 1 < steps, COLUMNS)
             mbarrier.wait(k_full.index(k_slot), k_phase)
             scores, acc = _products(
@@ -214,6 +212,9 @@ def _consume(
                 v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1,
                 nothing, BOUND, COLUMNS,
             )  # fmt: skip
+            # Loaded here: until the scores are there, there is nothing else to do.
+            marks = _marks(marked, first + it, True, it >= full, HAS_BIAS, HAS_WORDS)
+            scores = hopper.warpgroup_mma_wait(1, [scores])
             pattern = pattern_2
             mbarrier.arrive(done.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
@@ -231,7 +232,6 @@ def _consume(
             v_slot, v_phase = _next(v_slot, v_phase, V_SLOTS)
 
         # The last product of this tile runs under the first exponentials of the next one.
-        marks = _marks(marked, first_1, steps_1 > 0, full_1 == 0, HAS_BIAS, HAS_WORDS)
         q_slot, q_phase = _next(q_slot, q_phase, Q_SLOTS)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         mbarrier.wait(q_full.index(q_slot * 2 + HALF), q_phase)
@@ -240,6 +240,8 @@ def _consume(
             v_room.index(v_slot), v_full.index(v_slot), v_phase, acc,
             gl.convert_layout(alpha, by_out_row), steps > 1, nothing, BOUND, COLUMNS,
         )  # fmt: skip
+        marks = _marks(marked, first_1, steps_1 > 0, full_1 == 0, HAS_BIAS, HAS_WORDS)
+        scores = hopper.warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(done.index(k_slot))
         k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
         weights, l_1, m_1 = _weighed(

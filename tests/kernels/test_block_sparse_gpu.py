@@ -99,7 +99,9 @@ class TestCompiled:
             pytest.skip("needs a GPU and a head dim that the specialised kernel was built for")
         runs, backend = noted(monkeypatch), block_sparse.TritonBackend(kernel="hopper")
         check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
-        assert runs[0][0] == "hopper"
+        # Rows that begin at no multiple of 16 elements take more registers to read: it may spill
+        # then, and is refused.
+        assert runs[0][0] in ({"hopper"} if case.head_dim % 16 == 0 else {"hopper", "all"})
 
     @pytest.mark.parametrize("kernel", [None, "hopper"])
     @pytest.mark.parametrize("block", [64, 128])

@@ -351,7 +351,8 @@ def test_where_no_entry_weighs_anything(monkeypatch, bound: bool, ragged: bool):
 @pytest.mark.parametrize(
     ("bound", "before", "after"),
     [
-        (True, "if (a & b & c & d) != -1", "if False"),
+        (True, "    if masked:", "    if False:"),
+        (True, "masked = partial & read", "masked = read"),
         (True, "gl.where(key < 32, a, b)", "gl.where(key < 32, b, a)"),
         (True, "gl.where(key < 96, c, d)", "c"),
         (True, "True, it >= full,", "True, it > full,"),
