@@ -11,6 +11,8 @@ WORDS = gl.constexpr(4)
 def _marks(pointers, entry, read, partial, HAS_BIAS: gl.constexpr, HAS_WORDS: gl.constexpr):
     """Bias of an entry, as a power of 2, whether words mask it, and these.
 
+    Asked for while the products run: a warpgroup has nothing else to do then.
+
     Args:
         read: whether there is such an entry.
         partial: whether it is among those that words are for.

@@ -212,7 +212,6 @@ def _consume(
                 v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1,
                 nothing, BOUND, COLUMNS,
             )  # fmt: skip
-            # Loaded here: until the scores are there, there is nothing else to do.
             marks = _marks(marked, first + it, True, it >= full, HAS_BIAS, HAS_WORDS)
             scores = hopper.warpgroup_mma_wait(1, [scores])
             pattern = pattern_2

@@ -55,6 +55,31 @@ def _tile_scores(q, k_ptr, hidden_ptr, row, first, keys, D: tl.constexpr,
 
 
 @triton.jit
+def _tile(q, k_ptr, hidden_ptr, best_ptr, row, first, keys, base, mass, scale_log2,
+          D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
+          SOFTMAX: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
+          HAS_HIDDEN: tl.constexpr):  # fmt: skip
+    """Keeps the highest scores of a tile of keys, and takes it into the highest score of the row
+    so far and its sum of weights, relative to that."""
+    ROWS: tl.constexpr = q.shape[0]
+    scores = _tile_scores(q, k_ptr, hidden_ptr, row, first, keys, D, BLOCK_D, BLOCK_N, COUNT,
+                          TMA, WHOLE, HAS_HIDDEN)  # fmt: skip
+    best = tl.max(tl.reshape(scores, [ROWS, BLOCK_N // COUNT, COUNT]), 2) * scale_log2
+    number = first // COUNT + tl.arange(0, BLOCK_N // COUNT)
+    at = best_ptr + number[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+    if WHOLE:
+        tl.store(at, best)
+    else:
+        tl.store(at, best, mask=(number < keys // COUNT)[None, :])
+    higher = tl.maximum(base, tl.max(best, 1))
+    if SOFTMAX:
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        mass *= tl.math.exp2(base - safe)
+        mass += tl.sum(tl.math.exp2(scores * scale_log2 - safe[:, None]), 1)
+    return higher, mass
+
+
+@triton.jit
 def _importance_fwd(
     q_ptr, k_ptr, hidden_ptr, best_ptr, importance_ptr,
     hidden_stride_b, n_heads, n_blocks, n_tiles, best_stride, scale_log2,
@@ -84,19 +109,18 @@ def _importance_fwd(
 
         base = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
-        for first in range(0, keys, BLOCK_N):
-            scores = _tile_scores(q, k_ptr, hidden_at, work // per_head * keys, first, keys, D,
-                                  BLOCK_D, BLOCK_N, COUNT, TMA, WHOLE, HAS_HIDDEN)  # fmt: skip
-            best = tl.max(tl.reshape(scores, [ROWS, BLOCK_N // COUNT, COUNT]), 2) * scale_log2
-            number = first // COUNT + tl.arange(0, BLOCK_N // COUNT)
-            at = best_ptr + number[None, :] * ROWS + nth[:, None]
-            tl.store(at, best, mask=(number < n_blocks)[None, :])
-            higher = tl.maximum(base, tl.max(best, 1))
-            if SOFTMAX:
-                safe = tl.where(higher == float("-inf"), 0.0, higher)
-                mass *= tl.math.exp2(base - safe)
-                mass += tl.sum(tl.math.exp2(scores * scale_log2 - safe[:, None]), 1)
-            base = higher
+        # Only the last tile is masked: a mask in the loop would cost registers, and with them one
+        # of three programs on a multiprocessor.
+        row = work // per_head * keys
+        whole = keys // BLOCK_N * BLOCK_N
+        for first in range(0, whole, BLOCK_N):
+            base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
+                               scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, True,
+                               HAS_HIDDEN)  # fmt: skip
+        if not WHOLE:
+            base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, whole, keys, base, mass,
+                               scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, False,
+                               HAS_HIDDEN)  # fmt: skip
         if SOFTMAX:
             base += tl.math.log2(tl.where(mass == 0.0, 1.0, mass))
         base = tl.where(base == float("-inf"), 0.0, base)

@@ -13,7 +13,9 @@ from dit_sparse.kernels.launch import TensorDescriptor, device_of
 from dit_sparse.kernels.portable import LOG2_E, padded
 
 _PER_PROCESSOR = 3  # programs, each of which keeps the scores of a tile of queries
-_COLUMNS, _STAGES = 64, 2  # keys of a tile, and tiles in flight
+_COLUMNS, STAGES = 64, 2  # keys of a tile, and tiles in flight
+#: Of a thread on Hopper, so that so many programs of 256 threads share 65,536.
+REGISTERS = 80
 
 
 def take(q: Tensor, k: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,7 @@ def sampled_maximum(
     if tma:
         shape = [batch * heads * total, dim]
         keys = TensorDescriptor(keys, shape, [dim, 1], [columns, dim_padded])
+    bounded = {"maxnreg": REGISTERS} if tma else {}
     with device_of(queries):
         _importance_fwd[(programs,)](
             queries, keys, importance if hidden is None else hidden.view(torch.uint8), best,
@@ -72,7 +75,7 @@ def sampled_maximum(
             n * rows, scale * LOG2_E,
             D=dim, BLOCK_D=dim_padded, ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
             SOFTMAX=softmax, TMA=tma, WHOLE=total % columns == 0, HAS_HIDDEN=hidden is not None,
-            num_warps=8 if rows == 128 else 4, num_stages=_STAGES,
+            num_warps=8 if rows == 128 else 4, num_stages=STAGES, **bounded,
         )  # fmt: skip
     return importance
 

@@ -28,7 +28,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout
 
-from dit_sparse.kernels import pooled, quantise
+from dit_sparse.kernels import importance, pooled, quantise
 from dit_sparse.kernels._approximate import _approximate_fwd
 from dit_sparse.kernels._attention_map import _attention_map_fwd
 from dit_sparse.kernels._choose import _choose_fwd
@@ -166,15 +166,18 @@ def approximation(variant: Variant) -> Report:
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True, "PER_ENTRY": 2}
-    constants |= {"TMA": variant.capability == 90, "WHOLE": True, "VALUES": True}
-    stages = 2 if variant.tail else 3
+    constants |= {"TMA": variant.capability == 90, "WHOLE": not variant.ragged, "VALUES": True}
+    stages, registers = 2 if variant.tail else 3, None
+    if variant.kernel == "importance":
+        stages = importance.STAGES
+        registers = importance.REGISTERS if variant.capability == 90 else None
     if variant.kernel == "approximate" and isinstance(variant.capability, str):
         constants, warps, stages = amd_variants.of_approximate(constants)
     others = {"means_ptr": "*bf16"} if variant.kernel in ("permute_blocks", "summaries") else {}
     if variant.kernel == "importance" and variant.capability == 90:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
     source = source_of(function, constants, {}, others)
-    return report_of(variant, source, warps, stages)
+    return report_of(variant, source, warps, stages, registers)
 
 
 def with_means() -> Iterator[Variant]:

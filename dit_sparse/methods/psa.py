@@ -24,6 +24,8 @@ from dit_sparse.plan import BlockPlan, Tail
 
 _FACTORS = (1, 2, 4, 8)
 _CAPS = (2, 4, 8)
+# Tokens up to which a quarter of them is sampled by default: products grow with the square.
+_WELL_SAMPLED = 65_536
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class PsaMethod:
         importance: highest weight between sampled tokens (sampled) or weight between block means
             (means), which costs less.
         share: one in so many tokens of a block is sampled, a power of two; twice as many cost four
-            times as much. The public code takes 4.
+            times as much. The public code takes 4, and so does none up to 65,536 tokens, where
+            choosing costs little; beyond that it takes 8.
         norm: of the sampled importance: softmax as in the paper, or max as in the public code.
         similarity: thresholds of the likeness of keys for the levels 2, 4 and 8: a block of less
             likeness is read at a finer level; none for no such cap.
@@ -61,7 +64,7 @@ class PsaMethod:
     ends: tuple[float, ...] = (0.05, 0.10, 0.15, 0.25)
     allocation: pyramid.Allocation = "quantile"
     importance: Literal["sampled", "means"] = "sampled"
-    share: int = 4
+    share: int | None = None
     norm: Norm = "softmax"
     similarity: tuple[float, ...] | None = None
     skipped: Literal["drop", "mean"] = "drop"
@@ -83,10 +86,12 @@ class PsaMethod:
             object.__setattr__(self, "similarity", _similarity(self.similarity))
         options.check_choice("allocation", self.allocation, ("quantile", "mass"))
         options.check_choice("importance", self.importance, ("sampled", "means"))
-        if type(self.share) is not int or self.share not in (1, 2, 4, 8, 16, 32, 64):
+        if self.share is not None and (
+            type(self.share) is not int or self.share not in (1, 2, 4, 8, 16, 32, 64)
+        ):
             raise ValueError(
-                f"Expected share as a power of two from 1 to 64, got {self.share!r}. One in "
-                "so many tokens of a block is sampled."
+                f"Expected no share or a power of two from 1 to 64, got share={self.share!r}. One "
+                "in so many tokens of a block is sampled."
             )
         options.check_choice("norm", self.norm, ("softmax", "max"))
         options.check_choice("skipped", self.skipped, ("drop", "mean"))
@@ -178,8 +183,9 @@ class PsaMethod:
             return self._candidates(scores, frame).softmax(-1).nan_to_num(0.0)
         moment = (ctx.step or 0) * ctx.layers + ctx.layer
         seed = self.seed * 1_000_003 + 2 * moment
+        share = self.share or (4 if frame.blocks.total <= _WELL_SAMPLED else 8)
         return sampled_importance(
-            q, k, frame, share=self.share, norm=self.norm, seed=seed, causal=self.causal
+            q, k, frame, share=share, norm=self.norm, seed=seed, causal=self.causal
         )
 
     def _candidates(self, scores: Tensor, frame: Frame) -> Tensor:

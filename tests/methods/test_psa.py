@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from dit_sparse.attention import attend
 from dit_sparse.frame import Frame, frame_of
+from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.importance import sampled_importance
 from dit_sparse.levels import plan_of_levels
 from dit_sparse.method import CallContext
@@ -234,9 +237,24 @@ def test_a_share_of_the_tokens_is_sampled(monkeypatch: pytest.MonkeyPatch):
         return sampled_importance(*args, share=share, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr("dit_sparse.methods.psa.sampled_importance", noted)
-    for share in (4, 16):
+    for share in (4, 16, None):
         PsaMethod(block=64, share=share).plan(q, k, CallContext(LAYOUTS["image"]))
-    assert seen == [4, 16]
+    assert seen == [4, 16, 4]
+
+
+@pytest.mark.parametrize(("width", "share"), [(256, 4), (257, 8)])
+def test_long_sequences_are_sampled_less(monkeypatch: pytest.MonkeyPatch, width: int, share: int):
+    layout = TokenLayout.of(TokenGrid(1, 256, width))
+    seen = []
+
+    def noted(q: torch.Tensor, k: torch.Tensor, frame: Frame, **named: Any) -> torch.Tensor:
+        seen.append(named["share"])
+        return torch.rand(1, 1, frame.blocks.n, frame.blocks.n)
+
+    monkeypatch.setattr("dit_sparse.methods.psa.sampled_importance", noted)
+    x = torch.zeros(1, 1, layout.length, 8)
+    PsaMethod().plan(x, x, CallContext(layout))
+    assert seen == [share]
 
 
 @pytest.mark.parametrize(
@@ -251,8 +269,8 @@ def test_a_share_of_the_tokens_is_sampled(monkeypatch: pytest.MonkeyPatch):
         ({"ends": 0.5}, "ends as four shares"),
         ({"allocation": "topk"}, "allocation among quantile, mass, got 'topk'"),
         ({"norm": "none"}, "norm among softmax, max"),
-        ({"share": 3}, "share as a power of two from 1 to 64, got 3"),
-        ({"share": True}, "share as a power of two from 1 to 64, got True"),
+        ({"share": 3}, "no share or a power of two from 1 to 64, got share=3"),
+        ({"share": True}, "no share or a power of two from 1 to 64, got share=True"),
         ({"importance": "all"}, "importance among sampled, means"),
         ({"similarity": (0.5, 0.5)}, "similarity as three cosines"),
         ({"similarity": (0.5, 0.5, 2.0)}, "similarity as three cosines"),
