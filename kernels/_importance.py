@@ -80,6 +80,17 @@ def _tile(q, k_ptr, hidden_ptr, best_ptr, row, first, keys, base, mass, scale_lo
 
 
 @triton.jit
+def _first_hidden(hidden_ptr, n_blocks):
+    """The first of the blocks that are not there; as many as there are where all are."""
+    found = n_blocks
+    for first in range(0, n_blocks, 1024):
+        number = first + tl.arange(0, 1024)
+        hidden = tl.load(hidden_ptr + number, mask=number < n_blocks, other=0) != 0
+        found = tl.minimum(found, tl.min(tl.where(hidden, number, n_blocks)))
+    return found
+
+
+@triton.jit
 def _importance_fwd(
     q_ptr, k_ptr, hidden_ptr, best_ptr, importance_ptr,
     hidden_stride_b, n_heads, n_blocks, n_tiles, best_stride, scale_log2,
@@ -109,18 +120,24 @@ def _importance_fwd(
 
         base = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
-        # Only the last tile is masked: a mask in the loop would cost registers, and with them one
-        # of three programs on a multiprocessor.
+        # A mask in the loop costs registers, and with them one of three programs on a
+        # multiprocessor: tiles have one from the first hidden block on, which is mostly of text.
         row = work // per_head * keys
-        whole = keys // BLOCK_N * BLOCK_N
+        seen = _first_hidden(hidden_at, n_blocks) * COUNT if HAS_HIDDEN else keys
+        whole = seen // BLOCK_N * BLOCK_N
         for first in range(0, whole, BLOCK_N):
             base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
                                scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, True,
-                               HAS_HIDDEN)  # fmt: skip
-        if not WHOLE:
+                               False)  # fmt: skip
+        if HAS_HIDDEN:
+            for first in tl.range(whole, keys, BLOCK_N, num_stages=1):
+                base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
+                                   scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, False,
+                                   True)  # fmt: skip
+        elif not WHOLE:
             base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, whole, keys, base, mass,
                                scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, False,
-                               HAS_HIDDEN)  # fmt: skip
+                               False)  # fmt: skip
         if SOFTMAX:
             base += tl.math.log2(tl.where(mass == 0.0, 1.0, mass))
         base = tl.where(base == float("-inf"), 0.0, base)
