@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 from dit_sparse.mask_product import COLUMNS
 
-# Microseconds on one multiprocessor of an H200, head dim 128, 16 bit, the specialised kernel: a
-# least-squares fit to the rows of `benchmarks/kernels.jsonl`, all within 5 %. Head dim 64 takes
-# 1.17, 1.34 and 4.8 for the first three, so that its best tiles are nearly the same.
-WHOLE = 1.64  # an entry, where all key blocks hold as many tokens as they may
-SHORT = 1.87  # an entry, where some hold fewer, whose ends are hidden
-ROW = 3.2  # to begin and end a query block
+# Microseconds on one multiprocessor of an H200, head dim 128, 16 bit, the kernel in Gluon: least
+# squares over the rows of `benchmarks/kernels.jsonl`, all within 11 %
+# (`scripts/fit_block_times.py`). Head dim 64 takes 1.03, 1.12 and 1.55 for all but the product, so
+# that its best tiles are nearly the same.
+WHOLE = 1.46  # an entry, where all key blocks hold as many tokens as they may
+SHORT = 1.56  # an entry, where some hold fewer, whose ends are hidden
+ROW = 2.15  # to begin and end a query block
 # The product that masks is one matrix instruction beside sixteen (head dim 64: beside eight), in
-# all entries of a plan with masked ones: 0.07 to 0.18 for windows of 720p and of 4096 pixels. It
-# hides the ends of short blocks too, so that the difference above and this one are counted twice.
-PRODUCT = 0.1
+# all entries that hide a key. It hides the ends of short blocks too, so that the difference above
+# and this one are counted twice.
+PRODUCT = 0.14
 # Whether any GPU masks by that product, by the table in `kernels/variants.json`.
 BY_PRODUCT = True
 # What the portable kernel takes for masked entries where no product masks: queries of a block are

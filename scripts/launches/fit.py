@@ -14,12 +14,12 @@ import torch
 from dit_sparse.plan import BlockPlan, Blocks
 from scripts.launches.schedule import LIBRARY, Cost, Work
 
-# Shorter calls are as long as the host takes to launch them.
-_LEAST_TOKENS = 10_000
+#: Shorter calls are as long as the host takes to launch them.
+LEAST_TOKENS = 10_000
 #: Microseconds of the pass before that measures the lengths of q and k, for each number of q: 0.06
 #: ms for 16,896 tokens and 24 heads of 128 [H200]. As long as the query blocks are of 128, times of
 #: calls do not tell it from that of beginning and ending one.
-_PASS = 0.06e3 / (16_896 * 24 * 128)
+PASS = 0.06e3 / (16_896 * 24 * 128)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fit(path: Path, head_dim: int) -> Fit:
         work = Work.of(_plan(row), row["heads"])
         longest = work.longest(work.way, LIBRARY)
         known.append([longest.size, longest.sum()])
-        times.append(1000 * row["ms"] - _PASS * row["tokens"] * row["heads"] * head_dim)
+        times.append(1000 * row["ms"] - PASS * row["tokens"] * row["heads"] * head_dim)
     x, y = np.array(known, dtype=np.float64), np.array(times)
     found = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
     worst = float(np.abs(x @ found / y - 1.0).max())
@@ -61,7 +61,7 @@ def _rows(path: Path, head_dim: int) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         kind = (row["head_dim"], row["variant"], row["grid"])
-        if kind == (head_dim, "triton", None) and row["tokens"] >= _LEAST_TOKENS:
+        if kind == (head_dim, "triton", None) and row["tokens"] >= LEAST_TOKENS:
             yield row
 
 

@@ -168,7 +168,7 @@ def rows(block: float, entry: float) -> list[dict]:
         row |= {"grid": None, "variant": "triton"}
         work = Work.of(fit._plan(row), heads)
         time = Cost(block, entry).of(work.longest(work.way, LIBRARY))
-        time += fit._PASS * tokens * heads * 128
+        time += fit.PASS * tokens * heads * 128
         made.append(row | {"ms": time / 1000})
     return [*made, made[0] | {"variant": "cudnn", "ms": 1.0}, made[0] | {"head_dim": 64}]
 
