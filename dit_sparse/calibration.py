@@ -207,7 +207,7 @@ class Calibration:
         return str(address)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
-        return self  # nothing in it changes, and masks of a large model are a gigabyte
+        return self  # nothing in it changes, and masks of a large model are large
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -1,6 +1,6 @@
 """Masks of a calibration on their way to a device: one layer is there before it is asked for.
 
-The masks of all segments and layers of a large model are a gigabyte of bits. They stay in the
+The masks of all segments and layers of a large model are hundreds of megabytes. They stay in the
 host's pinned memory; two buffers on the device hold the layer that is planned and the one after it,
 which a stream of its own copies while the first is computed with.
 """

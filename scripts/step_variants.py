@@ -23,8 +23,8 @@ _BLOCK = 128
 
 
 #: `pisa` has the method's own first-order tail, which a slower kernel runs. `psa` samples tokens as
-#: its paper does, which is 1/32 of dense attention's products in every call; `psa-means` looks at
-#: means in their place.
+#: its paper does, which is 1/32 of dense attention's products in every call, and beyond 65,536
+#: tokens 1/128; `psa-means` looks at means in their place.
 NAMES = ("window", "pisa-zeroth", "pisa", "psa", "psa-means", "paro")
 
 
