@@ -164,8 +164,11 @@ def block_pictures(maps: Mapping[str, np.ndarray]) -> bytes | None:
     for part, (label, pictures) in zip(parts, maps.items(), strict=True):
         part.suptitle(f"{label}: mass and what is read", fontsize=8, x=0.01, ha="left")
         panels = part.subplots(1, 2 * heads, squeeze=False)[0]
-        for panel in panels:
+        for panel in panels[2 * len(pictures) :]:
             panel.set_axis_off()
+        # Framed: rows and columns that read everything are as white as the page.
+        for panel in panels:
+            panel.set(xticks=[], yticks=[])
         for head, (mass, read) in enumerate(pictures.astype(np.float32)):
             panels[2 * head].imshow(mass**_GAMMA, cmap="magma")
             panels[2 * head + 1].imshow(read, cmap="gray", vmin=0, vmax=1)

@@ -62,9 +62,10 @@ def set_distances(store: Store, label: str, tasks: Sequence[Task]) -> dict[str, 
         if extractor == INCEPTION:
             found |= {"FID": finite(frechet), "KID": finite(kernel)}
             continue
-        video = kernel_distance(*(clip_features(side) for side in pair))
         found |= {f"FD_{extractor}": finite(frechet), f"KD_{extractor}": finite(kernel)}
-        found[f"video_KD_{extractor}"] = finite(video)
+        if pair[0].shape[1] > 1:  # of pictures it would be another KD
+            video = kernel_distance(*(clip_features(side) for side in pair))
+            found[f"video_KD_{extractor}"] = finite(video)
     return found
 
 

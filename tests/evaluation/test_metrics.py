@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse.evaluation import quality
 from dit_sparse.evaluation.clip_score import clip_scorer
 from dit_sparse.evaluation.distances import clip_features, frechet_distance, kernel_distance
+from dit_sparse.evaluation.features import EXTRACTOR
 from dit_sparse.evaluation.inception import INCEPTION, load_inception
 from dit_sparse.evaluation.lpips import _network, load_lpips
 from dit_sparse.evaluation.metrics import Clip, Metrics, features, psnr, temporal
+from dit_sparse.evaluation.store import Store, Task
 from tests.toy_model import _tokenizer
 
 CPU = torch.device("cpu")
@@ -306,3 +309,18 @@ def test_features_of_clips_hold_their_motion() -> None:
     both = clip_features(torch.cat([still, moving]))
     torch.testing.assert_close(both, torch.tensor([[1.0, 1, 0, 0], [1, 1, 2, 0]]))
     assert clip_features(still[:, :1]).tolist() == [[1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(("count", "video"), [(1, False), (3, True)])
+def test_pictures_have_no_distance_of_clips(
+    monkeypatch: pytest.MonkeyPatch, count: int, video: bool
+) -> None:
+    ours, dense = torch.randn(2, 4, count, 8, generator=torch.Generator().manual_seed(0))
+
+    def known(store: Store, label: str, tasks: list[Task], extractor: str) -> Any:
+        return (ours, dense) if extractor == EXTRACTOR else None
+
+    monkeypatch.setattr(quality, "_features", known)
+    found = quality.set_distances(Store(Path("nowhere")), "window", [Task("a", 0), Task("b", 0)])
+    kinds = ("FD", "KD", "video_KD") if video else ("FD", "KD")
+    assert set(found) == {f"{kind}_{EXTRACTOR}" for kind in kinds}
