@@ -80,14 +80,16 @@ def _tile(q, k_ptr, hidden_ptr, best_ptr, row, first, keys, base, mass, scale_lo
 
 
 @triton.jit
-def _first_hidden(hidden_ptr, n_blocks):
-    """The first of the blocks that are not there; as many as there are where all are."""
-    found = n_blocks
+def _hidden_tiles(hidden_ptr, n_blocks, n_tiles, BLOCK_N: tl.constexpr, COUNT: tl.constexpr):
+    """From which to which tile of keys some may belong to blocks that are not there."""
+    least, most = n_blocks, 0
     for first in range(0, n_blocks, 1024):
         number = first + tl.arange(0, 1024)
         hidden = tl.load(hidden_ptr + number, mask=number < n_blocks, other=0) != 0
-        found = tl.minimum(found, tl.min(tl.where(hidden, number, n_blocks)))
-    return found
+        least = tl.minimum(least, tl.min(tl.where(hidden, number, n_blocks)))
+        most = tl.maximum(most, tl.max(tl.where(hidden, number + 1, 0)))
+    begin = tl.minimum(least * COUNT // BLOCK_N, n_tiles)
+    return begin, tl.maximum(tl.minimum(tl.cdiv(most * COUNT, BLOCK_N), n_tiles), begin)
 
 
 @triton.jit
@@ -120,24 +122,35 @@ def _importance_fwd(
 
         base = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
-        # A mask in the loop costs registers, and with them one of three programs on a
-        # multiprocessor: tiles have one from the first hidden block on, which is mostly of text.
         row = work // per_head * keys
-        seen = _first_hidden(hidden_at, n_blocks) * COUNT if HAS_HIDDEN else keys
-        whole = seen // BLOCK_N * BLOCK_N
-        for first in range(0, whole, BLOCK_N):
-            base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
-                               scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, True,
-                               False)  # fmt: skip
-        if HAS_HIDDEN:
-            for first in tl.range(whole, keys, BLOCK_N, num_stages=1):
+        if TMA:
+            # A mask in the loop costs registers, and with them one of three programs on a
+            # multiprocessor [sm_90]: tiles that need one come last.
+            n_whole = keys // BLOCK_N
+            begin, end = n_whole, n_whole
+            if HAS_HIDDEN:
+                begin, end = _hidden_tiles(hidden_at, n_blocks, n_whole, BLOCK_N, COUNT)
+            for turn in range(n_whole - (end - begin)):
+                first = (turn + tl.where(turn < begin, 0, end - begin)) * BLOCK_N
                 base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
-                                   scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, False,
-                                   True)  # fmt: skip
-        elif not WHOLE:
-            base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, whole, keys, base, mass,
-                               scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, TMA, False,
-                               False)  # fmt: skip
+                                   scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, True, True,
+                                   False)  # fmt: skip
+            if HAS_HIDDEN:
+                for turn in tl.range(0, end - begin + (1 - WHOLE), num_stages=1):
+                    first = tl.where(turn < end - begin, begin + turn, n_whole) * BLOCK_N
+                    base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
+                                       scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, True, False,
+                                       True)  # fmt: skip
+            elif not WHOLE:
+                first = n_whole * BLOCK_N
+                base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
+                                   scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, True, False,
+                                   False)  # fmt: skip
+        else:  # a tile apart would take the registers of a second program [sm_80]
+            for first in range(0, keys, BLOCK_N):
+                base, mass = _tile(q, k_ptr, hidden_at, best_ptr, row, first, keys, base, mass,
+                                   scale_log2, D, BLOCK_D, BLOCK_N, COUNT, SOFTMAX, False, WHOLE,
+                                   HAS_HIDDEN)  # fmt: skip
         if SOFTMAX:
             base += tl.math.log2(tl.where(mass == 0.0, 1.0, mass))
         base = tl.where(base == float("-inf"), 0.0, base)

@@ -14,8 +14,10 @@ from dit_sparse.kernels.portable import LOG2_E, padded
 
 _PER_PROCESSOR = 3  # programs, each of which keeps the scores of a tile of queries
 _COLUMNS, STAGES = 64, 2  # keys of a tile, and tiles in flight
-#: Of a thread on Hopper, so that so many programs of 256 threads share 65,536.
+CHUNK = 32  # key blocks whose weights are written at a time
+#: Of a thread, where so many programs of 256 threads can share 65,536.
 REGISTERS = 80
+_LEAST = 8  # samples of a block; with fewer three programs take more shared memory than there is
 
 
 def take(q: Tensor, k: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,17 +69,23 @@ def sampled_maximum(
     if tma:
         shape = [batch * heads * total, dim]
         keys = TensorDescriptor(keys, shape, [dim, 1], [columns, dim_padded])
-    bounded = {"maxnreg": REGISTERS} if tma else {}
+    bounded = _bounded(queries, count)
     with device_of(queries):
         _importance_fwd[(programs,)](
             queries, keys, importance if hidden is None else hidden.view(torch.uint8), best,
             importance, n if hidden is not None and hidden.shape[0] > 1 else 0, heads, n, tiles,
             n * rows, scale * LOG2_E,
-            D=dim, BLOCK_D=dim_padded, ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=32,
+            D=dim, BLOCK_D=dim_padded, ROWS=rows, BLOCK_N=columns, COUNT=count, CHUNK=CHUNK,
             SOFTMAX=softmax, TMA=tma, WHOLE=total % columns == 0, HAS_HIDDEN=hidden is not None,
             num_warps=8 if rows == 128 else 4, num_stages=STAGES, **bounded,
         )  # fmt: skip
     return importance
+
+
+def _bounded(x: Tensor, count: int) -> dict[str, int]:
+    """The option that bounds registers, where it lets more programs run at a time."""
+    roomy = x.is_cuda and architecture(x.device) == "sm_90" and x.element_size() == 2
+    return {"maxnreg": REGISTERS} if roomy and x.shape[-1] <= 128 and count >= _LEAST else {}
 
 
 def _described(x: Tensor) -> bool:

@@ -114,7 +114,9 @@ def approximations(every: bool) -> Iterator[Variant]:
     for head_dim in (64, 128):
         for capability in (80, 90, 100, 120) if every else (80, 90):
             yield Variant("means", capability, head_dim, ragged=True)
-            yield Variant("importance", capability, head_dim, ragged=True)
+            for hidden in (False, True) if head_dim == 128 else (False,):
+                for ragged in (False, True) if head_dim == 128 else (True,):
+                    yield Variant("importance", capability, head_dim, ragged, hidden=hidden)
             yield Variant("take", capability, head_dim, ragged=True)
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("longest_first", capability, head_dim, ragged=True)
@@ -166,15 +168,16 @@ def approximation(variant: Variant) -> Report:
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True, "PER_ENTRY": 2}
-    constants |= {"TMA": variant.capability == 90, "WHOLE": not variant.ragged, "VALUES": True}
+    tma = isinstance(variant.capability, int) and variant.capability >= 90
+    constants |= {"TMA": tma, "WHOLE": not variant.ragged, "VALUES": True}
     stages, registers = 2 if variant.tail else 3, None
     if variant.kernel == "importance":
-        stages = importance.STAGES
+        stages, constants["CHUNK"] = importance.STAGES, importance.CHUNK
         registers = importance.REGISTERS if variant.capability == 90 else None
     if variant.kernel == "approximate" and isinstance(variant.capability, str):
         constants, warps, stages = amd_variants.of_approximate(constants)
     others = {"means_ptr": "*bf16"} if variant.kernel in ("permute_blocks", "summaries") else {}
-    if variant.kernel == "importance" and variant.capability == 90:
+    if variant.kernel == "importance" and tma:
         others["k_ptr"] = f"tensordesc<bf16[64, {dim}]>"
     source = source_of(function, constants, {}, others)
     return report_of(variant, source, warps, stages, registers)

@@ -49,8 +49,8 @@ class Measured:
     def counts(self) -> list[int]:
         """How often each of `NAMES` is in its time."""
         entries = self.work.full + self.work.partial
-        whole, masked = self.work.whole, self.work.partial > 0
-        return [entries * whole, entries * (not whole), entries * masked, self.work.rows]
+        whole = self.work.whole
+        return [entries * whole, entries * (not whole), self.work.partial, self.work.rows]
 
 
 def measured(path: Path, head_dim: int) -> Iterator[Measured]:

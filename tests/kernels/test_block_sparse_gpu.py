@@ -101,7 +101,8 @@ class TestCompiled:
         check_on_gpu(attend(q, k, v, plan, backend=backend), q, k, v, plan)
         # Rows that begin at no multiple of 16 elements take more registers to read: it may spill
         # then, and is refused.
-        assert runs[0][0] in ({"hopper"} if case.head_dim % 16 == 0 else {"hopper", "all"})
+        spills = case.head_dim % 16 and case.order != "none"
+        assert runs[0][0] in ({"hopper", "all"} if spills else {"hopper"})
 
     @pytest.mark.parametrize("kernel", [None, "hopper"])
     @pytest.mark.parametrize("block", [64, 128])

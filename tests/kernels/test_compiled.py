@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -214,6 +215,18 @@ def test_pooled_entries_and_tails_use_the_matrix_units(reports, capability: int)
             assert counts["hgmma" if capability == 90 else "mma"] > 0, report
             assert counts["spills"] <= 64, report  # outside the loops' products
             assert report["shared"] <= (232_448 if capability == 90 else 101_376), report
+
+
+def test_three_programs_that_sample_share_a_multiprocessor(reports):
+    found = chosen(reports, "importance", 90)
+    assert {(r["variant"]["ragged"], r["variant"]["hidden"]) for r in found} == set(
+        itertools.product((False, True), repeat=2)
+    )
+    for report in found:
+        assert report["registers"] * 3 * 256 <= 65_536, report
+        assert report["shared"] * 3 <= 232_448, report
+        if not report["variant"]["hidden"]:
+            assert report["counts"]["inner_spills"] == 0, report
 
 
 @pytest.mark.parametrize("capability", [80, 90])

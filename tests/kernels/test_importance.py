@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -86,14 +87,50 @@ def test_on_a_gpu(softmax: bool, n: int, count: int, hidden: Hidden, dtype: torc
 
 
 @interpreted
-def test_without_descriptors(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("hidden", ["none", "each", "last"])
+@pytest.mark.parametrize("n", [4, 5])
+def test_without_descriptors(monkeypatch: pytest.MonkeyPatch, hidden: Hidden, n: int):
     monkeypatch.setattr(importance, "TensorDescriptor", None)
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 2, 5 * 16, 40, generator=generator) for _ in range(2))
-    got = importance.sampled_maximum(q, k, 16, scale=0.2, softmax=True)
-    weight = (q.double() @ k.double().transpose(-2, -1) * 0.2).softmax(-1)
-    expected = weight.view(1, 2, 5, 16, 5, 16).amax((3, 5))
+    q, k = (torch.randn(2, 2, n * 16, 40, generator=generator) for _ in range(2))
+    unseen = hidden_blocks(hidden, 2, n, 0)
+    got = importance.sampled_maximum(q, k, 16, scale=0.2, softmax=True, hidden=unseen)
+    expected = maximum_weights(q, k, 16, 0.2, True, unseen)
     torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [(3,), (1023,), (1024, 1025), (1050,), (63, 64), (0, 1099), ()])
+def test_blocks_that_are_not_there_among_many(blocks: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1100, 16, generator=generator) for _ in range(2))
+    unseen = torch.zeros(1, 1100, dtype=torch.bool)
+    unseen[0, list(blocks)] = True
+    got = importance.sampled_maximum(q, k, 1, scale=0.25, softmax=True, hidden=unseen)
+    expected = maximum_weights(q, k, 1, 0.25, True, unseen)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "count", "dtype", "bounded"),
+    [
+        ("sm_90", 128, 32, torch.bfloat16, True),
+        ("sm_90", 64, 8, torch.float16, True),
+        ("sm_90", 256, 32, torch.bfloat16, False),
+        ("sm_90", 128, 4, torch.bfloat16, False),
+        ("sm_90", 64, 32, torch.float32, False),
+        ("sm_80", 128, 32, torch.bfloat16, False),
+        ("sm_120", 128, 32, torch.bfloat16, False),
+        ("gfx942", 128, 32, torch.bfloat16, False),
+    ],
+)
+def test_registers_are_bounded_where_that_makes_room(
+    monkeypatch: pytest.MonkeyPatch, name, dim: int, count: int, dtype, bounded: bool
+):
+    monkeypatch.setattr(importance, "architecture", lambda device: name)
+    shape, size = (1, 2, 64, dim), torch.finfo(dtype).bits // 8
+    x = SimpleNamespace(is_cuda=True, device="cuda", shape=shape, element_size=lambda: size)
+    assert bool(importance._bounded(x, count)) is bounded
 
 
 @interpreted
