@@ -84,7 +84,8 @@ def test_a_sweep_measures_every_variant(finished: tuple[Path, dict[str, Any]]) -
     assert list(rows) == LABELS
     assert all(row["clips"] == 2 and row["failed"] is None for row in rows.values())
     assert rows["dense"]["identical"] == 2
-    assert rows["window density=1.0 block=64"]["quality"]["psnr"] > 70
+    full = rows["window density=1.0 block=64"]
+    assert full["identical"] == 2 or full["quality"]["psnr"] > 70
     sparse = rows["window density=0.2 block=64"]
     assert 10 < sparse["quality"]["psnr"] < 70
     assert sparse["worst"]["psnr"] <= sparse["quality"]["psnr"]

@@ -38,7 +38,8 @@ def run(pipe: Any) -> torch.Tensor:
 def test_loaded_pipeline_can_be_made_sparse(folder: Path, tiny: Any) -> None:
     pipe = dit_sparse.load(folder, components=PARTS, device="cpu", local_files_only=True)
     stock = run(tiny("wan"))
-    assert torch.equal(run(pipe), stock)
+    # Weights from a file lie elsewhere in memory, which some CPUs' sums depend on.
+    torch.testing.assert_close(run(pipe), stock, atol=3e-5, rtol=0)
     full = create("window", {"density": 1.0})
     for method in (full, {0: full, 1: full}):
         assert pipe.set_attn_processor(method) is pipe
