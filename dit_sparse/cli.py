@@ -340,12 +340,17 @@ def doctor(
 
 
 @app.command()
-def methods(output_format: Format = "text") -> None:
+def methods(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Which; all by default.", show_default=False)
+    ] = None,
+    output_format: Format = "text",
+) -> None:
     """List the sparse attention methods and their options."""
     with sentences(output_format):
         from dit_sparse.commands.tables import method_rows, method_text
 
-        rows = method_rows()
+        rows = method_rows(names or ())
         show(rows, method_text(rows), output_format)
 
 

@@ -387,6 +387,14 @@ def test_methods_lists_every_option() -> None:
     assert "density=None" in run("methods").stdout
 
 
+def test_methods_lists_those_that_are_named() -> None:
+    rows = json.loads(run("methods", "psa", "pisa", "--format", "json").stdout)
+    assert [row["name"] for row in rows] == ["psa", "pisa"]
+    refused = run("methods", "pissa")
+    assert refused.exit_code == 2
+    assert "got 'pissa'. Did you mean 'pisa'?" in refused.stderr
+
+
 def test_families_lists_every_family() -> None:
     from dit_sparse.pipelines.family import families
 

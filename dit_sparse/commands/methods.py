@@ -152,6 +152,5 @@ def _text(value: Any) -> str:
 
 
 def _describe(name: str) -> list[methods.Option]:
-    if name not in methods.names():
-        methods.create(name)  # raises the sentence with the nearest name
+    methods.check_name(name)
     return methods.describe(name)

@@ -13,8 +13,14 @@ from dit_sparse.pipelines.family import families
 Row = Mapping[str, Any]
 
 
-def method_rows() -> list[Row]:
-    """Every method with its options, as plain values."""
+def method_rows(names: Sequence[str] = ()) -> list[Row]:
+    """Methods with their options, as plain values; all without names.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    for name in names:
+        methods.check_name(name)
     return [
         {
             "name": name,
@@ -28,7 +34,7 @@ def method_rows() -> list[Row]:
                 for option in methods.describe(name)
             ],
         }
-        for name in methods.names()
+        for name in names or methods.names()
     ]
 
 

@@ -44,16 +44,25 @@ def names() -> list[str]:
     return sorted(name for name in _classes() if all(o.type is str for o in _required(name)))
 
 
+def check_name(name: str) -> None:
+    """Refuses what is no name of a method.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    if name not in names():
+        raise ValueError(
+            f"Expected a method among {', '.join(names())}, got {name!r}.{_near(name, names())}"
+        )
+
+
 def create(name: str, options: Mapping[str, Any] | None = None) -> SparseMethod:
     """The method of this name with these options.
 
     Raises:
         ValueError: unknown name or option (the sentence suggests the nearest), or a bad value.
     """
-    if name not in names():
-        raise ValueError(
-            f"Expected a method among {', '.join(names())}, got {name!r}.{_near(name, names())}"
-        )
+    check_name(name)
     known = [option.name for option in describe(name)]
     for option in options or {}:
         if option not in known:
