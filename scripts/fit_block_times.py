@@ -26,7 +26,7 @@ from dit_sparse.block_times import Work
 from dit_sparse.grid import TokenGrid, TokenLayout
 from dit_sparse.method import CallContext
 from dit_sparse.methods.window import WindowMethod
-from scripts.launches.fit import LEAST_TOKENS, PASS
+from scripts.launches.fit import LEAST_TOKENS, PASS, least_squares
 from scripts.launches.schedule import MULTIPROCESSORS
 
 NAMES = ("WHOLE", "SHORT", "PRODUCT", "ROW")
@@ -58,7 +58,8 @@ def measured(path: Path, head_dim: int) -> Iterator[Measured]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         wanted = "triton" if row["grid"] is None else "ordered"
-        if (row["variant"], row["head_dim"]) == (wanted, head_dim) and row["tokens"] > LEAST_TOKENS:
+        kind = (row["variant"], row["head_dim"])
+        if kind == (wanted, head_dim) and row["tokens"] >= LEAST_TOKENS:
             work = _listed(row) if row["grid"] is None else _windowed(row)
             time = 1000 * row["ms"] * MULTIPROCESSORS / row["heads"]
             time -= PASS * MULTIPROCESSORS * row["tokens"] * head_dim
@@ -86,7 +87,7 @@ def fit(rows: list[Measured]) -> dict[str, float]:
     counts = np.array([row.counts for row in rows], dtype=np.float64)
     times = np.array([row.time for row in rows])
     occurs = counts.any(axis=0)
-    found = np.linalg.lstsq(counts[:, occurs] / times[:, None], np.ones(len(rows)), rcond=None)[0]
+    found = least_squares(counts[:, occurs], times)
     names = [name for name, there in zip(NAMES, occurs, strict=True) if there]
     return dict(zip(names, found.tolist(), strict=True))
 

@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dit_sparse.plan import BlockPlan, Blocks
 from scripts.launches.schedule import LIBRARY, Cost, Work
 
+Floats: TypeAlias = NDArray[np.float64]
 #: Shorter calls are as long as the host takes to launch them.
 LEAST_TOKENS = 10_000
 #: Microseconds of the pass before that measures the lengths of q and k, for each number of q: 0.06
@@ -52,9 +54,16 @@ def fit(path: Path, head_dim: int) -> Fit:
         known.append([longest.size, longest.sum()])
         times.append(1000 * row["ms"] - PASS * row["tokens"] * row["heads"] * head_dim)
     x, y = np.array(known, dtype=np.float64), np.array(times)
-    found = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
+    found = least_squares(x, y)
     worst = float(np.abs(x @ found / y - 1.0).max())
     return Fit(Cost(float(found[0]), float(found[1])), len(y), worst)
+
+
+def least_squares(known: Floats, times: Floats) -> Floats:
+    """What each column of what is known takes, by relative errors of the times."""
+    ones = np.ones(len(times))
+    found: Floats = np.linalg.lstsq(known / times[:, None], ones, rcond=None)[0]
+    return found
 
 
 def _rows(path: Path, head_dim: int) -> Iterator[dict[str, Any]]:
