@@ -6,6 +6,17 @@ from triton.experimental.gluon import language as gl
 from dit_sparse.kernels._gluon_fetch import ROWS
 
 
+@gluon.constexpr_function
+def _stored(width):
+    """How results are written: 16 bytes of a row to a thread and 64 to four neighbours, which have
+    them among themselves after a product."""
+    wide = [[0, 32], [0, 64]] if width == 128 else [[0, 32]]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], *wide, [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, width],
+    )  # fmt: skip
+
+
 @gluon.jit
 def _tokens(order_ptr, rows, row_inside, HAS_ORDER: gl.constexpr):
     """Where the results of rows go."""
@@ -54,12 +65,7 @@ def _write(
     sums = sums * gl.expand_dims(gl.convert_layout(1.0 / l_safe, by_row), 1)
     # A weight of 0 hides no NaN.
     sums = gl.where(gl.expand_dims(gl.convert_layout(empty, by_row), 1), 0.0, sums)
-    # 16 bytes of a row to a thread and 64 to four neighbours, which have them among themselves.
-    wide: gl.constexpr = [[0, 32], [0, 64]] if BLOCK_D == 128 else [[0, 32]]
-    stored: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4]] + wide + [[8, 0]],  # noqa: RUF005
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, BLOCK_D],
-    )  # fmt: skip
+    stored: gl.constexpr = _stored(BLOCK_D)
     by_stored_row: gl.constexpr = gl.SliceLayout(1, stored)
     cols = gl.expand_dims(gl.arange(0, BLOCK_D, gl.SliceLayout(0, stored)), 0)
     to = gl.expand_dims(gl.convert_layout(tokens, by_stored_row), 1)

@@ -204,17 +204,17 @@ def _consume(
         q = _queries(rings, q_slot * 2 + HALF)
         acc = none
         for it in range(1, steps):
+            # Not behind the products, where it costs 11 % at head dim 64 [H200].
             length = gl.load(lengths_ptr + first + it) if RAGGED else 0
-            pattern_2 = _loaded(pattern_ptr + first + it + 1, it + 1 < steps, COLUMNS)
             mbarrier.wait(k_full.index(k_slot), k_phase)
             scores, acc = _products(
                 q, _keys(rings, k_slot), pattern, behind, v_room.index(v_slot),
                 v_full.index(v_slot), v_phase, acc, gl.convert_layout(alpha, by_out_row), it > 1,
                 nothing, BOUND, COLUMNS,
             )  # fmt: skip
+            pattern = _loaded(pattern_ptr + first + it + 1, it + 1 < steps, COLUMNS)
             marks = _marks(marked, first + it, True, it >= full, HAS_BIAS, HAS_WORDS)
             scores = hopper.warpgroup_mma_wait(1, [scores])
-            pattern = pattern_2
             mbarrier.arrive(done.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, SLOTS)
             weights, mass, m_new = _weighed(

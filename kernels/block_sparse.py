@@ -207,7 +207,8 @@ class TritonBackend:
             of_tail = False
         if plan.pools is None and not of_tail:
             return _Made(room, launches, None)
-        rest = partial(_approximate, plan, scale, specialised, of_tail)
+        kernel = self._kernel(q, plan) if specialised else "portable"
+        rest = partial(_approximate, plan, scale, kernel, of_tail)
         rest(room)
         return _Made(room, launches, rest)
 
@@ -317,13 +318,12 @@ def _in_triton(room: Room, plan: BlockPlan, scale: float) -> tuple[Launch, _Work
     return None if done is None else (done, work)
 
 
-def _approximate(
-    plan: BlockPlan, scale: float, specialised: bool, of_tail: bool, room: Room
-) -> None:
+def _approximate(plan: BlockPlan, scale: float, kernel: Kernel, of_tail: bool, room: Room) -> None:
     """Adds pooled entries and a tail to the result for exact entries.
 
     Args:
-        specialised: whether the Hopper kernel may add pooled entries: queries are in order.
+        kernel: the one for exact entries; if specialised, queries are in order, and one like it
+            may add pooled entries.
         of_tail: whether the result is without the tail.
     """
     q, k, v = room.ordered
@@ -333,7 +333,7 @@ def _approximate(
         of_tail = False
     pools = plan.pools is not None
     given = (*room.ordered, plan, scale, room.result, room.lengths)
-    if pools and specialised and pooled.launch(*given):
+    if pools and kernel != "portable" and pooled.launch(*given, kernel=kernel):
         pools = False
     if pools or of_tail:
         approximate.launch(room.q, k, v, plan, scale, room.result, pools=pools, tail=of_tail)

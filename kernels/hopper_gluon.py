@@ -63,14 +63,21 @@ def rings_for(head_dim: int) -> Rings:
     return Rings(queries=1, keys=2, values=3)
 
 
-def refuses(plan: BlockPlan, scale: float) -> str | None:
-    """Why the kernel cannot run here, or not for a plan; `None` if it can."""
+def unavailable() -> str | None:
+    """Why no kernel in Gluon can run here; `None` if they can."""
     if _block_sparse_fwd_hopper_gluon is None:
         return f"expected a Triton with Gluon for Hopper, got {triton.__version__}."
     if ".".join(triton.__version__.split(".")[:2]) != TRITON:
         return f"expected Triton {TRITON}, whose Gluon was tried, got {triton.__version__}."
     if triton.knobs.runtime.interpret:
         return "expected a GPU, got Triton's interpreter, which has no Gluon."
+    return None
+
+
+def refuses(plan: BlockPlan, scale: float) -> str | None:
+    """Why the kernel cannot run here, or not for a plan; `None` if it can."""
+    if (reason := unavailable()) is not None:
+        return reason
     if (plan.q_blocks.size, plan.k_blocks.size) != (128, 128):
         return f"expected blocks of 128, got {plan.q_blocks.size} and {plan.k_blocks.size}."
     if not scale > 0:  # scores behind the end of a block are hidden before they are scaled
@@ -125,12 +132,12 @@ def _launch(
     starts, counts = plan.spans
     order = starts if plan.order is None else plan.order.index
     tiles = batch * heads * blocks
-    programs = min(tiles, _multiprocessors(q.device))
+    programs = min(tiles, multiprocessors(q.device))
     deal = dealt(plan, batch, heads, programs)
     classes, hidden, patterns = _tiles(mask, q.dtype) if mask else (None, None, starts)
     biases = (starts, starts) if plan.bias is None else _biases(plan, mask)
     arguments = (
-        _describe(qm, [ROWS.value, dim]), _describe(km, [keys, dim]), _describe(vm, [keys, dim]),
+        describe(qm, [ROWS.value, dim]), describe(km, [keys, dim]), describe(vm, [keys, dim]),
         classes, hidden, out, lse, *(lengths or (lse, lse)),
         plan.offsets, plan.full, plan.partial, mask.starts if mask else starts, counts,
         mask.query if mask else starts, patterns, plan.q_blocks.starts, order,
@@ -160,7 +167,8 @@ def _launch(
     return launch_specialised(kernel, grid, arguments, constants, warps=4, stages=2)
 
 
-def _describe(matrix: Matrix, block: list[int]) -> Any:
+def describe(matrix: Matrix, block: list[int]) -> Any:
+    """A descriptor of tiles as the matrix units read them."""
     layout = NVMMASharedLayout(128, 8 * matrix.base.element_size(), 2)
     shape, strides = list(matrix.shape), [matrix.row_stride, 1]
     return GluonDescriptor(matrix.base, shape, strides, block, layout)
@@ -211,5 +219,5 @@ def _most_bias(plan: BlockPlan) -> float:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -40,7 +40,7 @@ except ImportError:  # a Triton without Gluon for Hopper
 # A compiled kernel is called with all arguments, constants included; read in 3.6 and 3.9.
 _REPEATS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 # So few stand outside the loops, where they cost nothing.
-_SPILLS = 16
+SPILLS = 16
 _PRODUCT, _WAIT = r"[HQI]GMMA", r"WARPGROUP\.DEPBAR"
 # Serialised products are waited for one by one; all kernels here have at least two to a wait.
 _PRODUCTS_A_WAIT = 2
@@ -212,16 +212,21 @@ def launch_specialised(
     *,
     warps: int,
     stages: int,
+    spills: int = SPILLS,
 ) -> Launch | None:
     """`launch` of a kernel that has to be warp-specialised; `None`, and nothing launched, if Triton
     did not make it so, failed, or made it spill registers, take more shared memory than there is,
-    or wait for every matrix product."""
+    or wait for every matrix product.
+
+    Args:
+        spills: so many registers may be in memory: those that the kernel keeps outside its loops.
+    """
     known = _verdicts(jit)
     kinds = (_kind(argument) for argument in arguments)
     key = (_device(arguments[0]), *constants.values(), *kinds)
     if key not in known:
         # Looked at once: what alignment makes of the same kernel differs in little.
-        known[key] = _sound(jit, grid, arguments, constants, warps, stages)
+        known[key] = _sound(jit, grid, arguments, constants, warps, stages, spills)
     if not known[key]:
         return None
     return launch(jit, grid, arguments, constants, warps=warps, stages=stages)
@@ -254,6 +259,7 @@ def _sound(
     constants: Mapping[str, Any],
     warps: int,
     stages: int,
+    spills: int,
 ) -> bool:
     """Whether a kernel is compiled as it was meant to be; says so in the log if not."""
     if not isinstance(jit, JITFunction):
@@ -265,7 +271,7 @@ def _sound(
     except Exception as error:  # Triton's passes, LLVM and ptxas fail in ways of their own
         reason = f"{type(error).__name__}: {_first_line(error)}"
     else:
-        reason = _flaw_of(kernel)
+        reason = _flaw_of(kernel, spills)
     if reason is None:
         return True
     _LOG.warning(
@@ -277,27 +283,28 @@ def _sound(
     return False
 
 
-def _flaw_of(kernel: Any) -> str | None:
+def _flaw_of(kernel: Any, most: int) -> str | None:
     """What is wrong with what Triton compiled; raises what the driver says of anything else."""
     try:
         kernel._init_handles()
     except OutOfResources as error:
         return _first_line(error)
     ptx, spills = kernel.asm["ptx"], kernel.n_spills
-    return flaw(ptx, None, spills) or flaw(ptx, machine_code(kernel), spills)
+    return flaw(ptx, None, spills, most) or flaw(ptx, machine_code(kernel), spills, most)
 
 
-def flaw(ptx: str, sass: str | None, spills: int) -> str | None:
+def flaw(ptx: str, sass: str | None, spills: int, most: int = SPILLS) -> str | None:
     """What is wrong with a specialised kernel; `None` if nothing is.
 
     Args:
         ptx: its code for ptxas.
         sass: its machine code; `None` where it cannot be read.
         spills: registers that it keeps in local memory.
+        most: how many it may.
     """
     if "setmaxnreg" not in ptx:
         return "its warps are not specialised"
-    if spills > _SPILLS:
+    if spills > most:
         return f"it spills {spills} registers"
     if sass is not None:
         # ptxas says that it serialised them (C7510 and others) to a log that Triton throws away.

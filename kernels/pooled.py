@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels import hopper_gluon
 from dit_sparse.kernels._hopper_pooled import _pooled_fwd_hopper
 from dit_sparse.kernels._pooled import _pooled_tiles_fwd
 from dit_sparse.kernels._pooled_again import _pooled_again_fwd
@@ -21,15 +22,26 @@ from dit_sparse.kernels.hopper import Matrix, with_scratch
 from dit_sparse.kernels.launch import Launch, TensorDescriptor, launch_specialised
 from dit_sparse.kernels.pool import Means, pool_all
 from dit_sparse.kernels.portable import LOG2_E, list_strides, padded
+from dit_sparse.kernels.variants import Kernel
 from dit_sparse.plan import BlockPlan, Pools
+
+try:
+    from dit_sparse.kernels._gluon_pooled import _pooled_fwd_hopper_gluon
+except ImportError:  # a Triton without Gluon, or without what this needs of it
+    _pooled_fwd_hopper_gluon = None
 
 _BLOCK = 128  # keys
 #: Pooled rows of a tile: 4-fold pooling leaves 32 of a block of 128.
 ROWS = 32
+#: Likewise of the kernel in Gluon, where more tiles of a step cost nothing: then 8-fold pooling
+#: computes no row twice.
+ROWS_IN_GLUON = 16
 #: Steps in flight. The kernel counts on as many stale barriers.
 STAGES = 2
 #: Whether queries stay in registers: where Triton 3.9 keeps them it spills others.
 HELD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+#: Registers that the kernel in Gluon may keep in memory: it does so outside its loops.
+SPILLS = 64
 _MOST_TILES = 1 << 20  # of a head, in the bits of an entry
 #: Query blocks that a program looks at for rows to be computed again.
 EACH = 4
@@ -41,13 +53,17 @@ class Lists(NamedTuple):
     Args:
         tiles: int32, see `_pooled_tiles_fwd`; a row begins at `per_entry` times its offset in the
             plan.
-        counts: int32 of the shape of the plan's offsets.
+        wholes: int32 of the shape of the plan's offsets: how many are whole; these are first.
+        counts: likewise, of all.
         per_entry: the most tiles of an entry.
+        rows: of a tile.
     """
 
     tiles: Tensor
+    wholes: Tensor
     counts: Tensor
     per_entry: int
+    rows: int
 
 
 def launch(
@@ -58,12 +74,15 @@ def launch(
     scale: float,
     result: AttentionOutput,
     lengths: tuple[Tensor, Tensor] | None = None,
+    *,
+    kernel: Kernel = "hopper",
 ) -> bool:
     """Goes on from `result`; whether it could, and nothing written if not: for some strides of q,
     head dims that are no multiple of 8, other key blocks than of 128, or where Triton compiles the
     kernel badly.
 
     Args:
+        kernel: "hopper_gluon" for the one in Gluon, where it can run.
         q, k, v: `[B, H, N, D]` in plan order, unit stride along D and one head dim.
         lengths: of the queries and of the longest key, see `norms`: no mean is longer. What follows
             from them takes the place of running maxima, and a second launch that of rows for which
@@ -72,37 +91,46 @@ def launch(
     qm, size = Matrix.of(q), plan.k_blocks.size
     if qm is None or plan.pools is None or size != _BLOCK or q.shape[-1] * q.element_size() % 16:
         return False
-    if plan.k_blocks.n * sum(max(1, size // g // ROWS) for g in plan.pools.factors) >= _MOST_TILES:
+    of_block = sum(_tiles_of(size, factor, ROWS_IN_GLUON) for factor in plan.pools.factors)
+    if plan.k_blocks.n * of_block >= _MOST_TILES:
         return False
-    keys, values = pool_all((k, v), plan.k_blocks, factors=plan.pools.factors, least=ROWS)
-    lists = lists_of(plan, plan.pools)
     again = None if lengths is None else torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
-    given = (keys, values, lists, plan, scale, result)
-    run = functools.partial(_launch, q, qm, *given, lengths, again)
-    if with_scratch(run) is None:
-        return False
-    if again is not None:
-        _launch_again(q, *given, again)
-    return True
+    kinds = [(ROWS, _launch_triton)]
+    if kernel == "hopper_gluon" and hopper_gluon.unavailable() is None and scale > 0:
+        kinds.insert(0, (ROWS_IN_GLUON, _launch_gluon))
+    for rows, run in kinds:
+        keys, values = pool_all((k, v), plan.k_blocks, factors=plan.pools.factors, least=rows)
+        given = (keys, values, lists_of(plan, plan.pools, rows), plan, scale, result)
+        if run(q, qm, *given, lengths, again) is None:
+            continue
+        if again is not None:
+            _launch_again(q, *given, again)
+        return True
+    return False
 
 
-def lists_of(plan: BlockPlan, pools: Pools) -> Lists:
-    """The tiles of every row of a plan."""
+def _tiles_of(size: int, factor: int, rows: int) -> int:
+    """Tiles of a block of so many tokens."""
+    return max(1, size // factor // rows)
+
+
+def lists_of(plan: BlockPlan, pools: Pools, rows: int) -> Lists:
+    """The tiles, of so many pooled rows, of every row of a plan."""
     blocks = plan.k_blocks
-    per_entry = max(1, blocks.size // pools.factors[0] // ROWS)
+    per_entry = _tiles_of(blocks.size, pools.factors[0], rows)
     room = max(1, plan.indices.numel() * per_entry)
     tiles = torch.empty(room, dtype=torch.int32, device=plan.device)
-    counts = torch.empty_like(plan.offsets)
+    wholes, counts = torch.empty_like(plan.offsets), torch.empty_like(plan.offsets)
     _pooled_tiles_fwd[(counts.numel(),)](
         plan.indices, plan.offsets, plan.full, plan.partial, pools.counts, blocks.starts, tiles,
-        counts, blocks.n,
-        SIZE=blocks.size, FACTORS=sum(pools.factors), N_FACTORS=len(pools.factors), ROWS=ROWS,
+        wholes, counts, blocks.n,
+        SIZE=blocks.size, FACTORS=sum(pools.factors), N_FACTORS=len(pools.factors), ROWS=rows,
         PER_ENTRY=per_entry, RAGGED=blocks.ragged, BLOCK=64, num_warps=1,
     )  # fmt: skip
-    return Lists(tiles, counts, per_entry)
+    return Lists(tiles, wholes, counts, per_entry, rows)
 
 
-def _launch(
+def _launch_triton(
     q: Tensor,
     qm: Matrix,
     keys: Means,
@@ -122,7 +150,7 @@ def _launch(
     rows = keys.pooled.shape[2]
     shape = [batch * heads * rows, head_dim]
     described = [
-        TensorDescriptor(x.pooled, shape, [head_dim, 1], [ROWS, dim]) for x in (keys, values)
+        TensorDescriptor(x.pooled, shape, [head_dim, 1], [lists.rows, dim]) for x in (keys, values)
     ]
     arguments = (
         q, *described, out, lse, *(lengths or (lse, lse)), plan.offsets if again is None else again,
@@ -132,10 +160,58 @@ def _launch(
         heads, n_blocks, n_blocks - len(picture), picture.start, n_queries, lists.per_entry,
         scale * LOG2_E,
     )  # fmt: skip
-    constants = _constants(q, plan) | {"HELD": HELD, "BOUND": lengths is not None}
+    constants = _constants(q, plan, lists.rows) | {"HELD": HELD, "BOUND": lengths is not None}
     grid = (batch * heads * n_blocks, 1, 1)
+    run = functools.partial(launch_specialised, _pooled_fwd_hopper, grid, arguments, constants)
+    return with_scratch(functools.partial(run, warps=4, stages=STAGES))
+
+
+def _launch_gluon(
+    q: Tensor,
+    qm: Matrix,
+    keys: Means,
+    values: Means,
+    lists: Lists,
+    plan: BlockPlan,
+    scale: float,
+    result: AttentionOutput,
+    lengths: tuple[Tensor, Tensor] | None,
+    again: Tensor | None,
+) -> Launch | None:
+    out, lse = result
+    batch, heads, n_queries, head_dim = q.shape
+    dim, n_blocks = padded(head_dim), plan.q_blocks.n
+    order = plan.offsets if plan.order is None else plan.order.index
+    rows = keys.pooled.shape[2]
+    shape = (batch * heads * rows, head_dim)
+    means = (Matrix(x.pooled, shape, head_dim, 0, 0, 0) for x in (keys, values))
+    tiles = batch * heads * n_blocks
+    rings = hopper_gluon.rings_for(dim)
+    arguments = (
+        hopper_gluon.describe(qm, [hopper_gluon.ROWS.value, dim]),
+        *(hopper_gluon.describe(x, [lists.rows, dim]) for x in means),
+        out, lse, *(lengths or (lse, lse)), plan.offsets if again is None else again,
+        plan.offsets, lists.wholes, lists.counts, lists.tiles, plan.q_blocks.starts, order,
+        *qm.origin, rows, *out.stride()[:3],
+        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        tiles, heads, n_blocks, n_queries, scale * LOG2_E,
+    )  # fmt: skip
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": dim,
+        "KEYS": lists.rows,
+        "EACH": lists.per_entry,
+        "MOST": plan.k_blocks.size.bit_length() - lists.rows.bit_length(),
+        "RAGGED": plan.k_blocks.ragged,
+        "HAS_ORDER": plan.order is not None,
+        "BOUND": lengths is not None,
+        "Q_SLOTS": rings.queries,
+        "SLOTS": rings.keys,
+        "V_SLOTS": rings.values,
+    }
+    grid = (min(tiles, hopper_gluon.multiprocessors(q.device)), 1, 1)
     return launch_specialised(
-        _pooled_fwd_hopper, grid, arguments, constants, warps=4, stages=STAGES
+        _pooled_fwd_hopper_gluon, grid, arguments, constants, warps=4, stages=2, spills=SPILLS
     )
 
 
@@ -159,19 +235,19 @@ def _launch_again(
         *q.stride()[:3], keys.pooled.shape[2], *out.stride()[:3],
         *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
         heads, plan.q_blocks.n, n_queries, lists.per_entry, scale * LOG2_E,
-        **_constants(q, plan), EACH=EACH, num_warps=8, num_stages=2,
+        **_constants(q, plan, lists.rows), EACH=EACH, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
-def _constants(q: Tensor, plan: BlockPlan) -> dict[str, int]:
+def _constants(q: Tensor, plan: BlockPlan, rows: int) -> dict[str, int]:
     """What both kernels are compiled for."""
     return {
         "D": q.shape[-1],
         "BLOCK_D": padded(q.shape[-1]),
         "BLOCK_M": plan.q_blocks.size,
-        "ROWS": ROWS,
+        "ROWS": rows,
         "LOG_SIZE": plan.k_blocks.size.bit_length() - 1,
-        "LOG_ROWS": ROWS.bit_length() - 1,
+        "LOG_ROWS": rows.bit_length() - 1,
         "RAGGED": plan.k_blocks.ragged,
         "HAS_ORDER": plan.order is not None,
     }

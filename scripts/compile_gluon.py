@@ -1,4 +1,4 @@
-"""The Hopper kernel in Gluon, compiled as its launcher would; for `compile_kernels.py`."""
+"""The Hopper kernels in Gluon, compiled as their launchers would; for `compile_kernels.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import triton
 
-from dit_sparse.kernels import hopper_gluon
+from dit_sparse.kernels import hopper_gluon, pooled
 from dit_sparse.mask_product import COLUMNS
 from scripts.machine_code import K_BLOCK, Report, Variant, report_of, source_of
 
@@ -32,10 +32,15 @@ def in_gluon(every: bool) -> Iterator[Variant]:
                     yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound, **masks)
             yield Variant("hopper_gluon", 90, head_dim, ragged=True, queued=True, **masks)
         yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=True, biased=True)
+        for ragged in (False, True):
+            for bound in (False, True):
+                yield Variant("pooled_gluon", 90, head_dim, ragged, bound=bound)
 
 
 def gluon(variant: Variant) -> Report:
     """Compiles one of `in_gluon` as its launcher would."""
+    if variant.kernel == "pooled_gluon":
+        return _pooled(variant)
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.experimental.gluon.language import NVMMASharedLayout
 
@@ -63,3 +68,27 @@ def gluon(variant: Variant) -> Report:
     function = _block_sparse_fwd_hopper_gluon
     source = source_of(function, constants, described, pointers, GluonASTSource)
     return report_of(variant, source, 4, 2)
+
+
+def _pooled(variant: Variant) -> Report:
+    """The kernel for pooled entries."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from dit_sparse.kernels._gluon_fetch import ROWS
+    from dit_sparse.kernels._gluon_pooled import _pooled_fwd_hopper_gluon
+
+    dim, rings, keys = (
+        variant.head_dim,
+        hopper_gluon.rings_for(variant.head_dim),
+        pooled.ROWS_IN_GLUON,
+    )
+    layout = NVMMASharedLayout(128, 16, 2)
+    rows = {"q_desc": ROWS.value, "k_desc": keys, "v_desc": keys}
+    described = {name: f"tensordesc<bf16[{n}, {dim}],{layout!r}>" for name, n in rows.items()}
+    constants = {"D": dim, "BLOCK_D": dim, "BLOCK_N": K_BLOCK, "KEYS": keys}
+    constants |= {"EACH": K_BLOCK // 2 // keys, "MOST": (K_BLOCK // keys).bit_length() - 1}
+    constants |= {"RAGGED": variant.ragged, "HAS_ORDER": variant.order, "BOUND": variant.bound}
+    constants |= {"Q_SLOTS": rings.queries, "SLOTS": rings.keys, "V_SLOTS": rings.values}
+    source = source_of(_pooled_fwd_hopper_gluon, constants, described, None, GluonASTSource)
+    return report_of(variant, source, 4, 2, most=pooled.SPILLS)

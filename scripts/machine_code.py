@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dit_sparse.kernels.architecture import generation
-from dit_sparse.kernels.launch import flaw, machine_code
+from dit_sparse.kernels.launch import SPILLS, flaw, machine_code
 from dit_sparse.mask_product import COLUMNS
 
 Q_BLOCK = K_BLOCK = 128
@@ -135,8 +135,20 @@ def source_of(
 
 
 def report_of(
-    variant: Variant, source: ASTSource, warps: int, stages: int, registers: int | None = None
+    variant: Variant,
+    source: ASTSource,
+    warps: int,
+    stages: int,
+    registers: int | None = None,
+    *,
+    most: int = SPILLS,
 ) -> Report:
+    """Compiles a source as a launcher would.
+
+    Args:
+        registers: of a thread at most.
+        most: how many of them a launch of a specialised kernel may find in memory.
+    """
     options = {"num_warps": warps, "num_stages": stages}
     if isinstance(variant.capability, str):
         cdna = generation(variant.capability)[0] == "cdna"
@@ -144,7 +156,7 @@ def report_of(
         return _read_amd(variant, triton.compile(source, target=target, options=options))
     target = GPUTarget("cuda", variant.capability, 32)
     options |= {"maxnreg": registers}
-    return _read(variant, triton.compile(source, target=target, options=options))
+    return _read(variant, triton.compile(source, target=target, options=options), most)
 
 
 def _read_amd(variant: Variant, kernel: Any) -> Report:
@@ -159,7 +171,7 @@ def _read_amd(variant: Variant, kernel: Any) -> Report:
     return Report(variant, said["vgpr_count"], kernel.metadata.shared, counts=counts)
 
 
-def _read(variant: Variant, kernel: Any) -> Report:
+def _read(variant: Variant, kernel: Any, most: int) -> Report:
     usage, code = (machine_code(kernel, flag) or "" for flag in ("-res-usage", "-sass"))
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None or not code:
@@ -171,7 +183,7 @@ def _read(variant: Variant, kernel: Any) -> Report:
     counts["hasty"] = _hasty(kernel.asm["ptx"])
     # The driver counts local memory in words of four bytes for Triton's `n_spills`.
     local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))) // 4
-    refused = flaw(kernel.asm["ptx"], code, local)
+    refused = flaw(kernel.asm["ptx"], code, local, most)
     return Report(variant, int(registers[1]), kernel.metadata.shared, refused, counts)
 
 

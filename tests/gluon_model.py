@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from dit_sparse.kernels.launch import GluonDescriptor
+
 _IDLE = 2000  # polls of all partitions in which nothing happened
 
 
@@ -46,6 +48,9 @@ class Value:
 
     def __bool__(self) -> bool:
         return bool(self.data)
+
+    def __neg__(self) -> Value:
+        return Value(-self.data)
 
 
 def _data(x: Any) -> torch.Tensor:
@@ -112,6 +117,9 @@ class Shared:
         found = self.data[int(at)]
         return found if isinstance(found, Barrier) else Shared(found)
 
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.data[start : start + length])
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order))
 
@@ -151,6 +159,23 @@ def made(x: Any) -> Value:
     return x
 
 
+def of_model(x: Any) -> Any:
+    """An argument of a launch as the model takes it."""
+    if isinstance(x, torch.Tensor):
+        return Pointer(x.as_strided((x.untyped_storage().size() // x.element_size(),), (1,), 0))
+    if isinstance(x, GluonDescriptor):
+        return Descriptor(x.base.as_strided(x.shape, x.strides), x.block_shape)
+    return x
+
+
+def launched(sources: Sequence[Path], seed: int, given: Sequence[Any]) -> None:
+    """What `launch_specialised` was given of a kernel in some files."""
+    kernel, (grid, *_), arguments, constants = given
+    values = [of_model(x) for x in arguments]
+    values += [constants[name] for name in kernel.arg_names[len(arguments) :]]
+    Model(seed).run(sources, kernel.__name__, grid, values)
+
+
 class Model:
     """One program at a time, of which one partition at a time runs."""
 
@@ -158,6 +183,7 @@ class Model:
         self.random = random.Random(seed)
         self.eager = (0.5, 0.0, 1.0)[seed % 3]  # how often products are made when they are begun
         self.copies: list[Callable[[], None]] = []
+        self.written: dict[int, torch.Tensor] = {}
         self.local = threading.local()
         self.baton = threading.Condition()
         self.alive: list[int] = []
@@ -180,7 +206,7 @@ class Model:
             return function or (lambda function: function)
 
         return {
-            "gluon": SimpleNamespace(jit=jit),
+            "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
             "gl": self.language(),
             "hopper": SimpleNamespace(
                 fence_async_shared=lambda: None,
@@ -207,7 +233,11 @@ class Model:
 
         def store(pointer: Pointer, value: Value, mask: Any = None) -> None:
             at, shown = pointer.where(mask)
-            assert bool(pointer.memory[at[shown]].isnan().all()), "written twice"
+            memory = pointer.memory
+            none = torch.zeros(len(memory), dtype=torch.bool)
+            written = self.written.setdefault(memory.data_ptr(), none)
+            assert not written[at[shown]].any(), "written twice"
+            written[at[shown]] = True
             pointer.memory[at[shown]] = value.data.expand_as(at)[shown]
 
         def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
@@ -226,7 +256,8 @@ class Model:
 
         return SimpleNamespace(
             constexpr=lambda x: x, static_range=range, load=load, store=store, full=full,
-            int64=torch.int64, float32=torch.float32, allocate_shared_memory=allocate,
+            int8=torch.int8, int64=torch.int64, float32=torch.float32,
+            allocate_shared_memory=allocate,
             program_id=lambda _: Value(self.program), num_programs=lambda _: Value(self.programs),
             where=lambda c, x, y: Value(torch.where(_data(c), _data(x), _data(y))),
             minimum=two(torch.minimum), maximum=two(torch.maximum),

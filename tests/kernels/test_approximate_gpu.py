@@ -16,11 +16,14 @@ from dit_sparse.attention import attend, prepare, select_backend
 from dit_sparse.frame import frame_of
 from dit_sparse.grid import TextSpan, TokenGrid, TokenLayout
 from dit_sparse.importance import sampled_importance
+from dit_sparse.kernels import variants
 from dit_sparse.kernels.architecture import architecture, follows
 from dit_sparse.method import CallContext
 from dit_sparse.summaries import Summaries
 
 block_sparse = pytest.importorskip("dit_sparse.kernels.block_sparse")
+hopper_gluon = pytest.importorskip("dit_sparse.kernels.hopper_gluon")
+pooled = pytest.importorskip("dit_sparse.kernels.pooled")
 
 LAYOUTS = {
     "image": TokenLayout.of(TokenGrid(1, 48, 48)),
@@ -96,6 +99,38 @@ class TestOnGpu:
         seen = exact.lse > -torch.inf
         # Means of a key so long are rounded by as much as scores differ.
         assert relative_error(got.out[seen], exact.out[seen]) <= (5e-2 if far else 1e-2)
+
+    @pytest.mark.parametrize("kernel", ["hopper", "hopper_gluon"])
+    @pytest.mark.parametrize("bound", [False, True])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dim", [64, 72, 128])
+    def test_each_kernel_for_pooled_entries(
+        self, monkeypatch, kernel: variants.Kernel, bound: bool, layout: str, dim: int
+    ):
+        q, k, v = qkv(LAYOUTS[layout], dim)
+        if not follows(architecture(q.device), "sm_90"):
+            pytest.skip("needs a Hopper GPU")
+        if kernel == "hopper_gluon" and (reason := hopper_gluon.unavailable()) is not None:
+            pytest.skip(reason)
+        ran, real = [], pooled.launch_specialised
+
+        def launch(function: Any, *given: Any, **named: Any) -> Any:
+            done = real(function, *given, **named)
+            ran.append((function.__name__, done is not None))
+            return done
+
+        monkeypatch.setattr(pooled, "launch_specialised", launch)
+        method = methods.create("psa", {"ends": (0.1, 0.2, 0.3, 0.5), "importance": "means"})
+        plan = method.plan(q, k, CallContext(LAYOUTS[layout], values=v))
+        backend = block_sparse.TritonBackend(kernel=kernel, bound=bound)
+        got = attend(q, k, v, plan, backend=backend)
+        assert ran == [(f"_pooled_fwd_{kernel}", True)]
+        exact = attend(*(x.double() for x in (q, k, v)), plan, backend="reference")
+        seen = exact.lse > -torch.inf
+        assert relative_error(got.out[seen], exact.out[seen]) <= 1e-2
+        torch.testing.assert_close(got.lse[seen], exact.lse[seen], rtol=0, atol=5e-3)
+        for _ in range(20):
+            assert torch.equal(attend(q, k, v, plan, backend=backend).out, got.out)
 
     @pytest.mark.parametrize("tail", ["zeroth", "first"])
     @pytest.mark.parametrize("block", [64, 128])

@@ -99,13 +99,16 @@ def check_hopper(report: dict[str, Any]) -> None:
     assert report["shared"] <= 232_448, report
 
 
-@pytest.mark.skipif(
-    ANOTHER is None and not triton.__version__.startswith(TRITON + "."),
+HERE = triton.__version__.startswith(TRITON + ".")
+IN_GLUON = pytest.mark.skipif(
+    ANOTHER is None and not HERE,
     reason=f"not Triton {TRITON}, and DIT_SPARSE_ANOTHER_TRITON names no folder",
 )
+
+
+@IN_GLUON
 def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_behind():
-    here = triton.__version__.startswith(TRITON + ".")
-    found = compiled("--only", "hopper_gluon", triton=None if here else ANOTHER)
+    found = compiled("--only", "hopper_gluon", triton=None if HERE else ANOTHER)
     assert {r["variant"]["head_dim"] for r in found} == {64, 128}
     for name in ("box", "biased", "words"):
         assert {r["variant"][name] for r in found} == {False, True}
@@ -124,6 +127,25 @@ def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_b
         assert counts["hasty"] == 0, report
         assert counts["hgmma"] >= 4 * counts["waits"] > 0, report
         # All of the loop and of the next query block's first, in both warpgroups.
+        assert counts["overlapped"] >= 4 * 60, report
+        assert report["shared"] <= 232_448, report
+
+
+@IN_GLUON
+def test_the_kernel_in_gluon_for_pooled_entries_multiplies_blocks_of_any_tiles():
+    found = compiled("--only", "pooled_gluon", triton=None if HERE else ANOTHER)
+    cases = {tuple(r["variant"][name] for name in ("head_dim", "ragged", "bound")) for r in found}
+    assert cases == set(itertools.product((64, 128), (False, True), (False, True)))
+    for report in found:
+        counts, dim = report["counts"], report["variant"]["head_dim"]
+        assert report["flaw"] is None, report
+        assert counts["inner_spills"] == 0, report
+        assert counts["spills"] <= (48 if dim == 128 else 0), report
+        # Per step products with 128 keys, as of exact entries: small tiles cost no more of them.
+        assert counts["hgmma"] == 2 * (3 * dim // 16 + 2 * 8), report
+        assert counts["tma"] == 2 * dim // 64 * (1 + 2 * 8), report
+        assert counts["setmaxreg"] > 0, report
+        assert counts["stale"] == counts["hasty"] == 0, report
         assert counts["overlapped"] >= 4 * 60, report
         assert report["shared"] <= 232_448, report
 

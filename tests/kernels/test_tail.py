@@ -4,6 +4,7 @@ in float64."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
+from dit_sparse.kernels.variants import Kernel
 from dit_sparse.plan import BlockPlan, Pools
 from dit_sparse.plan_check import check
 from tests.block_cases import HEADS, Case, covering, plan_of, tensors_of
+from tests.gluon_model import launched
 from tests.problems import pooled
 
 tail = pytest.importorskip("dit_sparse.kernels.tail")
@@ -36,7 +39,13 @@ COMMON = {
 }
 TAILS = covering({**COMMON, "bounded": [True, False], "tail": ["zeroth", "first"]}, strength=2)
 LEVELS = [(2, 4, 8), (4,), (2, 128), (8, 16)]
-POOLS = covering({**COMMON, "bounded": [True, False], "factors": LEVELS}, strength=2)
+KERNELS = ["hopper", "hopper_gluon"] if pooled_rows._pooled_fwd_hopper_gluon else ["hopper"]
+CHOSEN = {"bounded": [True, False], "factors": LEVELS, "kernel": KERNELS}
+POOLS = covering({**COMMON, **CHOSEN}, strength=2)
+HERE = Path(pooled_rows.__file__)
+NAMES = [*(f"_gluon_{name}.py" for name in ("fetch", "rows", "weights")), "_hopper_gluon.py"]
+NAMES += [f"_gluon_{name}.py" for name in ("tiles", "pooled")]
+SOURCES = [HERE.with_name(name) for name in NAMES]
 
 
 def name(values: dict) -> str:
@@ -154,8 +163,54 @@ def test_pooled_rows_in_tiles(values: dict):
     q, k, v = without_hidden(*(x.contiguous() for x in tensors_of(case_of(values), plan)), plan)
     # The weights of a bound far above the scores need the exponents of bfloat16.
     scale = q.shape[-1] ** -0.5 * (0.25 if values["bounded"] else 1.0)
-    result = with_pools(q, k, v, plan, scale, bounded=values["bounded"])
+    chosen = {name: values[name] for name in ("bounded", "kernel")}
+    result = with_pools(q, k, v, plan, scale, **chosen)
     compare(result, q, k, v, plan, scale)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_pooled_rows_in_any_order_of_events(ragged: bool, bounded: bool):
+    plan, (q, k, v) = small(ragged)
+    scale = 0.04 if bounded else 0.125
+    for seed in range(3):
+        result = with_pools(q, k, v, plan, scale, bounded=bounded, kernel="hopper_gluon", seed=seed)
+        compare(result, q, k, v, plan, scale)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("mbarrier.wait(k_full.index(k_slot), k_phase)", "pass"),
+        ("into.slice(n * KEYS, KEYS)", "into.slice(0, KEYS)"),
+        ("mbarrier.arrive(done.index(k_slot))", "pass"),
+        ("_entries(listed, step, whole, count, TILES)", "_entries(listed, 0, whole, count, TILES)"),
+        ("entries = _entries(listed_1, 0, whole_1, count_1, TILES)", "pass"),
+        ("gl.where(behind, whole, 0)", "0"),
+        ("gl.where(at + n <= last, -1, -256)", "-1"),
+        ("p *= gl.expand_dims(share, 0)", "pass"),
+        ("before, v_row = entries, k_row", "before = entries"),
+        ("            before = entries\n", ""),
+        ("m_i, l_i = m_1, l_1", "l_i = l_1"),
+    ],
+)  # fmt: skip
+def test_what_pooled_rows_need_is_seen_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, before: str, after: str
+):
+    plan, (q, k, v) = small()
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCES}
+    assert any(before in text for text in texts.values())
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: texts[self].replace(before, after))
+
+    def some() -> None:
+        for seed in range(4):
+            result = with_pools(
+                q, k, v, plan, 0.125, bounded=False, kernel="hopper_gluon", seed=seed
+            )
+            compare(result, q, k, v, plan, 0.125)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        some()
 
 
 def with_pools(
@@ -167,11 +222,14 @@ def with_pools(
     *,
     bounded: bool,
     longer: float = 1.0,
+    kernel: Kernel = "hopper",
+    seed: int = 0,
 ) -> AttentionOutput:
     """What the kernels make of the result for the exact entries.
 
     Args:
         longer: makes bounds so many times larger.
+        seed: of the order of events in the model of a kernel in Gluon.
     """
     exact = replace(plan, pools=None)
     result = AttentionOutput(*attend(q, k, v, exact, scale=scale, backend="reference"))
@@ -181,8 +239,30 @@ def with_pools(
         lengths = norms.empty(q)
         norms.measure(q, k, lengths)
         lengths[1].mul_(longer)
-    assert pooled_rows.launch(q, k, v, plan, scale, result, lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel == "hopper_gluon":
+            in_the_model(patch, seed)
+        assert pooled_rows.launch(q, k, v, plan, scale, result, lengths, kernel=kernel)
     return result
+
+
+def in_the_model(patch: pytest.MonkeyPatch, seed: int) -> None:
+    """Runs the kernel in Gluon by the model, and refuses the one in Triton."""
+
+    def launch(*given: Any, **_: Any) -> object | None:
+        if given[0] is not pooled_rows._pooled_fwd_hopper_gluon:
+            return None
+        launched(SOURCES, seed, given)
+        return given
+
+    patch.setattr(pooled_rows.hopper_gluon, "unavailable", lambda: None)
+    patch.setattr(pooled_rows.hopper_gluon, "multiprocessors", lambda _: 4)
+    patch.setattr(pooled_rows, "launch_specialised", launch)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return request.param
 
 
 def small(ragged: bool = True) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]]:
@@ -198,32 +278,32 @@ def small(ragged: bool = True) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]
 
 @pytest.mark.parametrize("ragged", [True, False])
 @pytest.mark.parametrize("bounded", [True, False])
-def test_pooled_rows_that_are_all_alike(ragged: bool, bounded: bool):
+def test_pooled_rows_that_are_all_alike(ragged: bool, bounded: bool, kernel: Kernel):
     plan, (q, k, v) = small(ragged)
     k = k[:, :, :1].expand_as(k).contiguous()
-    result = with_pools(q, k, v, plan, 0.02, bounded=bounded)
+    result = with_pools(q, k, v, plan, 0.02, bounded=bounded, kernel=kernel)
     compare(result, q, k, v, plan, 0.02)
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_a_late_tile_far_above_all_others(bounded: bool):
+def test_a_late_tile_far_above_all_others(bounded: bool, kernel: Kernel):
     plan, (q, k, v) = small()
     start, stop = plan.k_blocks.starts[[-2, -1]].tolist()
     q[..., 0], k[..., 0] = 30.0, 0.0
     k[:, :, start:stop] = 0.0
     k[:, :, start:stop, 0] = 30.0  # 112 above, where exp(-104) is 0
-    result = with_pools(q, k, v, plan, 0.125, bounded=bounded)
+    result = with_pools(q, k, v, plan, 0.125, bounded=bounded, kernel=kernel)
     compare(result, q, k, v, plan, 0.125)
 
 
-def test_pooled_rows_far_below_their_bound(monkeypatch: pytest.MonkeyPatch):
+def test_pooled_rows_far_below_their_bound(monkeypatch: pytest.MonkeyPatch, kernel: Kernel):
     """Nothing is left of their weights: they are computed again, and only they."""
     plan, (q, k, v) = small()
     assert plan.pools is not None
-    result = with_pools(q, k, v, plan, 0.1, bounded=True, longer=400.0)
+    result = with_pools(q, k, v, plan, 0.1, bounded=True, longer=400.0, kernel=kernel)
     compare(result, q, k, v, plan, 0.1)
     monkeypatch.setattr(pooled_rows, "_launch_again", lambda *_: None)
-    left = with_pools(q, k, v, plan, 0.1, bounded=True, longer=400.0)
+    left = with_pools(q, k, v, plan, 0.1, bounded=True, longer=400.0, kernel=kernel)
     exact, _ = attend(q, k, v, replace(plan, pools=None), scale=0.1, backend="reference")
     torch.testing.assert_close(left.out, exact)  # as they were, rows without pooled entries too
     assert not torch.equal(left.out, result.out)
@@ -231,13 +311,13 @@ def test_pooled_rows_far_below_their_bound(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("longer", [1.0, 400.0])
-def test_every_row_is_marked_or_not(monkeypatch: pytest.MonkeyPatch, longer: float):
+def test_every_row_is_marked_or_not(monkeypatch: pytest.MonkeyPatch, longer: float, kernel: Kernel):
     """Blocks without pooled entries too, which are looked at together with others."""
     plan, (q, k, v) = small()
     assert plan.pools is not None
     seen: list[Tensor] = []
     monkeypatch.setattr(pooled_rows, "_launch_again", lambda *given: seen.append(given[-1]))
-    with_pools(q, k, v, plan, 0.1, bounded=True, longer=longer)
+    with_pools(q, k, v, plan, 0.1, bounded=True, longer=longer, kernel=kernel)
     (marks,) = seen
     listed = plan.pools.counts.sum(-1).repeat_interleave(plan.q_blocks.lengths, -1) > 0
     assert set(marks.flatten().tolist()) <= {0, 1}
@@ -245,7 +325,9 @@ def test_every_row_is_marked_or_not(monkeypatch: pytest.MonkeyPatch, longer: flo
     assert bool(marks.any()) == (longer > 1)
 
 
-def test_rows_with_enough_before_need_no_pooled_ones(monkeypatch: pytest.MonkeyPatch):
+def test_rows_with_enough_before_need_no_pooled_ones(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel
+):
     """Pooled scores that are too small for numbers, beside exact ones near the bound."""
     monkeypatch.setattr(pooled_rows, "_launch_again", lambda *_: None)
     case = Case(64, 128, 128, dtype=torch.float16, box=False, ragged=False, tokens=512)
@@ -258,14 +340,14 @@ def test_rows_with_enough_before_need_no_pooled_ones(monkeypatch: pytest.MonkeyP
     q[..., 0] = 10.0
     k[..., 0] = -10.0
     k[:, :, :128, 0] = 10.0
-    compare(with_pools(q, k, v, plan, 1.0, bounded=True), q, k, v, plan, 1.0)
+    compare(with_pools(q, k, v, plan, 1.0, bounded=True, kernel=kernel), q, k, v, plan, 1.0)
 
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_rows_that_hold_no_number(bounded: bool):
     plan, (q, k, v) = small()
     q[0, 1, 5] = float("nan")
-    result = with_pools(q, k, v, plan, 0.05, bounded=bounded)
+    result = with_pools(q, k, v, plan, 0.05, bounded=bounded, kernel=kernel)
     out, lse = attend(*(x.double() for x in (q, k, v)), plan, scale=0.05, backend="reference")
     torch.testing.assert_close(result.out.double(), out, rtol=2e-2, atol=2e-2, equal_nan=True)
     torch.testing.assert_close(result.lse, lse, rtol=4e-3, atol=4e-3, equal_nan=True)
@@ -278,7 +360,7 @@ def test_tiles_of_all_levels(ragged: bool):
     plan = plan_of(Case(64, 128, 128, box=False, ragged=ragged))
     plan = pooled(plan, (2, 4, 8), None, generator)
     assert plan.pools is not None
-    lists = pooled_rows.lists_of(plan, plan.pools)
+    lists = pooled_rows.lists_of(plan, plan.pools, pooled_rows.ROWS)
     n, lengths = plan.k_blocks.n, plan.k_blocks.lengths.tolist()
     flat = zip(
         plan.offsets.flatten().tolist(),
@@ -288,19 +370,21 @@ def test_tiles_of_all_levels(ragged: bool):
         strict=True,
     )
     assert lists.counts.shape[1] == HEADS
-
-    def tile(number: int, s: int, left: int, most: int) -> int:
-        return number << 11 | s << 8 | min(max(left, 0), most)
+    wholes: list[int] = []
 
     for first, exact, (halves, quarters, eighths), count in flat:
         entries = plan.indices[first + exact :].tolist()
-        expected = [
-            tile(2 * j + part, 1, lengths[j] - 64 * part, 64)
-            for j in entries[:halves]
-            for part in (0, 1)
-        ]
-        expected += [tile(2 * n + j, 2, lengths[j], 128) for j in entries[halves:][:quarters]]
+        found = [(2 * j + part, 1, lengths[j] - 64 * part, 64)
+                 for j in entries[:halves] for part in (0, 1)]  # fmt: skip
+        found += [(2 * n + j, 2, lengths[j], 128) for j in entries[halves:][:quarters]]
         after = entries[halves + quarters :][:eighths]
-        expected += [tile(3 * n + j, 3, lengths[j], 128) for j in after]
+        found += [(3 * n + j, 3, lengths[j], 128) for j in after]
+        expected = [number << 11 | s << 8 | room for number, s, left, room in found if left >= room]
+        wholes.append(len(expected))
+        short = [tile for tile in found if 0 < tile[2] < tile[3]]
+        expected += [number << 11 | s << 8 | left for number, s, left, _ in short]
+        assert count == len(expected)
         start = first * lists.per_entry
         assert lists.tiles[start : start + count].tolist() == expected
+    assert lists.wholes.flatten().tolist() == wholes
+    assert (wholes == lists.counts.flatten().tolist()) == (not ragged)
