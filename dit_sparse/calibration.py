@@ -32,7 +32,6 @@ from dit_sparse.plan_io import replace_file
 TENSORS = "calibration.safetensors"
 HEADER = "calibration.json"
 _VERSION = 1
-_ONES = torch.tensor([byte.bit_count() for byte in range(256)])
 _AGAIN = "Calibrate again, or copy the folder whole."
 
 
@@ -122,7 +121,8 @@ class Calibration:
 
     def entries(self, segment: int, layer: int) -> int:
         """Pairs of picture blocks that all heads of a layer read."""
-        return int(_ONES[self.masks[segment][layer].int()].sum())
+        packed = self.masks[segment][layer].numpy().tobytes()
+        return int.from_bytes(packed, "little").bit_count()
 
     def check_segment(self, segment: int) -> None:
         """Refuses a segment without masks.

@@ -133,6 +133,11 @@ def test_quality_tables_are_those_of_the_reports_that_were_kept(root: Path) -> N
     assert shown == ["window density=0.2", "window density=0.4", "window density=1"]
     assert with_tables(found, root) == found
     assert DENSE == BASELINES
+    slow = [{**each, **common, "speedup": 0.9} for each in (dense, row, better)]
+    (folder / "summary.jsonl").write_text("".join(json.dumps(each) + "\n" for each in slow))
+    short = with_tables(readme, root)
+    assert "### Quality: tiny video\n\nTurn on window density=0.2. [The report](docs" in short
+    assert "0.90x" not in short.partition(begin)[2]
 
 
 def test_a_readme_without_markers_is_refused(root: Path) -> None:
