@@ -36,13 +36,10 @@ def tables(summary: Summary) -> tuple[Table, ...]:
         ),
         _table(
             "Further quality",
-            f"Against the same clips. FD, KD and cosine are distances of {EXTRACTOR} features of "
-            "frames, video KD one of clips' features; none is an FID, KID or FVD. FID and KID are "
-            "of the same frames, against those of the dense clips. Motion above 1 "
-            "flickers more than dense, below 1 less. The kernel distances are unbiased for "
-            "independent clips; of clips from the same noise they may come out below 0.",
+            "Against the same clips.",
             summary,
             _QUALITY,
+            _QUALITY_NOTES,
         ),
         _table(
             "Time",
@@ -99,16 +96,26 @@ def conditions(summary: Summary) -> str:
     )
 
 
-def _table(title: str, note: str, summary: Summary, columns: Sequence[tuple[str, Cell]]) -> Table:
+def _table(
+    title: str,
+    note: str,
+    summary: Summary,
+    columns: Sequence[tuple[str, Cell]],
+    notes: Sequence[tuple[Set[str], str]] = (),
+) -> Table:
+    """Args:
+    notes: sentences behind the note, each for columns one of which must be there.
+    """
     rows = [row for row in summary.rows if row.clips or row.failed]
     cells = [[of(row) for _, of in columns] for row in rows]
     kept = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in cells)]
     if len(kept) < 2:
         return Table(title, note, (), ())
+    names = tuple(columns[i][0] for i in kept)
     return Table(
         title,
-        note,
-        tuple(columns[i][0] for i in kept),
+        " ".join([note, *(text for of, text in notes if of & {*names})]),
+        names,
         tuple(tuple(line[i] for i in kept) for line in cells),
     )
 
@@ -186,6 +193,21 @@ _QUALITY: tuple[tuple[str, Cell], ...] = (
     ("FID", _quality("FID", ".3f")),
     ("KID", _quality("KID", ".4f")),
     ("CLIP score", _quality("clip_score", ".2f")),
+)
+_QUALITY_NOTES: tuple[tuple[Set[str], str], ...] = (
+    (
+        {"FD", "KD", "cosine"},
+        f"FD, KD and cosine are distances of {EXTRACTOR} features of frames; none is an FID or "
+        "KID.",
+    ),
+    ({"video KD"}, "Video KD is one of clips' features, and no FVD."),
+    ({"FID", "KID"}, "FID and KID are of the same frames, against those of the dense clips."),
+    ({"motion"}, "Motion above 1 flickers more than dense, below 1 less."),
+    (
+        {"KD", "video KD", "KID"},
+        "The kernel distances are unbiased for independent clips; of clips from the same noise "
+        "they may come out below 0.",
+    ),
 )
 _TIME: tuple[tuple[str, Cell], ...] = (
     ("variant", _label),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dit_sparse.evaluation import figures, html, tables
+from dit_sparse.evaluation.features import EXTRACTOR
 from dit_sparse.evaluation.report import _chosen
 from dit_sparse.evaluation.store import Store
 from dit_sparse.evaluation.summary import Summary, summarise
@@ -77,3 +78,19 @@ def test_the_front_is_bold(many: Summary) -> None:
     assert f'<tr class="front best"><td>{many.best.label}</td>' in page  # type: ignore[union-attr]
     assert f"| **{label}** |" in text
     assert f"**pisa density=0.15{LONG}**" not in text
+
+
+def test_notes_are_of_the_columns_that_are_there(many: Summary) -> None:
+    def further(**quality: float) -> tables.Table:
+        rows = tuple(replace(row, quality={**row.quality, **quality}) for row in many.rows)
+        return tables.tables(replace(many, rows=rows))[1]
+
+    assert further().rows == ()
+    picture = further(**{f"FD_{EXTRACTOR}": 12.0})
+    assert picture.columns == ("variant", "FD")
+    assert "none is an FID or KID." in picture.note
+    assert "clips' features" not in picture.note
+    assert "flickers" not in picture.note
+    clip = further(motion=1.1, **{f"video_KD_{EXTRACTOR}": 0.1})
+    assert "no FVD. Motion above 1 flickers more than dense" in clip.note
+    assert "unbiased" in clip.note
