@@ -1,12 +1,13 @@
 """Of the Hopper kernel in Gluon: what the rows of a query block begin with, and their results."""
 
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
 from dit_sparse.kernels._gluon_fetch import ROWS
 
 
-@gluon.constexpr_function
+@constexpr_function
 def _stored(width):
     """How results are written: 16 bytes of a row to a thread and 64 to four neighbours, which have
     them among themselves after a product."""

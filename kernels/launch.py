@@ -219,11 +219,11 @@ def launch_specialised(
     or wait for every matrix product.
 
     Args:
-        spills: so many registers may be in memory: those that the kernel keeps outside its loops.
+        spills: so many registers may be in memory, which is for the caller to know of the kernel.
     """
     known = _verdicts(jit)
     kinds = (_kind(argument) for argument in arguments)
-    key = (_device(arguments[0]), *constants.values(), *kinds)
+    key = (_device(arguments[0]), spills, *constants.values(), *kinds)
     if key not in known:
         # Looked at once: what alignment makes of the same kernel differs in little.
         known[key] = _sound(jit, grid, arguments, constants, warps, stages, spills)

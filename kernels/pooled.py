@@ -40,7 +40,8 @@ ROWS_IN_GLUON = 16
 STAGES = 2
 #: Whether queries stay in registers: where Triton 3.9 keeps them it spills others.
 HELD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-#: Registers that the kernel in Gluon may keep in memory: it does so outside its loops.
+#: Registers that the kernel in Gluon may keep in memory: once for a query block, and of the warp
+#: that fetches, which has time. None where it multiplies.
 SPILLS = 64
 _MOST_TILES = 1 << 20  # of a head, in the bits of an entry
 #: Query blocks that a program looks at for rows to be computed again.
@@ -91,22 +92,34 @@ def launch(
     qm, size = Matrix.of(q), plan.k_blocks.size
     if qm is None or plan.pools is None or size != _BLOCK or q.shape[-1] * q.element_size() % 16:
         return False
-    of_block = sum(_tiles_of(size, factor, ROWS_IN_GLUON) for factor in plan.pools.factors)
-    if plan.k_blocks.n * of_block >= _MOST_TILES:
-        return False
     again = None if lengths is None else torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
     kinds = [(ROWS, _launch_triton)]
-    if kernel == "hopper_gluon" and hopper_gluon.unavailable() is None and scale > 0:
+    # What was refused once is not made lists for again.
+    kind = (q.device, q.dtype, q.shape[-1], plan.k_blocks.ragged, plan.order is None, again is None)
+    if kernel == "hopper_gluon" and _in_gluon(scale) and kind not in _refused:
         kinds.insert(0, (ROWS_IN_GLUON, _launch_gluon))
     for rows, run in kinds:
+        of_block = sum(_tiles_of(size, factor, rows) for factor in plan.pools.factors)
+        if plan.k_blocks.n * of_block >= _MOST_TILES:
+            continue
         keys, values = pool_all((k, v), plan.k_blocks, factors=plan.pools.factors, least=rows)
         given = (keys, values, lists_of(plan, plan.pools, rows), plan, scale, result)
         if run(q, qm, *given, lengths, again) is None:
+            if run is _launch_gluon:
+                _refused.add(kind)
             continue
         if again is not None:
             _launch_again(q, *given, again)
         return True
     return False
+
+
+def _in_gluon(scale: float) -> bool:
+    return _pooled_fwd_hopper_gluon is not None and hopper_gluon.unavailable() is None and scale > 0
+
+
+#: Kinds of calls whose kernel in Gluon was compiled badly.
+_refused: set[tuple[object, ...]] = set()
 
 
 def _tiles_of(size: int, factor: int, rows: int) -> int:

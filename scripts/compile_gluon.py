@@ -34,7 +34,8 @@ def in_gluon(every: bool) -> Iterator[Variant]:
         yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=True, biased=True)
         for ragged in (False, True):
             for bound in (False, True):
-                yield Variant("pooled_gluon", 90, head_dim, ragged, bound=bound)
+                for order in (False, True):
+                    yield Variant("pooled_gluon", 90, head_dim, ragged, bound=bound, order=order)
 
 
 def gluon(variant: Variant) -> Report:

@@ -121,7 +121,8 @@ def approximations(every: bool) -> Iterator[Variant]:
             yield Variant("choose", capability, head_dim, ragged=True)
             yield Variant("longest_first", capability, head_dim, ragged=True)
             yield Variant("covariance", capability, head_dim, ragged=True)
-            yield Variant("pooled_tiles", capability, head_dim, ragged=True)
+            for rows in (pooled.ROWS, pooled.ROWS_IN_GLUON):
+                yield Variant("pooled_tiles", capability, head_dim, ragged=True, block=rows)
             yield Variant("permute_blocks", capability, head_dim, ragged=True)
             yield Variant("permute_blocks", capability, head_dim, ragged=True, hidden=True)
             for hidden in (False, True):
@@ -135,7 +136,6 @@ def approximations(every: bool) -> Iterator[Variant]:
 _ROWS = {
     **dict.fromkeys(("importance", "longest_first"), 128),
     **dict.fromkeys(("permute_blocks", "summaries"), 32),
-    "pooled_tiles": pooled.ROWS,
 }
 
 
@@ -167,7 +167,9 @@ def approximation(variant: Variant) -> Report:
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
-    constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True, "PER_ENTRY": 2}
+    constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True}
+    if variant.kernel == "pooled_tiles":
+        constants |= {"ROWS": variant.block, "PER_ENTRY": K_BLOCK // 2 // variant.block}
     tma = isinstance(variant.capability, int) and variant.capability >= 90
     constants |= {"TMA": tma, "WHOLE": not variant.ragged, "VALUES": True}
     stages, registers = 2 if variant.tail else 3, None
@@ -192,7 +194,8 @@ def with_means() -> Iterator[Variant]:
         for ragged in (False, True):
             for bound in (False, True):
                 yield Variant("pooled", 90, head_dim, ragged, bound=bound)
-            yield Variant("pooled_again", 90, head_dim, ragged)
+            for rows in (pooled.ROWS, pooled.ROWS_IN_GLUON):
+                yield Variant("pooled_again", 90, head_dim, ragged, block=rows)
     for hidden in (False, True):
         yield Variant("tail_bias", 90, 128, ragged=True, hidden=hidden)
 
@@ -218,7 +221,8 @@ def means(variant: Variant) -> Report:
     constants |= {"ROWS": keys, "LOG_SIZE": 7, "LOG_ROWS": 5, "RAGGED": variant.ragged}
     constants |= {"HELD": pooled.HELD, "BOUND": variant.bound}
     if variant.kernel == "pooled_again":
-        again = constants | {"EACH": pooled.EACH}
+        again = constants | {"EACH": pooled.EACH, "ROWS": variant.block}
+        again |= {"LOG_ROWS": variant.block.bit_length() - 1}
         return report_of(variant, source_of(_pooled_again_fwd, again, {}), 8, 2)
     described = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{keys}, {dim}]>")
     source = source_of(_pooled_fwd_hopper, constants, described)

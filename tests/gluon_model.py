@@ -22,6 +22,7 @@ import torch
 from dit_sparse.kernels.launch import GluonDescriptor
 
 _IDLE = 2000  # polls of all partitions in which nothing happened
+_HASTE = 30  # turns of a partition that is ahead for one of another
 
 
 class Value:
@@ -168,18 +169,30 @@ def of_model(x: Any) -> Any:
     return x
 
 
-def launched(sources: Sequence[Path], seed: int, given: Sequence[Any]) -> None:
-    """What `launch_specialised` was given of a kernel in some files."""
+def launched(
+    sources: Sequence[Path], seed: int, given: Sequence[Any], hasty: int | None = None
+) -> None:
+    """What `launch_specialised` was given of a kernel in some files.
+
+    Args:
+        seed, hasty: see `Model`.
+    """
     kernel, (grid, *_), arguments, constants = given
     values = [of_model(x) for x in arguments]
     values += [constants[name] for name in kernel.arg_names[len(arguments) :]]
-    Model(seed).run(sources, kernel.__name__, grid, values)
+    Model(seed, hasty).run(sources, kernel.__name__, grid, values)
 
 
 class Model:
-    """One program at a time, of which one partition at a time runs."""
+    """One program at a time, of which one partition at a time runs.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: of the order of events.
+        hasty: a partition that runs more often than others, and as far ahead as waits let it.
+    """
+
+    def __init__(self, seed: int, hasty: int | None = None) -> None:
+        self.hasty = hasty
         self.random = random.Random(seed)
         self.eager = (0.5, 0.0, 1.0)[seed % 3]  # how often products are made when they are begun
         self.copies: list[Callable[[], None]] = []
@@ -206,7 +219,8 @@ class Model:
             return function or (lambda function: function)
 
         return {
-            "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
+            "gluon": SimpleNamespace(jit=jit),
+            "constexpr_function": jit,
             "gl": self.language(),
             "hopper": SimpleNamespace(
                 fence_async_shared=lambda: None,
@@ -314,8 +328,9 @@ class Model:
         while self.copies and self.random.random() < 0.3:
             self.idle = 0
             self.copies.pop(0)()
+        weights = [_HASTE if number == self.hasty else 1 for number in self.alive]
         with self.baton:
-            self.current = self.random.choice(self.alive)
+            (self.current,) = self.random.choices(self.alive, weights)
             self.baton.notify_all()
         self.await_baton()
 

@@ -134,13 +134,15 @@ def test_the_kernel_in_gluon_is_specialised_asynchronous_and_leaves_no_barrier_b
 @IN_GLUON
 def test_the_kernel_in_gluon_for_pooled_entries_multiplies_blocks_of_any_tiles():
     found = compiled("--only", "pooled_gluon", triton=None if HERE else ANOTHER)
-    cases = {tuple(r["variant"][name] for name in ("head_dim", "ragged", "bound")) for r in found}
-    assert cases == set(itertools.product((64, 128), (False, True), (False, True)))
+    names = ("head_dim", "ragged", "bound", "order")
+    cases = {tuple(r["variant"][name] for name in names) for r in found}
+    assert cases == set(itertools.product((64, 128), *3 * [(False, True)]))
     for report in found:
         counts, dim = report["counts"], report["variant"]["head_dim"]
         assert report["flaw"] is None, report
+        # Once for a query block, and some of the warp that fetches; none in loops that multiply.
         assert counts["inner_spills"] == 0, report
-        assert counts["spills"] <= (48 if dim == 128 else 0), report
+        assert counts["spills"] <= (60 if dim == 128 else 0), report
         # Per step products with 128 keys, as of exact entries: small tiles cost no more of them.
         assert counts["hgmma"] == 2 * (3 * dim // 16 + 2 * 8), report
         assert counts["tma"] == 2 * dim // 64 * (1 + 2 * 8), report

@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_sparse.attention import attend
 from dit_sparse.backend import AttentionOutput
 from dit_sparse.kernels.variants import Kernel
-from dit_sparse.plan import BlockPlan, Pools
+from dit_sparse.plan import BlockPlan, Blocks, Pools
 from dit_sparse.plan_check import check
 from tests.block_cases import HEADS, Case, covering, plan_of, tensors_of
 from tests.gluon_model import launched
@@ -213,6 +213,57 @@ def test_what_pooled_rows_need_is_seen_to_be_missing(
         some()
 
 
+def long_lists(dim: int) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]]:
+    """Two query blocks that read seven steps: blocks pooled by 2, the last of which is short."""
+    queries, keys = Blocks.uniform(200, 128), Blocks.uniform(128 * 12 + 40, 128)
+    plan = BlockPlan.from_mask(torch.ones(1, 1, 2, keys.n, dtype=torch.bool), queries, keys)
+    counts = plan.full[..., None] - 1  # block 0 is exact
+    plan = check(replace(plan, full=plan.full - counts[..., 0], pools=Pools((2,), counts)))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, HEADS, n, dim, generator=generator).half()
+        for n in (queries.total, keys.total, keys.total)
+    )
+    return plan, (q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("dim", "before", "after"),
+    [
+        (64, "", ""),
+        (72, "", ""),
+        # At head dim 64 there are as many slots of values as of keys, and either wait is enough.
+        (72, "_wait_done(done, slot, phase, 0, SLOTS)\n            _fetch(k_desc", "_fetch(k_desc"),
+        (72, "_wait_done(done, slot, phase, SLOTS - 2, SLOTS, pred=crowded)", "pass"),
+        (64, "_wait_done(done, slot, phase, SLOTS - 2, SLOTS, pred=crowded)", "pass"),
+        (64, "if V_SLOTS == SLOTS:\n                _wait", "if False:\n                _wait"),
+    ],
+)  # fmt: skip
+def test_what_fetches_pooled_rows_waits_for_room(
+    monkeypatch: pytest.MonkeyPatch, dim: int, before: str, after: str
+):
+    short = "crowded" in before and dim == 64  # there is room for two query blocks then
+    plan, (q, k, v) = small() if short else long_lists(dim)
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCES}
+    assert any(before in text for text in texts.values())
+    if before:
+        texts = {path: text.replace(before, after) for path, text in texts.items()}
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: texts[self])
+
+    def some() -> None:
+        for seed in range(3):
+            result = with_pools(
+                q, k, v, plan, 0.125, bounded=False, kernel="hopper_gluon", seed=seed, hasty=2
+            )
+            compare(result, q, k, v, plan, 0.125)
+
+    if not before:
+        some()
+        return
+    with pytest.raises((AssertionError, RuntimeError)):
+        some()
+
+
 def with_pools(
     q: Tensor,
     k: Tensor,
@@ -224,12 +275,13 @@ def with_pools(
     longer: float = 1.0,
     kernel: Kernel = "hopper",
     seed: int = 0,
+    hasty: int | None = None,
 ) -> AttentionOutput:
     """What the kernels make of the result for the exact entries.
 
     Args:
         longer: makes bounds so many times larger.
-        seed: of the order of events in the model of a kernel in Gluon.
+        seed, hasty: of the model of a kernel in Gluon.
     """
     exact = replace(plan, pools=None)
     result = AttentionOutput(*attend(q, k, v, exact, scale=scale, backend="reference"))
@@ -241,18 +293,18 @@ def with_pools(
         lengths[1].mul_(longer)
     with pytest.MonkeyPatch.context() as patch:
         if kernel == "hopper_gluon":
-            in_the_model(patch, seed)
+            in_the_model(patch, seed, hasty)
         assert pooled_rows.launch(q, k, v, plan, scale, result, lengths, kernel=kernel)
     return result
 
 
-def in_the_model(patch: pytest.MonkeyPatch, seed: int) -> None:
+def in_the_model(patch: pytest.MonkeyPatch, seed: int, hasty: int | None) -> None:
     """Runs the kernel in Gluon by the model, and refuses the one in Triton."""
 
     def launch(*given: Any, **_: Any) -> object | None:
         if given[0] is not pooled_rows._pooled_fwd_hopper_gluon:
             return None
-        launched(SOURCES, seed, given)
+        launched(SOURCES, seed, given, hasty)
         return given
 
     patch.setattr(pooled_rows.hopper_gluon, "unavailable", lambda: None)
@@ -344,7 +396,7 @@ def test_rows_with_enough_before_need_no_pooled_ones(
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_rows_that_hold_no_number(bounded: bool):
+def test_rows_that_hold_no_number(bounded: bool, kernel: Kernel):
     plan, (q, k, v) = small()
     q[0, 1, 5] = float("nan")
     result = with_pools(q, k, v, plan, 0.05, bounded=bounded, kernel=kernel)
@@ -353,14 +405,16 @@ def test_rows_that_hold_no_number(bounded: bool):
     torch.testing.assert_close(result.lse, lse, rtol=4e-3, atol=4e-3, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [pooled_rows.ROWS, pooled_rows.ROWS_IN_GLUON])
 @pytest.mark.parametrize("ragged", [True, False])
-def test_tiles_of_all_levels(ragged: bool):
-    """128 keys are 2, 1 and, each row of it twice, 1 tile of 32 rows, for the factors 2, 4, 8."""
+def test_tiles_of_all_levels(ragged: bool, rows: int):
+    """128 keys are, for the factors 2, 4, 8, 2, 1 and, each row of it twice, 1 tile of 32 rows;
+    4, 2 and 1 of 16."""
     generator = torch.Generator().manual_seed(0)
     plan = plan_of(Case(64, 128, 128, box=False, ragged=ragged))
     plan = pooled(plan, (2, 4, 8), None, generator)
     assert plan.pools is not None
-    lists = pooled_rows.lists_of(plan, plan.pools, pooled_rows.ROWS)
+    lists = pooled_rows.lists_of(plan, plan.pools, rows)
     n, lengths = plan.k_blocks.n, plan.k_blocks.lengths.tolist()
     flat = zip(
         plan.offsets.flatten().tolist(),
@@ -374,11 +428,16 @@ def test_tiles_of_all_levels(ragged: bool):
 
     for first, exact, (halves, quarters, eighths), count in flat:
         entries = plan.indices[first + exact :].tolist()
-        found = [(2 * j + part, 1, lengths[j] - 64 * part, 64)
-                 for j in entries[:halves] for part in (0, 1)]  # fmt: skip
-        found += [(2 * n + j, 2, lengths[j], 128) for j in entries[halves:][:quarters]]
-        after = entries[halves + quarters :][:eighths]
-        found += [(3 * n + j, 3, lengths[j], 128) for j in after]
+        found, base, nth = [], 0, 0
+        for s, of_level in ((1, halves), (2, quarters), (3, eighths)):
+            parts = max(1, (128 >> s) // rows)  # tiles of a block
+            room = 128 // parts
+            found += [
+                (base + parts * j + part, s, lengths[j] - room * part, room)
+                for j in entries[nth:][:of_level]
+                for part in range(parts)
+            ]
+            base, nth = base + parts * n, nth + of_level
         expected = [number << 11 | s << 8 | room for number, s, left, room in found if left >= room]
         wholes.append(len(expected))
         short = [tile for tile in found if 0 < tile[2] < tile[3]]
