@@ -141,7 +141,7 @@ _ROWS = {
 
 def approximation(variant: Variant) -> Report:
     """Compiles one of `approximations` as its launcher would."""
-    dim = variant.head_dim
+    dim, rows = variant.head_dim, _ROWS.get(variant.kernel) or min(variant.block, 64)
     functions = {
         "means": (_means_fwd, 4),
         "importance": (_importance_fwd, 8),
@@ -163,13 +163,11 @@ def approximation(variant: Variant) -> Report:
     constants |= {"WIDTH": 1024, "N_LEVELS": 4, "BY_MASS": False, "VISITED": True}
     constants |= {"COUNT": 32, "SOFTMAX": True, "BUCKETS": BUCKETS, "BOTH": True}
     constants |= {"START": START} | ({"WIDTH": 256} if variant.kernel == "deal" else {})
-    constants |= {"ROWS": _ROWS.get(variant.kernel, 64), "SUB": K_BLOCK // 64}
+    constants |= {"ROWS": rows, "PER_ENTRY": K_BLOCK // 2 // rows, "SUB": K_BLOCK // 64}
     constants |= {"TAIL": variant.tail, "MEANS": True, "HAS_ORDER": variant.order}
     constants |= {"LEAST": 32, "MOVE": True, "SKIPPED": 0, "NORMS": True}
     constants |= {"HAS_HIDDEN": variant.hidden, "HAS_CENTRE": False, "SUM": True, "SQUARES": True}
     constants |= {"RAGGED": variant.ragged, "EACH": False, "CENTRES": True}
-    if variant.kernel == "pooled_tiles":
-        constants |= {"ROWS": variant.block, "PER_ENTRY": K_BLOCK // 2 // variant.block}
     tma = isinstance(variant.capability, int) and variant.capability >= 90
     constants |= {"TMA": tma, "WHOLE": not variant.ragged, "VALUES": True}
     stages, registers = 2 if variant.tail else 3, None
