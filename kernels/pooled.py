@@ -95,7 +95,10 @@ def launch(
     again = None if lengths is None else torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
     kinds = [(ROWS, _launch_triton)]
     # What was refused once is not made lists for again.
-    kind = (q.device, q.dtype, q.shape[-1], plan.k_blocks.ragged, plan.order is None, again is None)
+    kind = (
+        *(q.device, q.dtype, q.shape[-1], plan.pools.factors, plan.k_blocks.ragged),
+        *(plan.order is None, again is None),
+    )
     if kernel == "hopper_gluon" and _in_gluon(scale) and kind not in _refused:
         kinds.insert(0, (ROWS_IN_GLUON, _launch_gluon))
     for rows, run in kinds:
@@ -155,21 +158,18 @@ def _launch_triton(
     lengths: tuple[Tensor, Tensor] | None,
     again: Tensor | None,
 ) -> Launch | None:
-    out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, n_blocks = padded(head_dim), plan.q_blocks.n
     picture = plan.q_blocks.picture or range(n_blocks)
-    order = plan.offsets if plan.order is None else plan.order.index
     rows = keys.pooled.shape[2]
     shape = [batch * heads * rows, head_dim]
     described = [
         TensorDescriptor(x.pooled, shape, [head_dim, 1], [lists.rows, dim]) for x in (keys, values)
     ]
     arguments = (
-        q, *described, out, lse, *(lengths or (lse, lse)), plan.offsets if again is None else again,
-        plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, order,
-        *qm.shape, qm.row_stride, *qm.origin, rows, *out.stride()[:3],
-        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        q, *described, *_written(plan, result, lengths, again),
+        plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, _order(plan),
+        *qm.shape, qm.row_stride, *qm.origin, rows, *_strides(plan, result),
         heads, n_blocks, n_blocks - len(picture), picture.start, n_queries, lists.per_entry,
         scale * LOG2_E,
     )  # fmt: skip
@@ -191,10 +191,8 @@ def _launch_gluon(
     lengths: tuple[Tensor, Tensor] | None,
     again: Tensor | None,
 ) -> Launch | None:
-    out, lse = result
     batch, heads, n_queries, head_dim = q.shape
     dim, n_blocks = padded(head_dim), plan.q_blocks.n
-    order = plan.offsets if plan.order is None else plan.order.index
     rows = keys.pooled.shape[2]
     shape = (batch * heads * rows, head_dim)
     means = (Matrix(x.pooled, shape, head_dim, 0, 0, 0) for x in (keys, values))
@@ -203,10 +201,9 @@ def _launch_gluon(
     arguments = (
         hopper_gluon.describe(qm, [hopper_gluon.ROWS.value, dim]),
         *(hopper_gluon.describe(x, [lists.rows, dim]) for x in means),
-        out, lse, *(lengths or (lse, lse)), plan.offsets if again is None else again,
-        plan.offsets, lists.wholes, lists.counts, lists.tiles, plan.q_blocks.starts, order,
-        *qm.origin, rows, *out.stride()[:3],
-        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        *_written(plan, result, lengths, again),
+        plan.offsets, lists.wholes, lists.counts, lists.tiles, plan.q_blocks.starts, _order(plan),
+        *qm.origin, rows, *_strides(plan, result),
         tiles, heads, n_blocks, n_queries, scale * LOG2_E,
     )  # fmt: skip
     constants = {
@@ -241,15 +238,35 @@ def _launch_again(
     """Computes rows that `again` marks."""
     out, lse = result
     batch, heads, n_queries, _ = q.shape
-    order = plan.offsets if plan.order is None else plan.order.index
     _pooled_again_fwd[(batch * heads * -(-plan.q_blocks.n // EACH),)](
         q, keys.pooled, values.pooled, out, lse, again,
-        plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, order,
-        *q.stride()[:3], keys.pooled.shape[2], *out.stride()[:3],
-        *list_strides(plan), order.stride(0) if order.ndim == 2 else 0,
+        plan.offsets, lists.counts, lists.tiles, plan.q_blocks.starts, _order(plan),
+        *q.stride()[:3], keys.pooled.shape[2], *_strides(plan, result),
         heads, plan.q_blocks.n, n_queries, lists.per_entry, scale * LOG2_E,
         **_constants(q, plan, lists.rows), EACH=EACH, num_warps=8, num_stages=2,
     )  # fmt: skip
+
+
+def _written(
+    plan: BlockPlan,
+    result: AttentionOutput,
+    lengths: tuple[Tensor, Tensor] | None,
+    again: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What a kernel goes on from, lengths for its bound, and where it marks rows; any other tensor
+    for what there is not."""
+    return (*result, *(lengths or (result.lse,) * 2), plan.offsets if again is None else again)
+
+
+def _order(plan: BlockPlan) -> Tensor:
+    return plan.offsets if plan.order is None else plan.order.index
+
+
+def _strides(plan: BlockPlan, result: AttentionOutput) -> tuple[int, ...]:
+    """Of results, of lists and of orders of heads."""
+    of_heads = plan.order is not None and plan.order.index.ndim == 2
+    by_head = _order(plan).stride(0) if of_heads else 0
+    return (*result.out.stride()[:3], *list_strides(plan), by_head)
 
 
 def _constants(q: Tensor, plan: BlockPlan, rows: int) -> dict[str, int]:

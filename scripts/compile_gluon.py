@@ -32,6 +32,7 @@ def in_gluon(every: bool) -> Iterator[Variant]:
                     yield Variant("hopper_gluon", 90, head_dim, ragged, bound=bound, **masks)
             yield Variant("hopper_gluon", 90, head_dim, ragged=True, queued=True, **masks)
         yield Variant("hopper_gluon", 90, head_dim, False, box=True, bound=True, biased=True)
+        yield Variant("pooled_gluon", 90, head_dim, ragged=True, dtype="fp16")
         for ragged in (False, True):
             for bound in (False, True):
                 for order in (False, True):
@@ -79,17 +80,15 @@ def _pooled(variant: Variant) -> Report:
     from dit_sparse.kernels._gluon_fetch import ROWS
     from dit_sparse.kernels._gluon_pooled import _pooled_fwd_hopper_gluon
 
-    dim, rings, keys = (
-        variant.head_dim,
-        hopper_gluon.rings_for(variant.head_dim),
-        pooled.ROWS_IN_GLUON,
-    )
+    dim, keys, dtype = variant.head_dim, pooled.ROWS_IN_GLUON, variant.dtype
+    rings = hopper_gluon.rings_for(dim)
     layout = NVMMASharedLayout(128, 16, 2)
     rows = {"q_desc": ROWS.value, "k_desc": keys, "v_desc": keys}
-    described = {name: f"tensordesc<bf16[{n}, {dim}],{layout!r}>" for name, n in rows.items()}
+    described = {name: f"tensordesc<{dtype}[{n}, {dim}],{layout!r}>" for name, n in rows.items()}
     constants = {"D": dim, "BLOCK_D": dim, "BLOCK_N": K_BLOCK, "KEYS": keys}
     constants |= {"EACH": K_BLOCK // 2 // keys, "MOST": (K_BLOCK // keys).bit_length() - 1}
     constants |= {"RAGGED": variant.ragged, "HAS_ORDER": variant.order, "BOUND": variant.bound}
     constants |= {"Q_SLOTS": rings.queries, "SLOTS": rings.keys, "V_SLOTS": rings.values}
-    source = source_of(_pooled_fwd_hopper_gluon, constants, described, None, GluonASTSource)
+    pointers = {"out_ptr": f"*{dtype}"}
+    source = source_of(_pooled_fwd_hopper_gluon, constants, described, pointers, GluonASTSource)
     return report_of(variant, source, 4, 2, most=pooled.SPILLS)

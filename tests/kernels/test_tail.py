@@ -40,6 +40,7 @@ COMMON = {
 TAILS = covering({**COMMON, "bounded": [True, False], "tail": ["zeroth", "first"]}, strength=2)
 LEVELS = [(2, 4, 8), (4,), (2, 128), (8, 16)]
 KERNELS = ["hopper", "hopper_gluon"] if pooled_rows._pooled_fwd_hopper_gluon else ["hopper"]
+IN_GLUON = pytest.mark.skipif(len(KERNELS) < 2, reason="needs a Triton with Gluon")
 CHOSEN = {"bounded": [True, False], "factors": LEVELS, "kernel": KERNELS}
 POOLS = covering({**COMMON, **CHOSEN}, strength=2)
 HERE = Path(pooled_rows.__file__)
@@ -168,6 +169,7 @@ def test_pooled_rows_in_tiles(values: dict):
     compare(result, q, k, v, plan, scale)
 
 
+@IN_GLUON
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("ragged", [True, False])
 def test_pooled_rows_in_any_order_of_events(ragged: bool, bounded: bool):
@@ -178,6 +180,7 @@ def test_pooled_rows_in_any_order_of_events(ragged: bool, bounded: bool):
         compare(result, q, k, v, plan, scale)
 
 
+@IN_GLUON
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -213,6 +216,33 @@ def test_what_pooled_rows_need_is_seen_to_be_missing(
         some()
 
 
+@IN_GLUON
+def test_what_was_refused_once_is_not_pooled_for_again(monkeypatch: pytest.MonkeyPatch):
+    plan, (q, k, v) = small()
+    made: list[int] = []
+    real, launch = pooled_rows.pool_all, pooled_rows.launch_specialised
+
+    def pool(*given: Any, least: int, **named: Any) -> Any:
+        made.append(least)
+        return real(*given, least=least, **named)
+
+    def refuse(*given: Any, **named: Any) -> Any:
+        gluon = given[0] is pooled_rows._pooled_fwd_hopper_gluon
+        return None if gluon else launch(*given, **named)
+
+    monkeypatch.setattr(pooled_rows, "_refused", set())
+    monkeypatch.setattr(pooled_rows, "pool_all", pool)
+    monkeypatch.setattr(pooled_rows, "launch_specialised", refuse)
+    monkeypatch.setattr(pooled_rows.hopper_gluon, "unavailable", lambda: None)
+    monkeypatch.setattr(pooled_rows.hopper_gluon, "multiprocessors", lambda _: 4)
+    exact = attend(q, k, v, replace(plan, pools=None), scale=0.125, backend="reference")
+    for _ in range(2):
+        result = AttentionOutput(*(x.clone() for x in exact))
+        assert pooled_rows.launch(q, k, v, plan, 0.125, result, kernel="hopper_gluon")
+        compare(result, q, k, v, plan, 0.125)
+    assert made == [pooled_rows.ROWS_IN_GLUON, pooled_rows.ROWS, pooled_rows.ROWS]
+
+
 def long_lists(dim: int) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]]:
     """Two query blocks that read seven steps: blocks pooled by 2, the last of which is short."""
     queries, keys = Blocks.uniform(200, 128), Blocks.uniform(128 * 12 + 40, 128)
@@ -227,6 +257,7 @@ def long_lists(dim: int) -> tuple[BlockPlan, tuple[Tensor, Tensor, Tensor]]:
     return plan, (q, k, v)
 
 
+@IN_GLUON
 @pytest.mark.parametrize(
     ("dim", "before", "after"),
     [
